@@ -1,0 +1,149 @@
+"""A folder or a file that is either whole or not there.
+
+Written beside its final place, synced, renamed; the manifest of a folder is its last file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from penjing.errors import InputError
+
+__all__ = ["check_output", "read_json", "sha256", "sync", "whole_file", "whole_folder", "write_json"]
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_output(output: Path, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> None:
+    """Refuse an output that cannot be written, before any work is done.
+
+    Raises:
+        InputError: it exists, is one of the inputs, or its folder cannot be written.
+    """
+    for source in inputs:
+        if output.exists() and source.exists() and output.resolve() == source.resolve():
+            raise InputError("the output is the input", got=output, next="choose another -o")
+    if output.exists() and not overwrite:
+        raise InputError(
+            "the output exists", got=output, next="choose another -o, or pass --overwrite"
+        )
+    parent = output.absolute().parent
+    if not parent.is_dir():
+        raise InputError("the output's folder does not exist", got=parent, next="create it")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            "the output's folder cannot be written", got=f"{parent} ({error.strerror})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise InputError(
+            f"cannot write {output}",
+            got=error.strerror,
+            next="free disk space or choose another -o; nothing was left behind",
+        ) from error
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `output`; rename it to `output` when the body succeeds.
+
+    A `manifest.json` must be written by the body; it is synced last. When the body fails
+    the folder is removed and `output` is as it was.
+    """
+    output = output.absolute()
+    check_output(output, overwrite)
+    with _disk_errors(output):
+        beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            beside.chmod(0o755)
+            yield beside
+            files = sorted(p for p in beside.rglob("*") if p.is_file())
+            for path in sorted(files, key=lambda p: p.name == "manifest.json"):
+                sync(path)
+            sync(beside)
+            if output.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+                output.rename(old / "was")
+                beside.rename(output)
+                shutil.rmtree(old)
+            else:
+                beside.rename(output)
+            sync(output.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def whole_file(output: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
+    """Write one file through `write(path)`, whole or not at all."""
+    output = output.absolute()
+    check_output(output, overwrite)
+    with _disk_errors(output):
+        handle, name = tempfile.mkstemp(
+            prefix=f".{output.stem}.", suffix=output.suffix, dir=output.parent
+        )
+        os.close(handle)
+        beside = Path(name)
+        try:
+            write(beside)
+            beside.chmod(0o644)
+            sync(beside)
+            beside.replace(output)
+            sync(output.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, NaN refused."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, limit: int = 10_000_000) -> Any:
+    """Read a JSON file of at most `limit` bytes.
+
+    Raises:
+        InputError: missing, too large, too deep or not JSON.
+    """
+    if not path.is_file():
+        raise InputError("no such file", got=path)
+    if path.stat().st_size > limit:
+        raise InputError(f"{path} is too large", got=path.stat().st_size, allowed=f"<= {limit} B")
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON", got=type(error).__name__) from error

@@ -1,0 +1,150 @@
+"""Model: a torch module with what is needed to run it, to rebuild it and to edit it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from penjing.errors import InputError
+from penjing.planes import IntegerPlanes
+from penjing.recipe import ActivationRange
+
+__all__ = ["Batch", "Interface", "Model", "Source", "parent_of"]
+
+Batch = dict[str, Tensor]
+Interface = Literal["embedding", "classifier", "causal", "image", "tensor", "weights"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from and how to build its empty module again.
+
+    Attributes:
+        kind: reader that made it: `huggingface`, `gguf`, `factory`, `weights`.
+        path: as the user gave it.
+        fingerprint: SHA-256 over the weight files.
+        details: JSON-ready, what the reader needs to rebuild (class, config, pooling, factory).
+        assets: files to copy into an artifact as they are (tokenizer, preprocessing).
+    """
+
+    kind: str
+    path: str
+    fingerprint: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    assets: tuple[Path, ...] = ()
+
+
+def parent_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds `path`, and the last name of `path`."""
+    head, _, name = path.rpartition(".")
+    return module.get_submodule(head), name
+
+
+@dataclass
+class Model:
+    """A network and everything Penjing knows of it.
+
+    Attributes:
+        module: the torch module, in eval mode; its parameters are what would be computed
+            with (quantized weights are held dequantized, `planes` has the integers).
+        interface: how inputs become the one output tensor, see `run`.
+        example: a small valid batch, batch dimension first.
+        source: how to rebuild the unedited module.
+        blocks: paths of the repeated units in execution order.
+        tokenizer: a `transformers` tokenizer for text models, else None.
+        preprocess: image -> float32 array [channels, height, width] for image models, else None.
+        masks: kept connections by parameter path, bool, of the parameter's shape.
+        planes: quantized weights by parameter path.
+        activations: 8-bit input ranges by module path.
+        structure: JSON-ready structural edits in the order made; replayed by readers.
+    """
+
+    module: nn.Module
+    interface: Interface
+    example: Batch
+    source: Source
+    blocks: tuple[str, ...] = ()
+    tokenizer: Any = None
+    preprocess: Any = None
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    planes: dict[str, IntegerPlanes] = field(default_factory=dict)
+    activations: dict[str, ActivationRange] = field(default_factory=dict)
+    structure: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The network's one output tensor, float32.
+
+        embedding: `input_ids`, `attention_mask` [batch, length] -> pooled [batch, width]
+        classifier: the same -> logits [batch, classes]
+        causal: the same -> logits [batch, length, vocabulary]
+        image: `pixel_values` [batch, channels, height, width] -> logits [batch, classes]
+        tensor: the inputs of `example` in order, as positional arguments -> any tensor
+        """
+        if self.interface == "weights":
+            raise InputError("a bare weight file cannot be run", got=self.source.path)
+        if self.interface == "tensor":
+            output = self.module(*(batch[name] for name in self.example))
+        elif self.interface == "image" and self.source.kind == "factory":
+            output = self.module(batch["pixel_values"])
+        elif self.interface == "causal":
+            inputs = {name: batch[name] for name in self.example}
+            output = self.module(**inputs, use_cache=False)
+        else:
+            output = self.module(**{name: batch[name] for name in self.example})
+        if self.interface == "embedding":
+            hidden = output.last_hidden_state  # [batch, length, width]
+            return pool(hidden, batch["attention_mask"], self.source.details.get("pooling", "mean"))
+        return output.float() if isinstance(output, Tensor) else output.logits.float()
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the inputs are images."""
+        return "pixel_values" in self.example
+
+    def copy(self) -> Model:
+        """An independent copy; the original of every experiment."""
+        twin = copy.copy(self)
+        for name in ("module", "masks", "planes", "activations", "structure"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name)))
+        return twin
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters, a tied one once under its first name."""
+        return self.module.named_parameters(remove_duplicate=True)
+
+    def tied(self) -> list[tuple[str, ...]]:
+        """Groups of parameter names that share one tensor."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        return [tuple(group) for group in names.values() if len(group) > 1]
+
+    def stored_bits(self) -> float:
+        """Stored bits per weight, metadata of quantized weights included."""
+        bits = count = 0
+        for name, parameter in self.parameters():
+            count += parameter.numel()
+            planes = self.planes.get(name)
+            bits += 8 * (
+                planes.stored_bytes if planes else parameter.numel() * parameter.element_size()
+            )
+        return bits / max(count, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(self.module.parameters()).device
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, kind: str) -> Tensor:
+    """[batch, length, width] to [batch, width]: `mean` over unmasked tokens, or `cls`, the first."""
+    if kind == "cls":
+        return hidden[:, 0].float()
+    kept = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [batch, length, 1]
+    return ((hidden * kept).sum(1) / kept.sum(1).clamp_min(1e-9)).float()

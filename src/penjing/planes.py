@@ -1,0 +1,130 @@
+"""IntegerPlanes: the one formula for every quantized weight.
+
+    w[o, i] = sum over k of scale[k, o, g(i)] * codes[k, o, i] + shift[o, g(i)]
+
+with g(i) = i // group. Integer quantization is one plane of b bits; `shift` is
+-scale * zero_point. Codes are unsigned and bit-packed little end first, row by row.
+A convolution's weight [out, in, h, w] is stored as the matrix [out, in * h * w].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from penjing.errors import InputError
+
+__all__ = ["IntegerPlanes", "pack_bits", "unpack_bits"]
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes into bytes, least significant bits first.
+
+    Args:
+        codes: uint8 [rows, n], each below 2**bits.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 [rows, ceil(n * bits / 8)].
+    """
+    rows, n = codes.shape
+    if bits == 8:
+        return codes.contiguous()
+    shifts = torch.arange(bits, dtype=torch.uint8)
+    stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, n * bits)  # [rows, n * bits]
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8))
+    weights = (1 << torch.arange(8)).to(torch.uint8)
+    # The sum of eight distinct powers of two fits a byte.
+    return (stream.reshape(rows, -1, 8) * weights).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Inverse of `pack_bits`: uint8 [rows, ceil(n * bits / 8)] to uint8 [rows, n]."""
+    if bits == 8:
+        return packed
+    rows = packed.shape[0]
+    shifts = torch.arange(8, dtype=torch.uint8)
+    stream = ((packed.unsqueeze(-1) >> shifts) & 1).reshape(rows, -1)[:, : n * bits]
+    weights = (1 << torch.arange(bits)).to(torch.uint8)
+    return (stream.reshape(rows, n, bits) * weights).sum(-1).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerPlanes:
+    """A weight as a sum of scaled integer planes.
+
+    Attributes:
+        codes: uint8 [planes, out, in], plane k below 2**bits[k].
+        bits: bits of each plane.
+        scale: float32 [planes, out, groups].
+        shift: float32 [out, groups].
+        group: consecutive inputs that share a scale; the last group may be shorter.
+        shape: shape of the weight this stands for; shape[0] is out.
+    """
+
+    codes: Tensor
+    bits: tuple[int, ...]
+    scale: Tensor
+    shift: Tensor
+    group: int
+    shape: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        planes, out, inputs = self.codes.shape
+        groups = -(-inputs // self.group)
+        if not self.shape:
+            object.__setattr__(self, "shape", (out, inputs))
+        wanted = {"scale": (planes, out, groups), "shift": (out, groups)}
+        for name, shape in wanted.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise InputError(
+                    f"{name} of integer planes", got=tuple(getattr(self, name).shape), allowed=shape
+                )
+        if len(self.bits) != planes or not all(1 <= b <= 8 for b in self.bits):
+            raise InputError("bits of integer planes", got=self.bits, allowed=f"{planes} of 1..8")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of packed codes, scales and shifts as `tensors` stores them."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Integer zero points [out, groups] of a single plane: round(-shift / scale)."""
+        return torch.round(-self.shift / self.scale[0])
+
+    def spread(self, per_group: Tensor) -> Tensor:
+        """Repeat [..., groups] along the inputs of each group: [..., in]."""
+        return per_group.repeat_interleave(self.group, dim=-1)[..., : self.codes.shape[-1]]
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight, in its original shape."""
+        weight = self.spread(self.shift).clone()  # [out, in]
+        for codes, scale in zip(self.codes, self.scale, strict=True):
+            weight += self.spread(scale) * codes
+        return weight.reshape(self.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Packed tensors as they are stored; `from_tensors` is the inverse."""
+        packed = {f"codes{k}": pack_bits(c, b) for k, (c, b) in enumerate(zip(self.codes, self.bits, strict=True))}
+        return packed | {"scale": self.scale, "shift": self.shift}
+
+    def describe(self) -> dict[str, object]:
+        """What `from_tensors` needs besides the tensors, JSON-ready."""
+        return {"bits": list(self.bits), "group": self.group, "shape": list(self.shape)}
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor], description: dict[str, object]) -> IntegerPlanes:
+        """Unpack what `tensors` and `describe` gave."""
+        bits = tuple(int(b) for b in description["bits"])  # type: ignore[attr-defined]
+        shape = tuple(int(n) for n in description["shape"])  # type: ignore[attr-defined]
+        inputs = 1
+        for n in shape[1:]:
+            inputs *= n
+        codes = [unpack_bits(tensors[f"codes{k}"], b, inputs) for k, b in enumerate(bits)]
+        group = int(description["group"])  # type: ignore[call-overload]
+        return IntegerPlanes(
+            torch.stack(codes), bits, tensors["scale"], tensors["shift"], group, shape
+        )

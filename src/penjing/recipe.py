@@ -1,0 +1,155 @@
+"""Steps plan, edits say what changes, a recipe is a tuple of steps.
+
+A Step looks at one block and yields Edits. Only `penjing.apply` changes a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import tomli_w
+from torch import Tensor
+
+from penjing.errors import InputError
+
+if TYPE_CHECKING:
+    from penjing.planes import IntegerPlanes
+
+__all__ = ["ActivationRange", "Slice", "Edit", "Kind", "Patch", "Recipe", "Step"]
+
+Kind = Literal["mask", "weight", "slice", "drop", "patch", "quantize", "activation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Keep these indices of one parameter along one dimension.
+
+    Attributes:
+        path: parameter, e.g. `encoder.layer.0.output.dense.weight`.
+        dim: dimension of the parameter.
+        kept: int64 [kept], ascending.
+    """
+
+    path: str
+    dim: int
+    kept: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A linear map on the hidden state, y = x @ weight.T + bias.
+
+    Attributes:
+        weight: [width, width].
+        bias: [width].
+        position: on the input (`before`) or the output (`after`) of the block at the edit's path.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    position: Literal["before", "after"]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationRange:
+    """8-bit unsigned activations: q = clip(round(x / scale) + zero_point, 0, 255), per tensor."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One change of a model, decided but not made.
+
+    Attributes:
+        kind: what `value` is:
+            mask: bool tensor of the parameter's shape, True is kept;
+            weight: new values of the parameter, same shape;
+            slice: tuple of `Slice`, every parameter coupled to the removed neurons;
+            drop: None, the block at `path` goes away;
+            patch: `Patch` at the block at `path`;
+            quantize: `IntegerPlanes` for the parameter;
+            activation: `ActivationRange` for the input of the module at `path`.
+        path: dotted path of a parameter (mask, weight, quantize), or of a module.
+        value: see `kind`.
+        why: a clause for the report.
+        note: figures for the report, e.g. the relative error of the layer.
+    """
+
+    kind: Kind
+    path: str
+    value: Tensor | tuple[Slice, ...] | Patch | IntegerPlanes | ActivationRange | None
+    why: str
+    note: Mapping[str, float] = field(default_factory=dict)
+
+
+class Step(Protocol):
+    """One technique with its configuration; a frozen dataclass whose fields are its options.
+
+    Class attributes:
+        name: the verb, also the table name in a recipe.
+        needs: statistics wanted of each linear input: any of `gram`, `range`.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    targets: tuple[str, ...]
+
+    def plan(self, block: Any, stats: Any) -> Iterator[Edit]:
+        """Yield the edits of one block, given the statistics of its inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tuple of steps that can be written, read and replayed."""
+
+    steps: tuple[Any, ...]
+    seed: int = 0
+
+    def to_toml(self) -> str:
+        """The recipe as TOML: one `[[step]]` table each, defaults included."""
+        tables = []
+        for step in self.steps:
+            fields = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
+            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+            tables.append({"do": step.name} | {k: v for k, v in plain.items() if v is not None})
+        return tomli_w.dumps({"seed": self.seed, "step": tables})
+
+    @staticmethod
+    def from_toml(text: str, steps: Mapping[str, type]) -> Recipe:
+        """Read what `to_toml` wrote.
+
+        Args:
+            text: TOML.
+            steps: step classes by verb.
+
+        Raises:
+            InputError: not TOML, an unknown verb or an unknown option.
+        """
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError("the recipe is not TOML", got=error) from error
+        built = []
+        for index, entry in enumerate(table.get("step", ())):
+            verb = entry.pop("do", None)
+            if verb not in steps:
+                raise InputError(
+                    f"unknown step {index + 1} in the recipe", got=verb, allowed=", ".join(steps)
+                )
+            known = {f.name for f in dataclasses.fields(steps[verb])}
+            if surplus := sorted(set(entry) - known):
+                raise InputError(
+                    f"step {verb} has no option {surplus[0]}", allowed=", ".join(sorted(known))
+                )
+            options = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+            built.append(steps[verb](**options))
+        if not built:
+            raise InputError("the recipe has no [[step]]")
+        return Recipe(tuple(built), int(table.get("seed", 0)))

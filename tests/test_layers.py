@@ -1,0 +1,70 @@
+"""Each layer imports only lower ones, and siblings do not import each other."""
+
+import ast
+from pathlib import Path
+
+import penjing
+
+ROOT = Path(penjing.__file__).parent
+
+# Lowest first; names on one line are siblings. A package's own files may import each other
+# only where the package is listed in TOGETHER.
+LAYERS = [
+    ["errors"],
+    ["units", "registry", "files"],
+    ["planes", "result"],
+    ["recipe"],
+    ["model"],
+    ["linalg", "statistics", "progress"],
+    ["criteria", "quantizers", "losses"],
+    ["graph", "edits", "data"],
+    ["calibrate", "tasks"],
+    ["steps", "readers", "writers", "runtimes"],
+    ["load"],
+    ["inspect", "evaluate", "apply", "export", "weights"],
+    ["measure"],
+    ["verify", "recover"],
+    ["fit", "report"],
+    ["demo"],
+    ["api"],
+    ["cli"],
+    ["__init__"],
+    ["__main__"],
+]
+TOGETHER = {"fit", "report", "cli", "data"}
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "penjing":
+            parts = node.module.split(".")
+            found |= {".".join([*parts, alias.name]) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.split(".")[0] == "penjing"}
+    return found
+
+
+def test_layers() -> None:
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        own = parts[0]
+        assert own in RANK, f"{path} has no layer; give it one in {__file__}"
+        for name in imports(path):
+            other = (name.split(".") + ["__init__"])[1]
+            other = other if other in RANK else "__init__"
+            same = other == own and (
+                own in TOGETHER
+                or (len(parts) > 1 and (parts[1] == "__init__" or name.split(".")[2:3] == ["__init__"]))
+            )
+            if RANK[other] >= RANK[own] and not same:
+                wrong.append(f"{'/'.join(parts)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_check_catches_an_upward_import(tmp_path: Path) -> None:
+    file = tmp_path / "planes.py"
+    file.write_text("from penjing.fit import solve\nimport penjing.model\n")
+    assert {RANK[n.split(".")[1]] > RANK["planes"] for n in imports(file)} == {True}
