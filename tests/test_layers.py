@@ -15,7 +15,7 @@ LAYERS = [
     ["planes", "result"],
     ["recipe"],
     ["model"],
-    ["linalg", "statistics", "progress"],
+    ["linalg", "grids", "masks", "statistics", "progress"],
     ["criteria", "quantizers", "losses"],
     ["graph", "edits", "data"],
     ["calibrate", "tasks"],

@@ -14,9 +14,46 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from penjing.errors import InputError
+from penjing.errors import InputError, UsageError
 
-__all__ = ["IntegerPlanes", "pack_bits", "unpack_bits"]
+__all__ = ["IntegerPlanes", "Scheme", "pack_bits", "unpack_bits"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight [out, in] is to be quantized to one plane of integers.
+
+    Attributes:
+        bits: 2 to 8.
+        group: consecutive inputs that share a scale; 0 is the whole row.
+        symmetric: the zero point is fixed at 2**(bits - 1).
+
+    Raises:
+        UsageError: a value outside these ranges.
+    """
+
+    bits: int
+    group: int = 0
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise UsageError("bits", got=repr(self.bits), allowed="a whole number from 2 to 8")
+        if type(self.group) is not int or self.group < 0:
+            raise UsageError(
+                "group", got=repr(self.group), allowed="a whole number; 0 is the whole row"
+            )
+        if type(self.symmetric) is not bool:
+            raise UsageError("symmetric", got=repr(self.symmetric), allowed="true or false")
+
+    def group_of(self, inputs: int) -> int:
+        """Inputs that share a scale in a weight of `inputs` columns, at least 1."""
+        return min(self.group or inputs, inputs) or 1
+
+    @property
+    def levels(self) -> int:
+        """The largest code, 2**bits - 1."""
+        return int(2**self.bits - 1)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -108,7 +145,10 @@ class IntegerPlanes:
 
     def tensors(self) -> dict[str, Tensor]:
         """Packed tensors as they are stored; `from_tensors` is the inverse."""
-        packed = {f"codes{k}": pack_bits(c, b) for k, (c, b) in enumerate(zip(self.codes, self.bits, strict=True))}
+        packed = {
+            f"codes{k}": pack_bits(c, b)
+            for k, (c, b) in enumerate(zip(self.codes, self.bits, strict=True))
+        }
         return packed | {"scale": self.scale, "shift": self.shift}
 
     def describe(self) -> dict[str, object]:

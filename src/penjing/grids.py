@@ -1,0 +1,142 @@
+"""Integer grids: scale and zero point of each group of a weight, and rounding to them.
+
+    code = clip(round(w / scale) + zero_point, 0, 2**bits - 1)        round half to even
+    min-max grid:  scale = (hi - lo) / (2**bits - 1), zero_point = round(-lo / scale)
+    MSE grid:      min-max scale * s, the s in (0, 1] of least sum of importance * error^2
+
+lo <= 0 <= hi, so a weight of zero stays zero. A symmetric grid has zero_point 2**(bits - 1)
+and the least scale that clips nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from penjing.errors import InputError
+from penjing.planes import IntegerPlanes, Scheme
+
+__all__ = ["Grid", "check_weight", "min_max", "mse", "to_planes"]
+
+_TINY = torch.finfo(torch.float32).tiny
+# Rows searched at once: bounds the memory of the search on vocabularies.
+_ROWS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Scales and zero points, both float32 [out, groups]; the zero points are whole numbers."""
+
+    scale: Tensor
+    zero_point: Tensor
+    scheme: Scheme
+    group: int
+
+    @property
+    def shift(self) -> Tensor:
+        """[out, groups]: -scale * zero_point."""
+        return -self.scale * self.zero_point
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Nearest codes, uint8 [out, in]."""
+        grouped = _grouped(weight, self.group)  # [out, groups, group]
+        codes = _round(
+            grouped, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1), self.scheme
+        )
+        return codes.flatten(1)[:, : weight.shape[1]].to(torch.uint8)
+
+
+def check_weight(weight: Tensor) -> Tensor:
+    """`weight` [out, in] as float32.
+
+    Raises:
+        InputError: not a matrix, not floats, or with NaN or infinite values.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise InputError(
+            "a weight to quantize", got=f"{weight.dtype} {tuple(weight.shape)}", allowed="[out, in]"
+        )
+    weight = weight.detach().float()
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError("a weight to quantize has NaN or infinite values")
+    return weight
+
+
+def _grouped(weight: Tensor, group: int) -> Tensor:
+    # Zeros are on every grid, so padding changes neither a range nor an error.
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group))
+    return padded.reshape(len(weight), -1, group)  # [out, groups, group]
+
+
+def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    return (weight / scale).round_().add_(zero_point).clamp_(0, scheme.levels)
+
+
+def min_max(weight: Tensor, scheme: Scheme) -> Grid:
+    """The grid that just covers each group.
+
+    Args:
+        weight: [out, in] float32; the last group may be shorter.
+        scheme: bits, group, symmetric.
+    """
+    group = scheme.group_of(weight.shape[1])
+    grouped = _grouped(weight, group)
+    if not grouped.shape[1]:
+        empty = weight.new_ones(len(weight), 0)
+        return Grid(empty, empty.clone(), scheme, group)
+    low = grouped.amin(-1).clamp_max(0.0)  # [out, groups]
+    high = grouped.amax(-1).clamp_min(0.0)
+    half = 2 ** (scheme.bits - 1)
+    if scheme.symmetric:
+        scale = torch.maximum(high / (half - 1), -low / half)
+    else:
+        scale = high / scheme.levels - low / scheme.levels
+    # A group of zeros, or of numbers too small to divide by.
+    scale = torch.where(scale >= _TINY, scale, 1.0)
+    if scheme.symmetric:
+        zero_point = torch.full_like(scale, half)
+    else:
+        zero_point = (-low / scale).round().clamp(0, scheme.levels)
+    return Grid(scale, zero_point, scheme, group)
+
+
+def mse(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, steps: int = 40) -> Grid:
+    """The min-max grid shrunk, group by group, to the least weighted squared error.
+
+    Args:
+        weight: [out, in] float32.
+        scheme: bits, group, symmetric.
+        importance: [in], weights of the squared errors, e.g. the diagonal of the Gram matrix.
+        steps: factors tried: 1, 1 - 0.8 / steps, ... above 0.2. The largest of equals wins.
+    """
+    whole = min_max(weight, scheme)
+    scales = []
+    factors = 1.0 - 0.8 * torch.arange(steps) / steps
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        grouped = _grouped(weight[rows], whole.group)
+        weights = None
+        if importance is not None:
+            weights = _grouped(importance.float().unsqueeze(0), whole.group)  # [1, groups, group]
+        base, zero_point = whole.scale[rows], whole.zero_point[rows].unsqueeze(-1)
+        best, least = base, torch.full_like(base, torch.inf)
+        for factor in factors.tolist():
+            scale = base * factor
+            wide = scale.unsqueeze(-1)
+            codes = _round(grouped, wide, zero_point, scheme)
+            error = codes.sub_(zero_point).mul_(wide).sub_(grouped).square_()
+            total = (error if weights is None else error.mul_(weights)).sum(-1)
+            better = (total < least) & (scale >= _TINY)
+            best, least = torch.where(better, scale, best), torch.where(better, total, least)
+        scales.append(best)
+    scale = torch.cat(scales) if scales else whole.scale
+    return Grid(scale, whole.zero_point, scheme, whole.group)
+
+
+def to_planes(codes: Tensor, grid: Grid) -> IntegerPlanes:
+    """One plane of `codes` uint8 [out, in] on `grid`."""
+    return IntegerPlanes(
+        codes.unsqueeze(0), (grid.scheme.bits,), grid.scale.unsqueeze(0), grid.shift, grid.group
+    )

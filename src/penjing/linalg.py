@@ -1,0 +1,228 @@
+"""Sums over calibration data, and least squares on them, in float64.
+
+    Gram matrix        G = sum over tokens of x^T x / tokens                       [in, in]
+    damping            G + lambda I, lambda = damping * mean diagonal of the live inputs
+    ridge              argmin over B of ||X B - Y||^2 / n + lambda ||B - T||^2
+                         = (G + lambda I)^-1 (C + lambda T),  C = X^T Y / n
+    GPTQ's factor      upper U with U^T U = (G + lambda I)^-1   (Frantar et al., arXiv 2210.17323)
+
+A dead input, one that was always zero, has its diagonal set to 1: data say nothing of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from penjing.errors import InputError
+
+__all__ = ["Gram", "affine_ridge", "damped_cholesky", "inverse_cholesky_upper", "ridge"]
+
+# Tokens multiplied in float32 before the float64 sum: relative rounding stays near 1e-6.
+_CHUNK = 2048
+_RETRIES = 6
+
+
+def _check_finite(what: str, *tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{what} has NaN or infinite values",
+                next="check the weights and the calibration data",
+            )
+
+
+class Gram:
+    """The mean of x^T x over all tokens added, float64.
+
+    Chunks of 2048 tokens are multiplied in float32 and summed in float64, in the order of the
+    calls: the same calls give the same bits. A chunk whose squares overflow float32 is
+    multiplied in float64.
+
+    Args:
+        width: inputs.
+
+    Attributes:
+        count: tokens added.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.count = 0
+        self._sum = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            x: [..., width], any float type.
+
+        Raises:
+            InputError: another width, or NaN or infinite values; nothing is added then.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.width:
+            raise InputError(
+                "width of the inputs", got=tuple(x.shape), allowed=f"[..., {self.width}]"
+            )
+        x = x.detach().reshape(-1, self.width)  # [tokens, width]
+        _check_finite("a layer's input", x)
+        for start in range(0, len(x), _CHUNK):
+            chunk = x[start : start + _CHUNK]
+            single = chunk.float()
+            product = single.T @ single  # [width, width]
+            if not bool(torch.isfinite(product).all()):
+                double = chunk.double()
+                product = double.T @ double
+            self._sum += product
+        self.count += len(x)
+
+    @property
+    def matrix(self) -> Tensor:
+        """[width, width] float64: sum of x^T x / count.
+
+        Raises:
+            InputError: nothing was added.
+        """
+        self._check_count()
+        return self._sum / self.count
+
+    @property
+    def norm(self) -> Tensor:
+        """[width] float32: root mean square of each input.
+
+        Raises:
+            InputError: nothing was added.
+        """
+        self._check_count()
+        return (self._sum.diagonal() / self.count).sqrt().float()
+
+    def _check_count(self) -> None:
+        if not self.count:
+            raise InputError(
+                "no calibration data reached a layer", next="give more, or other, samples"
+            )
+
+
+def _factor(matrix: Tensor, damping: float) -> tuple[Tensor, float, Tensor]:
+    """Lower factor of the damped matrix, the lambda that made it definite, the dead inputs."""
+    _check_finite("a Gram matrix", matrix)
+    matrix = matrix.double()
+    matrix = (matrix + matrix.T) / 2
+    diagonal = matrix.diagonal()
+    dead = diagonal == 0
+    live = diagonal[~dead]
+    mean = float(live.mean()) if len(live) else 1.0
+    if bool((live < 0).any()):
+        raise InputError("a Gram matrix has a negative diagonal", got=float(live.min()))
+    for attempt in range(_RETRIES):
+        # Without damping the first retry has nothing to multiply; it starts at rounding level.
+        strength = damping * 10**attempt if damping else 1e-12 * 100**attempt * (attempt > 0)
+        damped = matrix + torch.diag(dead.double() + strength * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if not int(info) and bool(torch.isfinite(lower).all()):
+            return lower, strength * mean, dead
+    raise InputError(
+        "a Gram matrix is not positive definite",
+        got=f"damping up to {strength:g} of its mean diagonal",
+        next="give more calibration data",
+    )
+
+
+def damped_cholesky(matrix: Tensor, damping: float = 0.01) -> Tensor:
+    """Lower L with L L^T = matrix + lambda I, float64; lambda grows tenfold until it exists.
+
+    Args:
+        matrix: [n, n], positive semi-definite; left as it is.
+        damping: lambda as a fraction of the mean diagonal.
+
+    Raises:
+        InputError: NaN or infinite values, or not definite after six tries.
+    """
+    return _factor(matrix, damping)[0]
+
+
+def inverse_cholesky_upper(matrix: Tensor, damping: float = 0.01) -> Tensor:
+    """Upper U with U^T U = (matrix + lambda I)^-1, float64 [n, n].
+
+    With J the reversal of rows, J matrix J = L L^T gives matrix = R R^T for the upper
+    R = J L J, so U = R^-1 without ever forming the inverse.
+
+    Raises:
+        InputError: as `damped_cholesky`.
+    """
+    upper = damped_cholesky(matrix.flip(0, 1), damping).flip(0, 1)
+    eye = torch.eye(len(matrix), dtype=torch.float64)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return inverse
+
+
+def ridge(
+    gram: Tensor, cross: Tensor, strength: float = 0.01, toward: Tensor | None = None
+) -> Tensor:
+    """Least squares held to a prior: argmin ||X B - Y||^2 / n + lambda ||B - toward||^2.
+
+    Args:
+        gram: [k, k], X^T X / n.
+        cross: [k, out], X^T Y / n.
+        strength: lambda as a fraction of the mean diagonal of `gram`.
+        toward: [k, out]; zero when None. A dead input gets its row of it.
+
+    Returns:
+        B, float64 [k, out].
+
+    Raises:
+        InputError: shapes that do not fit, NaN or infinite values.
+    """
+    prior = torch.zeros_like(cross) if toward is None else toward
+    k = cross.shape[0]
+    if gram.shape != (k, k) or prior.shape != cross.shape:
+        got = [tuple(t.shape) for t in (gram, cross, prior)]
+        raise InputError("shapes of a ridge", got=got, allowed="[k, k], [k, out], [k, out]")
+    _check_finite("a least-squares problem", cross, prior)
+    lower, added, dead = _factor(gram, strength)
+    prior = prior.double()
+    right = cross.double() + added * prior  # [k, out]
+    right[dead] = (1 + added) * prior[dead]
+    solved: Tensor = torch.cholesky_solve(right, lower)
+    return solved
+
+
+def affine_ridge(
+    count: int,
+    sum_x: Tensor,
+    sum_y: Tensor,
+    gram_xx: Tensor,
+    cross_xy: Tensor,
+    strength: float = 0.01,
+    toward: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The linear map with a bias that fits y = x @ weight.T + bias, held to `toward`.
+
+    The data are centred, so the bias is free and only the weight is held.
+
+    Args:
+        count: tokens.
+        sum_x: [in], sum of x over the tokens.
+        sum_y: [out], sum of y.
+        gram_xx: [in, in], sum of x^T x (a sum, not a mean).
+        cross_xy: [in, out], sum of x^T y.
+        strength: of the ridge, relative to the mean variance of x.
+        toward: [out, in], e.g. the identity; zero when None.
+
+    Returns:
+        weight [out, in] and bias [out], float64.
+
+    Raises:
+        InputError: no tokens, shapes that do not fit, NaN or infinite values.
+    """
+    if count < 1:
+        raise InputError("no calibration data for a linear patch", got=count)
+    _check_finite("a linear patch", sum_x, sum_y, gram_xx, cross_xy)
+    mean_x, mean_y = sum_x.double() / count, sum_y.double() / count
+    gram = gram_xx.double() / count - torch.outer(mean_x, mean_x)  # [in, in]
+    cross = cross_xy.double() / count - torch.outer(mean_x, mean_y)  # [in, out]
+    # A constant input has a variance of rounding noise around zero.
+    noise = gram.diagonal() <= 1e-12 * gram_xx.diagonal().double() / count
+    gram[noise], gram[:, noise], cross[noise] = 0.0, 0.0, 0.0
+    weight = ridge(gram, cross, strength, None if toward is None else toward.T).T
+    return weight, mean_y - weight @ mean_x
