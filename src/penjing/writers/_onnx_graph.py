@@ -1,0 +1,190 @@
+"""The float ONNX graph of a model: `Model.run` traced by torch.export, opset 23.
+
+Encoders and classifiers: the keys of `model.example` -> `output`, batch and length free.
+Decoders: input_ids [batch, new], attention_mask [batch, past + new] and, for each layer i,
+past_key_values.{i}.key and .value [batch, kv heads, past, head width] -> `output`
+[batch, new, vocabulary] and present.{i}.key and .value [batch, kv heads, past + new, width].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from penjing.errors import ExportError, UsageError
+from penjing.model import Model
+
+__all__ = ["OPSET", "float_graph"]
+
+OPSET = 23
+
+
+class _Flat(nn.Module):
+    """`Model.run` with positional tensors."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.module = model.module
+        self._run = model.run
+        self._names = tuple(model.example)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._run(dict(zip(self._names, inputs, strict=True)))
+
+
+class _Cached(nn.Module):
+    """A causal model with its cache as flat inputs and outputs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        batch, new = input_ids.shape
+        positions = torch.arange(new) + past[0].shape[2]  # [new]
+        output = self.module(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            # onnxruntime's rotary embedding wants a row for every sample.
+            position_ids=positions.unsqueeze(0).expand(batch, new),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        present = [t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)]
+        return (output.logits.float(), *present)
+
+
+def float_graph(model: Model) -> onnx.ModelProto:
+    """The model in float32, weights dequantized, activation ranges ignored.
+
+    Raises:
+        UsageError: a bare weight file.
+        ExportError: torch.export cannot trace the module.
+    """
+    if model.interface == "weights":
+        raise UsageError("a bare weight file has no graph", next="give a model, not its weights")
+    if model.interface == "causal":
+        wrapper, inputs, names, outputs, shapes = _cached(model)
+    else:
+        wrapper = _Flat(model)
+        inputs = tuple(_doubled(model, name) for name in model.example)
+        names, outputs = list(model.example), ["output"]
+        axes = {0: "batch"} if model.interface in ("image", "tensor") or model.is_image else None
+        shapes = (tuple(axes or {0: "batch", 1: "length"} for _ in names),)
+    with _without_fake_quantization(model), _silence(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                wrapper,
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=outputs,
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+        except Exception as error:
+            reason = str(error.__cause__ or error).strip().splitlines() or [""]
+            raise ExportError(
+                "the network cannot be traced to ONNX",
+                got=f"{type(error).__name__}: {reason[0]}",
+                next="make its forward free of Python control flow that depends on tensor values",
+            ) from error
+    if program is None:
+        raise ExportError("the network cannot be traced to ONNX")
+    return _plain(program.model_proto)
+
+
+def _doubled(model: Model, name: str) -> Tensor:
+    """The example with at least two samples and two tokens: torch.export fixes a size of 1."""
+    x = model.example[name]
+    x = torch.cat([x, x]) if x.shape[0] < 2 else x
+    if name in ("input_ids", "attention_mask", "token_type_ids"):
+        x = torch.cat([x, x], dim=1) if x.shape[1] < 2 else x[:, :16]
+    return x.contiguous()
+
+
+def _cached(model: Model) -> tuple[nn.Module, tuple[Tensor, ...], list[str], list[str], Any]:
+    ids = _doubled(model, "input_ids")
+    batch, new = ids.shape
+    with torch.no_grad():
+        cache = model.module(input_ids=ids, use_cache=True).past_key_values
+    past = [t[:, :, :3] if t.shape[2] > 3 else t for c in cache.layers for t in (c.keys, c.values)]
+    size = past[0].shape[2]
+    names = ["input_ids", "attention_mask"]
+    outputs = ["output"]
+    for i in range(len(cache.layers)):
+        names += [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
+        outputs += [f"present.{i}.key", f"present.{i}.value"]
+    shapes = (
+        {0: "batch", 1: "length"},
+        {0: "batch", 1: "total"},
+        tuple({0: "batch", 2: "past"} for _ in past),
+    )
+    mask = torch.ones(batch, size + new, dtype=torch.int64)
+    inputs = (ids, mask, *(t.contiguous() for t in past))
+    return _Cached(model.module), inputs, names, outputs, shapes
+
+
+@contextlib.contextmanager
+def _without_fake_quantization(model: Model) -> Iterator[None]:
+    """Take the pre-hooks off the modules that have an activation range, and put them back."""
+    held = []
+    for path in model.activations:
+        module = model.module.get_submodule(path)
+        held.append((module, module._forward_pre_hooks.copy()))
+        module._forward_pre_hooks.clear()
+    try:
+        yield
+    finally:
+        for module, hooks in held:
+            module._forward_pre_hooks.update(hooks)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    was = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(was)
+
+
+def _plain(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Keep of the tracer's notes only the module each node came from; paths of files go."""
+    for node in proto.graph.node:
+        scope = ""
+        for note in node.metadata_props:
+            if note.key == "pkg.torch.onnx.name_scopes":
+                names = [n.strip(" '\"") for n in note.value.strip("[]").split(",")]
+                scope = next((n for n in reversed(names) if n.startswith("module.")), "")
+        del node.metadata_props[:]
+        if scope:
+            node.metadata_props.add(key="module", value=scope.removeprefix("module."))
+        node.doc_string = ""
+    del proto.graph.metadata_props[:]
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del value.metadata_props[:]
+    for tensor in proto.graph.initializer:
+        del tensor.metadata_props[:]
+    return proto
