@@ -17,7 +17,7 @@ LAYERS = [
     ["model"],
     ["linalg", "grids", "masks", "statistics", "progress"],
     ["criteria", "quantizers", "losses", "neurons"],
-    ["graph", "edits", "data"],
+    ["graph", "edits", "data", "weightfiles", "packed"],
     ["calibrate", "tasks"],
     ["steps", "readers", "writers", "runtimes"],
     ["load"],

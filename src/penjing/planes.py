@@ -9,6 +9,7 @@ A convolution's weight [out, in, h, w] is stored as the matrix [out, in * h * w]
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -109,6 +110,11 @@ class IntegerPlanes:
     shape: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        if self.codes.ndim != 3 or self.group < 1:
+            got = f"codes {tuple(self.codes.shape)}, group {self.group}"
+            raise InputError(
+                "integer planes", got=got, allowed="codes [planes, out, in], group >= 1"
+            )
         planes, out, inputs = self.codes.shape
         groups = -(-inputs // self.group)
         if not self.shape:
@@ -157,14 +163,34 @@ class IntegerPlanes:
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor], description: dict[str, object]) -> IntegerPlanes:
-        """Unpack what `tensors` and `describe` gave."""
+        """Unpack what `tensors` and `describe` gave.
+
+        Raises:
+            InputError: tensors that are missing or do not fit the description.
+        """
         bits = tuple(int(b) for b in description["bits"])  # type: ignore[attr-defined]
         shape = tuple(int(n) for n in description["shape"])  # type: ignore[attr-defined]
-        inputs = 1
-        for n in shape[1:]:
-            inputs *= n
-        codes = [unpack_bits(tensors[f"codes{k}"], b, inputs) for k, b in enumerate(bits)]
         group = int(description["group"])  # type: ignore[call-overload]
+        inputs = math.prod(shape[1:])
+        if (
+            not bits
+            or group < 1
+            or not shape
+            or min(shape) < 0
+            or not set(bits) <= set(range(1, 9))
+        ):
+            raise InputError("description of integer planes", got=description)
+        codes = []
+        for k, b in enumerate(bits):
+            packed = tensors.get(f"codes{k}")
+            # Checked before anything is unpacked: a description must not size an allocation.
+            size = (shape[0], -(-inputs * b // 8))
+            if packed is None or packed.dtype != torch.uint8 or tuple(packed.shape) != size:
+                got = "none" if packed is None else f"{packed.dtype} {tuple(packed.shape)}"
+                raise InputError(f"codes {k} of integer planes", got=got, allowed=f"uint8 {size}")
+            codes.append(unpack_bits(packed, b, inputs))
+        if missing := {"scale", "shift"} - set(tensors):
+            raise InputError("integer planes without", got=", ".join(sorted(missing)))
         return IntegerPlanes(
             torch.stack(codes), bits, tensors["scale"], tensors["shift"], group, shape
         )

@@ -1,0 +1,74 @@
+"""How one quantized weight sits in a bare weight file.
+
+A quantized file holds, for each tensor, `name.codes`, `name.scale` and `name.shift` (without
+the name for a lone `.npy`) and a JSON description under `penjing`. Codes of 8 bits have the
+weight's shape, and with one group a row `scale * codes + shift` broadcasts to it; fewer bits
+are packed, least significant first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penjing.planes import IntegerPlanes
+
+__all__ = ["FLOATS", "keys", "pack", "restored", "unpack"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def restored(planes: IntegerPlanes, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, cut to its range, as a matrix."""
+    limits = torch.finfo(dtype)
+    return planes.dequantize().double().clamp(limits.min, limits.max).to(dtype)
+
+
+def pack(planes: IntegerPlanes, tensor: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of one weight; one plane is stored to broadcast where it can."""
+    rows, groups = planes.shift.shape
+    description = planes.describe() | {
+        "matrix": list(planes.shape),
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
+    stored = planes.tensors()
+    if len(planes.bits) > 1:
+        return description, stored
+    codes = stored["codes0"]
+    if planes.bits[0] == 8:
+        codes = codes.reshape(tensor.shape)
+    scale, shift = planes.scale[0], planes.shift  # [out, groups]
+    if groups == 1 and tensor.ndim != 2:
+        lead = [rows] if rows > 1 else [1]
+        wide = [*lead, *[1] * (tensor.ndim - 1)] if tensor.ndim else []
+        scale, shift = scale.reshape(wide), shift.reshape(wide)
+    return description, {"codes": codes, "scale": scale, "shift": shift}
+
+
+def keys(description: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors of one weight with this description."""
+    planes = len(description["bits"])
+    codes = {"codes"} if planes == 1 else {f"codes{k}" for k in range(planes)}
+    return codes | {"scale", "shift"}
+
+
+def unpack(stored: dict[str, Tensor], description: Mapping[str, Any]) -> Tensor:
+    """The weight in its dtype and shape; takes `stored` apart.
+
+    Raises:
+        InputError, KeyError, TypeError, ValueError, RuntimeError: a damaged file.
+    """
+    rows, width = (int(n) for n in description["matrix"])
+    groups = -(-width // int(description["group"])) if width else 0
+    planes = len(description["bits"])
+    if planes == 1:
+        stored["codes0"] = stored.pop("codes").reshape(rows, -1 if rows * width else 0)
+    stored["scale"] = stored["scale"].reshape(planes, rows, groups)
+    stored["shift"] = stored["shift"].reshape(rows, groups)
+    built = IntegerPlanes.from_tensors(stored, {**description, "shape": [rows, width]})
+    dtype = {str(d).removeprefix("torch."): d for d in FLOATS}[description["dtype"]]
+    return restored(built, dtype).reshape([int(n) for n in description["shape"]])
