@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationRange", "Slice", "Edit", "Kind", "Patch", "Recipe", "Step"]
 
-Kind = Literal["mask", "weight", "slice", "drop", "patch", "quantize", "activation"]
+Kind = Literal["mask", "weight", "slice", "drop", "patch", "fold", "quantize", "activation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,7 @@ class Edit:
             slice: tuple of `Slice`, every parameter coupled to the removed neurons;
             drop: None, the block at `path` goes away;
             patch: `Patch` at the block at `path`;
+            fold: path of a batch norm that goes into the convolution at `path`;
             quantize: `IntegerPlanes` for the parameter;
             activation: `ActivationRange` for the input of the module at `path`.
         path: dotted path of a parameter (mask, weight, quantize), or of a module.
@@ -83,7 +84,7 @@ class Edit:
 
     kind: Kind
     path: str
-    value: Tensor | tuple[Slice, ...] | Patch | IntegerPlanes | ActivationRange | None
+    value: Tensor | tuple[Slice, ...] | Patch | IntegerPlanes | ActivationRange | str | None
     why: str
     note: Mapping[str, float] = field(default_factory=dict)
 

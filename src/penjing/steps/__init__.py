@@ -1,1 +1,1 @@
-"""steps"""
+"""The steps: one technique a file, each a frozen dataclass whose fields are its options."""

@@ -1,0 +1,195 @@
+"""Apply: the only place that changes a model. Block by block, journalled, replayable.
+
+After each unit its edits are on disk; a killed run reads them back and goes on. The same
+recipe, data and seed give the same bytes, killed or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from penjing.calibrate import Stream, Unit, units_of
+from penjing.edits import pack, perform, unpack
+from penjing.errors import InputError
+from penjing.files import sync
+from penjing.model import Batch, Model
+from penjing.progress import track
+from penjing.recipe import Edit, Recipe
+
+__all__ = ["Applied", "Done", "Journal", "apply"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """One edit that was made, for the report."""
+
+    step: str
+    kind: str
+    path: str
+    why: str
+    note: dict[str, float]
+
+
+@dataclass
+class Applied:
+    """An edited model and the list of what was done to it."""
+
+    model: Model
+    done: list[Done] = field(default_factory=list)
+
+
+def apply(
+    model: Model,
+    recipe: Recipe,
+    batches: Sequence[Batch] = (),
+    *,
+    original: Model | None = None,
+    journal: Path | None = None,
+) -> Applied:
+    """Make a recipe's edits on a copy of `model`.
+
+    Args:
+        model: stays as it is.
+        recipe: steps in order.
+        batches: calibration batches; may be empty for steps that need none.
+        original: what `recover` distils from; `model` when None.
+        journal: folder for finished units, to go on from after a kill.
+
+    Raises:
+        InputError: unusable data, or a journal of another run.
+    """
+    torch.manual_seed(recipe.seed)
+    result = Applied(model.copy())
+    with _journal(journal, model, recipe, batches) as log:
+        for number, step in enumerate(recipe.steps):
+            if step.scope == "model":
+                edits = log.read(number, "whole")
+                if edits is None:
+                    stream = Stream(result.model, batches) if batches else None
+                    whole = Unit(
+                        "whole", result.model, {}, stream, None, original or model, batches
+                    )
+                    edits = list(step.plan(whole, {}))
+                    log.write(number, "whole", edits)
+                _make(result, step.name, edits)
+                continue
+            stream = Stream(result.model, batches) if batches and step.needs else None
+            units = list(units_of(result.model, stream))
+            for unit in track(units, step.name):
+                edits = log.read(number, unit.name)
+                if edits is None:
+                    if stream is not None and unit.index is not None:
+                        stream.enter(unit.index)
+                    collect = stream is not None and unit.layers and step.needs
+                    stats = stream.collect(unit, step.needs) if collect and stream else {}
+                    edits = list(step.plan(unit, stats))
+                    log.write(number, unit.name, edits)
+                _make(result, step.name, edits)
+                if edits and unit.name == "front" and stream is not None:
+                    # What enters the first block has changed.
+                    stream = Stream(result.model, batches)
+                    for later in units:
+                        later.stream = stream
+    return result
+
+
+def _make(result: Applied, step: str, edits: list[Edit]) -> None:
+    for edit in edits:
+        perform(result.model, edit)
+        result.done.append(Done(step, edit.kind, edit.path, edit.why, dict(edit.note)))
+
+
+class Journal:
+    """Finished units of one run, each a safetensors file named in `journal.jsonl`."""
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self.folder, self._units = folder, {}
+        if folder is None:
+            return
+        self._lines = folder / "journal.jsonl"
+        lines = self._lines.read_text().splitlines() if self._lines.exists() else []
+        entries: list[dict[str, Any]] = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # the line that a kill tore; its unit is done again
+                break
+        if entries and entries[0].get("key") != key:
+            raise InputError(
+                "the journal is of another run (recipe, model, data or versions differ)",
+                got=folder,
+                next="remove it, or give the same options",
+            )
+        self._lines.write_text("".join(json.dumps(e) + "\n" for e in entries or [{"key": key}]))
+        self._units = {(e["step"], e["unit"]): e for e in entries[1:]}
+
+    def read(self, step: int, unit: str) -> list[Edit] | None:
+        """The edits of a finished unit, None where it is not finished or its file is torn."""
+        entry = self._units.get((step, unit))
+        if entry is None or self.folder is None:
+            return None
+        path = self.folder / entry["file"]
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+            return None
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return unpack(tensors, file.metadata()["edits"])
+
+    def write(self, step: int, unit: str, edits: list[Edit]) -> None:
+        """Put a finished unit on disk: its file first, then its line."""
+        if self.folder is None:
+            return
+        tensors, text = pack(edits)
+        path = self.folder / f"{step:02d}-{unit.replace('/', '_')}.safetensors"
+        beside = path.with_suffix(".part")
+        try:
+            safetensors.torch.save_file(tensors, beside, {"edits": text})
+            sync(beside)
+            beside.replace(path)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            entry = {"step": step, "unit": unit, "file": path.name, "sha256": digest}
+            with open(self._lines, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, safetensors.SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise InputError(
+                f"cannot write the journal {self.folder}",
+                got=error,
+                next="free disk space and run again; finished blocks are kept",
+            ) from error
+
+
+@contextlib.contextmanager
+def _journal(
+    folder: Path | None, model: Model, recipe: Recipe, batches: Sequence[Batch]
+) -> Iterator[Journal]:
+    if folder is None:
+        yield Journal(None, "")
+        return
+    digest = hashlib.sha256(
+        f"{recipe.to_toml()}{model.source.fingerprint}{model.structure}{torch.__version__}".encode()
+    )
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(batch[name].contiguous().numpy().tobytes())
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # the kernel frees it when its process dies
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError("another run is writing this journal", got=folder) from error
+        yield Journal(folder, digest.hexdigest())

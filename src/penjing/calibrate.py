@@ -1,0 +1,387 @@
+"""Calibration: hidden states block by block, and statistics of every layer's input.
+
+Two streams can run side by side: the edited network, whose later blocks are calibrated on the
+already edited earlier ones, and the original. Where blocks form a chain (each takes the last
+one's output and nothing that changes), a block is entered with the cached hidden states;
+otherwise the network is run again up to that block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penjing.errors import InputError
+from penjing.graph import is_weighted
+from penjing.linalg import Gram
+from penjing.model import Batch, Model
+
+__all__ = ["LayerStats", "Stream", "Unit", "units_of"]
+
+_SAMPLED = 65536
+
+
+@dataclass
+class LayerStats:
+    """Statistics of the input of one layer.
+
+    Attributes:
+        gram: [in, in] mean outer product, float64; None where it was not asked for.
+        norm: [in] root mean square of each input.
+        low, high: range of all values seen.
+        sample: [n] values drawn evenly, to choose a clipping range.
+        count: input vectors seen.
+    """
+
+    gram: Tensor | None = None
+    norm: Tensor | None = None
+    low: float = 0.0
+    high: float = 0.0
+    sample: Tensor | None = None
+    count: int = 0
+
+
+@dataclass
+class Unit:
+    """A part of the network that is planned at once.
+
+    Attributes:
+        name: path of the block, or `front` / `back` for what stands before and after the blocks.
+        layers: layers with a weight matrix, by path.
+        stream: gives the block's inputs; None without data.
+        index: position among the blocks, None for `front`, `back` and the whole network.
+        original: the network before any edit, for steps that plan the whole network.
+        batches: calibration batches, likewise.
+    """
+
+    name: str
+    model: Model
+    layers: dict[str, nn.Module]
+    stream: Stream | None
+    index: int | None
+    original: Model | None = None
+    batches: Sequence[Batch] = ()
+
+
+class _Stop(Exception):
+    pass
+
+
+@dataclass
+class _Call:
+    """One recorded call of a block."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named: bool
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        if self.named:
+            output = block(*self.args, **(self.kwargs | {"hidden_states": hidden}))
+        else:
+            output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    def first(self, batch: int, length: int) -> _Call:
+        """The call on the first samples and positions, for probing.
+
+        Of the other arguments, a dimension as large as the batch or the length is cut with it.
+        """
+        shape = self.hidden.shape
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(cut(v) for v in value)
+            if not isinstance(value, Tensor):
+                return value
+            if value.ndim and value.shape[0] == shape[0]:
+                value = value[:batch]
+            for dim in range(1, value.ndim):
+                if value.shape[dim] == shape[1] and (dim == 1 or value.ndim == 4):
+                    value = value.narrow(dim, 0, min(length, shape[1]))
+            return value
+
+        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
+        return _Call(cut(self.hidden), tuple(cut(a) for a in self.args), kwargs, self.named)
+
+    def double(self) -> _Call:
+        """The call with every float tensor in float64."""
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(widen(v) for v in value)
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.double() if floating else value
+
+        kwargs = {name: widen(value) for name, value in self.kwargs.items()}
+        return _Call(widen(self.hidden), tuple(widen(a) for a in self.args), kwargs, self.named)
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    if args:
+        return _Call(args[0], args[1:], kwargs, named=False)
+    return _Call(
+        kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}, True
+    )
+
+
+class Stream:
+    """Hidden states of a set of calibration batches on their way through the blocks.
+
+    Args:
+        model: the network; edits made to it are seen at once.
+        batches: calibration batches.
+    """
+
+    def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
+        if not batches:
+            raise InputError("no calibration data", next="give --data with at least one sample")
+        self.model, self.batches = model, list(batches)
+        self.front: list[str] = []
+        self.chained = False
+        self._calls: list[list[_Call]] = []  # [batch][block]; hidden only of the entered block
+        self._entered = 0
+        self._mask: Tensor | None = None
+        self._probe()
+
+    def _probe(self) -> None:
+        blocks = [self.model.module.get_submodule(b) for b in self.model.blocks]
+        chained = bool(blocks)
+        seen_front: dict[str, None] = {}
+        inside = False
+        for batch in self.batches:
+            calls: list[_Call] = []
+            last: list[Tensor] = []
+            handles = []
+
+            def enter(
+                _: nn.Module,
+                args: Any,
+                kwargs: Any,
+                calls: list[_Call] = calls,
+                last: list[Tensor] = last,
+            ) -> None:
+                nonlocal chained, inside
+                inside = True
+                call = _call(args, kwargs)
+                if last and call.hidden is not last[0]:
+                    chained = False
+                if calls:  # only the first block's hidden states are kept
+                    call.hidden = calls[0].hidden[:0]
+                calls.append(call)
+
+            def leave(_: nn.Module, args: Any, output: Any, last: list[Tensor] = last) -> None:
+                last[:] = [output[0] if isinstance(output, tuple) else output]
+
+            for block in blocks:
+                # Prepended, so that a patch's own hook does not hide the chain.
+                handles.append(
+                    block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+                )
+                handles.append(block.register_forward_hook(leave))
+            if not self._calls:
+                for name, module in self.model.module.named_modules():
+                    if is_weighted(module):
+
+                        def note(_: nn.Module, args: Any, name: str = name) -> None:
+                            if not inside:
+                                seen_front[name] = None
+
+                        handles.append(module.register_forward_pre_hook(note))
+            try:
+                with torch.no_grad():
+                    self.model.run(batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._calls.append(calls)
+        self.front = list(seen_front)
+        self.chained = chained and all(len(c) == len(blocks) for c in self._calls)
+
+    def enter(self, index: int) -> None:
+        """Move to the input of block `index`; blocks before it must be finished.
+
+        Chained streams only go forward.
+        """
+        if not self.chained:
+            self._entered = index
+            self._calls = [[*self._capture(b, index)] for b in self.batches]
+            return
+        while self._entered < index:
+            block = self.model.module.get_submodule(self.model.blocks[self._entered])
+            for calls in self._calls:
+                call = calls[self._entered]
+                with torch.no_grad():
+                    calls[self._entered + 1].hidden = call.run(block, call.hidden)
+                call.hidden = call.hidden[:0]
+            self._entered += 1
+
+    def _capture(self, batch: Batch, index: int) -> Iterator[_Call]:
+        found: list[_Call] = []
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            found.append(_call(args, kwargs))
+            raise _Stop
+
+        block = self.model.module.get_submodule(self.model.blocks[index])
+        handle = block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        try:
+            with torch.no_grad():
+                self.model.run(batch)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        yield from found
+
+    def calls(self) -> Iterator[_Call]:
+        """The recorded calls of the entered block, one a batch."""
+        for calls, batch in zip(self._calls, self.batches, strict=True):
+            self._mask = batch.get("attention_mask")
+            yield calls[self._entered if self.chained else 0]
+
+    def walk(self) -> Iterator[tuple[int, nn.Module, list[_Call], list[Tensor]]]:
+        """Every block in order: index, module, its calls (with inputs) and its outputs."""
+        for index, path in enumerate(self.model.blocks):
+            self.enter(index)
+            block = self.model.module.get_submodule(path)
+            calls = list(self.calls())
+            outputs = list(self.run(block))
+            yield index, block, calls, outputs
+            if self.chained and index + 1 < len(self.model.blocks):
+                for own, output in zip(self._calls, outputs, strict=True):
+                    own[index].hidden, own[index + 1].hidden = output[:0], output
+                self._entered = index + 1
+
+    def rows(self, number: int, hidden: Tensor) -> Tensor:
+        """Hidden states [batch, length, width] of batch `number` as rows [tokens, width].
+
+        Padding is left out.
+        """
+        return _unpadded(hidden, self.batches[number].get("attention_mask"))
+
+    def run(self, block: nn.Module) -> Iterator[Tensor]:
+        """Outputs of `block` on the entered inputs, one a batch."""
+        with torch.no_grad():
+            for call in self.calls():
+                yield call.run(block, call.hidden)
+
+    def sample(self) -> _Call:
+        """The first call of the entered block."""
+        return next(self.calls())
+
+    def collect(self, unit: Unit, needs: frozenset[str]) -> dict[str, LayerStats]:
+        """Statistics of the inputs of a unit's layers; embeddings have none.
+
+        Raises:
+            InputError: an activation is NaN or infinite.
+        """
+        stats: dict[str, LayerStats] = {}
+        grams: dict[str, Gram] = {}
+        handles = []
+        for name, layer in unit.layers.items():
+            if isinstance(layer, nn.Embedding):
+                continue
+            stats[name] = LayerStats()
+
+            def see(module: nn.Module, args: Any, name: str = name) -> None:
+                x = _unpadded(args[0], self._mask) if isinstance(module, nn.Linear) else args[0]
+                _update(name, module, x, stats[name], grams, needs)
+
+            # Appended, so that the hook sees what the layer sees.
+            handles.append(layer.register_forward_pre_hook(see))
+        try:
+            with torch.no_grad():
+                if unit.index is not None:
+                    block = self.model.module.get_submodule(unit.name)
+                    for call in self.calls():
+                        call.run(block, call.hidden)
+                else:
+                    for batch in self.batches:
+                        self._mask = batch.get("attention_mask")
+                        self.model.run(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, gram in grams.items():
+            stats[name].gram, stats[name].norm = gram.matrix, gram.norm
+        return stats
+
+
+def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
+        return x[mask.bool()]  # [tokens, width]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _update(
+    name: str,
+    layer: nn.Module,
+    x: Tensor,
+    stats: LayerStats,
+    grams: dict[str, Gram],
+    needs: frozenset[str],
+) -> None:
+    low, high = float(x.amin()), float(x.amax())
+    if not (torch.isfinite(torch.tensor([low, high])).all()):
+        raise InputError(
+            f"the input of {name} is NaN or infinite on the calibration data",
+            next="check the data and the model's precision",
+        )
+    stats.low = min(stats.low, low)
+    stats.high = max(stats.high, high)
+    if "range" in needs:
+        flat = x.flatten()
+        step = max(1, flat.numel() // 4096)
+        part = flat[::step][:4096].clone()
+        stats.sample = part if stats.sample is None else torch.cat([stats.sample, part])[-_SAMPLED:]
+    if "gram" not in needs:
+        return
+    vectors = _vectors(layer, x)
+    if vectors is None:
+        return
+    if name not in grams:
+        grams[name] = Gram(vectors.shape[1])
+    grams[name].add(vectors)
+    stats.count += len(vectors)
+
+
+def _vectors(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Input as rows that the weight matrix [out, in] multiplies; None for grouped convolutions."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1])  # [tokens, in]
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        patches = torch.nn.functional.unfold(
+            x,
+            layer.kernel_size,
+            layer.dilation,
+            0 if isinstance(layer.padding, str) else layer.padding,
+            layer.stride,
+        )  # [batch, in * h * w, places]
+        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+        return rows[:: max(1, len(rows) // 4096)]
+    return None
+
+
+def units_of(model: Model, stream: Stream | None) -> Iterator[Unit]:
+    """Front, blocks, back: every weighted layer belongs to exactly one unit."""
+    layers = {n: m for n, m in model.module.named_modules() if is_weighted(m)}
+    inside = {
+        n: next((b for b in model.blocks if n == b or n.startswith(f"{b}.")), None) for n in layers
+    }
+    outside = [n for n, block in inside.items() if block is None]
+    if stream is None:
+        early = [n for n in outside if isinstance(layers[n], nn.Embedding)]
+    else:
+        early = [n for n in outside if n in stream.front]
+    yield Unit("front", model, {n: layers[n] for n in early}, stream, None)
+    for index, block in enumerate(model.blocks):
+        own = {n: m for n, m in layers.items() if inside[n] == block}
+        yield Unit(block, model, own, stream, index)
+    late = [n for n in outside if n not in early]
+    yield Unit("back", model, {n: layers[n] for n in late}, stream, None)

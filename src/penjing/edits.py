@@ -1,0 +1,275 @@
+"""Make one edit on a model, make structural edits again, and store edits in a journal.
+
+`perform` is the only code that changes a module; `replay` makes the structural edits on a
+freshly built module (also on the meta device) so that edited weights fit it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penjing.errors import InputError
+from penjing.graph import find_blocks
+from penjing.model import Model, parent_of
+from penjing.planes import IntegerPlanes
+from penjing.recipe import ActivationRange, Edit, Patch, Slice
+
+__all__ = ["pack", "perform", "replay", "slice_module", "unpack"]
+
+# Integer attributes that count neurons of the layers right below a module.
+_COUNTS = (
+    "num_attention_heads", "num_heads", "n_heads", "n_head", "num_key_value_heads",
+    "all_head_size", "intermediate_size",
+)  # fmt: skip
+
+
+def perform(model: Model, edit: Edit) -> None:
+    """Make `edit` on `model` in place.
+
+    Raises:
+        InputError: the path does not exist or the value does not fit.
+    """
+    value = edit.value
+    if edit.kind in ("mask", "weight", "quantize"):
+        parameter = _parameter(model, edit.path)
+        shape = tuple(value.shape)  # type: ignore[union-attr]
+        if shape != tuple(parameter.shape):
+            raise InputError(
+                f"{edit.kind} of {edit.path}", got=shape, allowed=tuple(parameter.shape)
+            )
+        with torch.no_grad():
+            if isinstance(value, IntegerPlanes):
+                parameter.copy_(value.dequantize())
+                model.planes[edit.path] = value
+            elif edit.kind == "mask" and isinstance(value, Tensor):
+                parameter.mul_(value)
+                model.masks[edit.path] = value & model.masks.get(edit.path, value)
+            elif isinstance(value, Tensor):
+                parameter.copy_(value)
+    elif isinstance(value, ActivationRange):
+        layer = model.module.get_submodule(edit.path)
+        if not hasattr(layer, "penjing_range"):
+            layer.register_forward_pre_hook(_quantize_input)
+        layer.penjing_range = value  # type: ignore[assignment]
+        model.activations[edit.path] = value
+    elif isinstance(value, Patch):
+        _patch(model, edit, value)
+    else:
+        _restructure(model, _structural(edit))
+
+
+def replay(model: Model, structure: list[dict[str, Any]]) -> None:
+    """Make structural edits again on a freshly built module; weights are loaded after."""
+    for entry in structure:
+        _restructure(model, entry)
+
+
+def slice_module(module: nn.Module, slices: list[tuple[str, int, list[int]]]) -> None:
+    """Keep only some indices of parameters, and set the counts of the layers that hold them."""
+    scaled: set[tuple[int, str]] = set()
+    for path, dim, kept in slices:
+        holder, name = parent_of(module, path)
+        old = getattr(holder, name)
+        index = torch.tensor(kept, dtype=torch.long, device=old.device)
+        new = old.data.index_select(dim, index)  # [kept along dim]
+        setattr(holder, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        if isinstance(holder, nn.Linear):
+            holder.out_features, holder.in_features = holder.weight.shape
+        owner = parent_of(module, path.rpartition(".")[0])[0]
+        for attribute in _COUNTS if name == "weight" and dim == 0 else ():
+            count = getattr(owner, attribute, None)
+            if isinstance(count, int) and (id(owner), attribute) not in scaled:
+                scaled.add((id(owner), attribute))
+                if count * len(kept) % old.shape[dim] == 0:
+                    setattr(owner, attribute, count * len(kept) // old.shape[dim])
+
+
+def _parameter(model: Model, path: str) -> nn.Parameter:
+    holder, name = parent_of(model.module, path)
+    found = getattr(holder, name, None)
+    if not isinstance(found, nn.Parameter):
+        raise InputError("no such parameter", got=path, next="see penjing inspect")
+    return found
+
+
+def _structural(edit: Edit) -> dict[str, Any]:
+    entry: dict[str, Any] = {"kind": edit.kind, "path": edit.path}
+    if edit.kind == "slice":
+        slices: tuple[Slice, ...] = edit.value  # type: ignore[assignment]
+        entry["slices"] = [[s.path, s.dim, s.kept.tolist()] for s in slices]
+    elif isinstance(edit.value, Patch):
+        entry |= {"position": edit.value.position, "width": edit.value.weight.shape[0]}
+    elif edit.kind == "fold":
+        entry["norm"] = edit.value
+    return entry
+
+
+def _restructure(model: Model, entry: dict[str, Any]) -> None:
+    kind, path = entry["kind"], entry["path"]
+    if kind == "slice":
+        slice_module(model.module, [(p, d, k) for p, d, k in entry["slices"]])
+    elif kind == "patch":
+        block, name = model.module.get_submodule(path), f"penjing_{entry['position']}"
+        like = next(block.parameters())
+        block.add_module(name, nn.Linear(entry["width"], entry["width"], device=like.device))
+        if entry["position"] == "before":
+            block.register_forward_pre_hook(_patch_before, with_kwargs=True)
+        else:
+            block.register_forward_hook(_patch_after)
+    elif kind == "drop":
+        _drop(model, path)
+    elif kind == "fold":
+        _fold(model.module, path, entry["norm"])
+    else:
+        raise InputError("unknown structural edit", got=kind)
+    model.structure.append(entry)
+
+
+def _drop(model: Model, path: str) -> None:
+    container, name = parent_of(model.module, path)
+    units = list(container.children())
+    if not isinstance(container, nn.ModuleList | nn.Sequential) or len(units) < 2:
+        raise InputError("only a repeated block can be cut, and one must stay", got=path)
+    index = list(dict(container.named_children())).index(name)
+    del container[index]
+    _repair_config(model.module, len(units), index)
+    for position, unit in enumerate(container.children()):
+        for part in unit.modules():
+            if isinstance(getattr(part, "layer_idx", None), int):
+                part.layer_idx = position  # type: ignore[assignment]
+    prefix = path.rpartition(".")[0]
+
+    def moved(key: str) -> str | None:
+        head, rest = key[: len(prefix) + 1], key[len(prefix) + 1 :]
+        number, dot, tail = rest.partition(".")
+        if head != f"{prefix}." or not number.isdigit() or int(number) < index:
+            return key
+        return None if int(number) == index else f"{prefix}.{int(number) - 1}{dot}{tail}"
+
+    for table in (model.masks, model.planes, model.activations):
+        kept = {new: v for key, v in table.items() if (new := moved(key)) is not None}
+        table.clear()
+        table.update(kept)  # type: ignore[arg-type]
+    model.blocks = find_blocks(model.module) or tuple(
+        new for b in model.blocks if (new := moved(b)) is not None
+    )
+
+
+def _repair_config(module: nn.Module, layers: int, index: int) -> None:
+    """Depth and per-layer lists of every Hugging Face configuration below `module`."""
+    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in configs.values():
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if name in vars(config) and getattr(config, name) == layers:
+                setattr(config, name, layers - 1)
+        for name, value in list(vars(config).items()):
+            if name in ("layer_types", "mlp_layer_types") and isinstance(value, list):
+                setattr(config, name, value[:index] + value[index + 1 :])
+
+
+def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
+    """Batch norm in evaluation is a scale and a shift of each output channel of the convolution."""
+    conv, norm = module.get_submodule(conv_path), module.get_submodule(norm_path)
+    with torch.no_grad():
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+        bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)  # type: ignore[arg-type]
+        conv.weight = nn.Parameter(conv.weight * scale.reshape(-1, 1, 1, 1))  # type: ignore[operator]
+        conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias)  # type: ignore[operator]
+    holder, name = parent_of(module, norm_path)
+    setattr(holder, name, nn.Identity())
+
+
+def _patch(model: Model, edit: Edit, patch: Patch) -> None:
+    block, name = model.module.get_submodule(edit.path), f"penjing_{patch.position}"
+    weight, bias = patch.weight, patch.bias
+    if isinstance(old := getattr(block, name, None), nn.Linear):
+        first, second = ((weight, bias), (old.weight.data, old.bias.data))
+        if patch.position == "after":
+            first, second = second, first
+        weight, bias = second[0] @ first[0], second[0] @ first[1] + second[1]
+    else:
+        _restructure(model, _structural(edit))
+    linear = block.get_submodule(name)
+    with torch.no_grad():
+        linear.weight.copy_(weight)  # type: ignore[operator]
+        linear.bias.copy_(bias)  # type: ignore[operator]
+
+
+def _patch_before(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    patch: nn.Module = block.penjing_before  # type: ignore[assignment]
+    if args:
+        return (patch(args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": patch(kwargs["hidden_states"])}
+
+
+def _patch_after(block: nn.Module, args: Any, output: Any) -> Any:
+    patch: nn.Module = block.penjing_after  # type: ignore[assignment]
+    if isinstance(output, tuple):
+        return (patch(output[0]), *output[1:])
+    return patch(output)
+
+
+def _quantize_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Round the input to the grid the runtime will use: what is measured is what is shipped."""
+    found: ActivationRange | None = layer.penjing_range  # type: ignore[assignment]
+    if found is None:
+        return None
+    x = args[0]
+    scale, zero = torch.tensor(found.scale), torch.tensor(float(found.zero_point))
+    if found.scale == 0:
+        low, high = x.amin().clamp_max(0), x.amax().clamp_min(0)
+        scale = ((high - low) / 255).clamp_min(1e-12)
+        zero = torch.round(-low / scale)
+    grid = torch.clamp(torch.round(x / scale.to(x)) + zero.to(x), 0, 255)
+    return ((grid - zero.to(x)) * scale.to(x), *args[1:])
+
+
+def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
+    """Edits as safetensors-ready tensors and a JSON text; `unpack` is the inverse."""
+    tensors: dict[str, Tensor] = {}
+    table = []
+    for number, edit in enumerate(edits):
+        entry: dict[str, Any] = {
+            "kind": edit.kind, "path": edit.path, "why": edit.why, "note": dict(edit.note),
+        }  # fmt: skip
+        value = edit.value
+        if isinstance(value, IntegerPlanes):
+            entry["planes"] = value.describe()
+            tensors |= {f"{number}.{k}": t.contiguous() for k, t in value.tensors().items()}
+        elif isinstance(value, Tensor):
+            tensors[f"{number}.value"] = value.contiguous()
+        elif isinstance(value, Patch):
+            entry["position"] = value.position
+            tensors |= {f"{number}.weight": value.weight, f"{number}.bias": value.bias}
+        elif isinstance(value, ActivationRange):
+            entry["range"] = [value.scale, value.zero_point]
+        elif isinstance(value, tuple):
+            entry["slices"] = [[s.path, s.dim, s.kept.tolist()] for s in value]
+        elif isinstance(value, str):
+            entry["norm"] = value
+        table.append(entry)
+    return tensors, json.dumps(table)
+
+
+def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
+    """Inverse of `pack`."""
+    edits = []
+    for number, entry in enumerate(json.loads(text)):
+        own = {k.partition(".")[2]: t for k, t in tensors.items() if k.split(".")[0] == str(number)}
+        value: Any = own.get("value")
+        if "planes" in entry:
+            value = IntegerPlanes.from_tensors(own, entry["planes"])
+        elif "position" in entry:
+            value = Patch(own["weight"], own["bias"], entry["position"])
+        elif "range" in entry:
+            value = ActivationRange(*entry["range"])
+        elif "slices" in entry:
+            value = tuple(Slice(p, d, torch.tensor(k)) for p, d, k in entry["slices"])
+        elif "norm" in entry:
+            value = entry["norm"]
+        edits.append(Edit(entry["kind"], entry["path"], value, entry["why"], entry["note"]))
+    return edits

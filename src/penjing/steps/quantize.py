@@ -1,0 +1,128 @@
+"""Quantize: weights become integers with scales, and with `activations` layer inputs too.
+
+Weights: a quantizer of `penjing.quantizers` on the matrix [out, in]. Activations: one unsigned
+8-bit range a layer, chosen by the smallest squared error on calibration values, or found at
+run time (`dynamic`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from penjing.calibrate import LayerStats, Unit
+from penjing.errors import InputError, UsageError
+from penjing.planes import Scheme
+from penjing.recipe import ActivationRange, Edit
+from penjing.registry import lookup
+from penjing.steps._select import canonical, selected
+
+__all__ = ["Quantize", "activation_range"]
+
+# Tables smaller than this (token types and the like) cost more in metadata than they save.
+_SMALL_TABLE = 16384
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantize weights, and activations where asked.
+
+    Attributes:
+        bits: of linear and convolution weights, 2 to 8; 0 leaves them.
+        group: inputs that share a scale; 0 is the whole row.
+        method: a name of `penjing.quantizers`, or `file.py:function`.
+        symmetric: integer zero point in the middle; 8-bit activations need it.
+        activations: 8 for 8-bit layer inputs, 0 for none.
+        dynamic: find activation ranges at run time instead of from data.
+        embeddings: bits of embedding tables, 0 leaves them.
+        embedding_group: entries that share a scale in an embedding row; 0 is the whole row.
+        targets: globs of layer paths; without any, every layer.
+        skip: globs of layer paths that stay as they are.
+    """
+
+    name: ClassVar[str] = "quantize"
+    scope: ClassVar[str] = "block"
+
+    bits: int = 8
+    group: int = 0
+    method: str = "gptq"
+    symmetric: bool = False
+    activations: int = 0
+    dynamic: bool = False
+    embeddings: int = 0
+    embedding_group: int = 0
+    targets: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for bits in (self.bits, self.embeddings):
+            if bits:
+                Scheme(bits, self.group, self.symmetric)
+        lookup("quantizers", self.method, "fit")
+        if self.activations not in (0, 8):
+            raise UsageError("activations", got=self.activations, allowed="0 or 8 bits")
+        if self.activations and (self.bits != 8 or self.group or not self.symmetric):
+            raise UsageError(
+                "8-bit activations", allowed="with bits = 8, group = 0 and symmetric weights"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Gram matrices unless the method is blind; ranges for static activations."""
+        gram = set() if self.method in ("rtn", "random") or not self.bits else {"gram"}
+        static = {"range"} if self.activations and not self.dynamic else set()
+        return frozenset(gram | static)
+
+    def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
+        """Planes for every layer, ranges for every layer input."""
+        fit = lookup("quantizers", self.method, "fit")
+        skipped = selected(unit, self.skip) if self.skip else {}
+        for path, layer in selected(unit, self.targets).items():
+            table = isinstance(layer, nn.Embedding)
+            bits = self.embeddings if table else self.bits
+            weight: Tensor = layer.weight.detach()  # type: ignore[operator,assignment]
+            name = canonical(unit.model, f"{path}.weight")
+            if path in skipped or not bits or (table and weight.numel() < _SMALL_TABLE):
+                continue
+            own = stats.get(path, LayerStats())
+            if name not in unit.model.planes:
+                scheme = Scheme(bits, self.embedding_group if table else self.group, self.symmetric)
+                if own.gram is not None and not torch.isfinite(own.gram).all():
+                    raise InputError(f"the Gram matrix of {path} is not finite")
+                matrix = weight.reshape(len(weight), -1).float()  # [out, in]
+                planes = replace(fit(matrix, scheme, own), shape=tuple(weight.shape))
+                error = float(
+                    (planes.dequantize() - weight).norm() / weight.norm().clamp_min(1e-12)
+                )
+                where = f"group {scheme.group}" if scheme.group else "per channel"
+                yield Edit(
+                    "quantize", name, planes, f"{bits} bits {where} by {self.method}",
+                    {"bits": float(bits), "weight_error": error},
+                )  # fmt: skip
+            if self.activations and not table:
+                found = ActivationRange(0.0, 0) if self.dynamic else activation_range(own, path)
+                yield Edit("activation", path, found, "8-bit input")
+
+
+def activation_range(stats: LayerStats, path: str) -> ActivationRange:
+    """The 8-bit grid over [low, high] scaled by c that has the least squared error.
+
+    Zero stays exactly representable, as padding and ReLU need.
+    """
+    if stats.sample is None:
+        raise UsageError(f"{path} was not reached by the calibration data", next="give --data")
+    sample = stats.sample
+    best, chosen = float("inf"), ActivationRange(1.0, 0)
+    for clip in torch.linspace(1.0, 0.3, 36).tolist():
+        low, high = min(stats.low * clip, 0.0), max(stats.high * clip, 0.0)
+        scale = max((high - low) / 255, 1e-12)
+        zero = round(-low / scale)
+        grid = torch.clamp(torch.round(sample / scale) + zero, 0, 255)
+        error = float(((grid - zero) * scale - sample).square().sum())
+        if error < best:
+            best, chosen = error, ActivationRange(scale, zero)
+    return chosen
