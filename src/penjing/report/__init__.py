@@ -1,1 +1,107 @@
-"""report"""
+"""report.html: one page that says what was asked, done and measured, and how to do it again."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from penjing.errors import InputError
+from penjing.files import read_json, whole_file
+from penjing.report.page import render
+from penjing.report.text import finite
+from penjing.result import FORMAT, Result
+
+__all__ = ["render", "write"]
+
+
+def write(folder: Path) -> Path:
+    """Write report.html into an artifact folder, whole or not at all; gives its path.
+
+    Reads results.json, recipe.toml and manifest.json. An existing report.html is replaced.
+    The title is the manifest's `name` (else the folder's), the command the manifest's `command`
+    (else the one that replays the recipe).
+
+    Raises:
+        InputError: a file is missing or malformed, or the folder cannot be written.
+    """
+    if not folder.is_dir():
+        raise InputError("no such artifact folder", got=folder)
+    result = _read_result(folder / "results.json")
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict):
+        raise InputError(f"{folder / 'manifest.json'} is not a table", got=type(manifest).__name__)
+    try:
+        recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("recipe.toml cannot be read", got=f"{folder} ({error})") from error
+    title, command = manifest.get("name"), manifest.get("command")
+    page = render(
+        result,
+        title=title if isinstance(title, str) and title else folder.absolute().name,
+        recipe_toml=recipe,
+        command=command if isinstance(command, str) and command else _REPLAY,
+    )
+    output = folder / "report.html"
+    whole_file(output, lambda path: _write_text(path, page), overwrite=True)
+    return output
+
+
+_REPLAY = "penjing apply MODEL recipe.toml -o OUT"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _read_result(path: Path) -> Result:
+    table = read_json(path)
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        found = table.get("format") if isinstance(table, dict) else type(table).__name__
+        raise InputError(f"{path} is of another format", got=found, allowed=f"format {FORMAT}")
+    _check({k: v for k, v in table.items() if k != "format"}, Result, path.name)
+    return Result.from_json(table)
+
+
+def _check(value: Any, hint: Any, place: str) -> None:
+    """Refuse JSON that does not have the shape of `hint`, a dataclass of the nouns."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in inner:
+            return
+        _check(value, next(h for h in inner if h is not type(None)), place)
+    elif origin is tuple:
+        _expect(isinstance(value, list), value, "a list", place)
+        for index, item in enumerate(value):
+            _check(item, inner[0], f"{place}[{index}]")
+    elif origin is dict:
+        _expect(isinstance(value, dict), value, "a table", place)
+        for key, item in value.items():
+            _check(item, inner[1], f"{place}.{key}")
+    elif is_dataclass(hint):
+        _expect(isinstance(value, dict), value, "a table", place)
+        hints = typing.get_type_hints(hint)
+        needed = {
+            f.name for f in fields(hint) if f.default is MISSING and f.default_factory is MISSING
+        }
+        if missing := sorted(needed - set(value)):
+            raise InputError(f"{place} has no {missing[0]}", allowed=", ".join(sorted(hints)))
+        if surplus := sorted(set(value) - set(hints)):
+            raise InputError(f"{place} has a surplus {surplus[0]}", allowed=", ".join(hints))
+        for key, item in value.items():
+            _check(item, hints[key], f"{place}.{key}")
+    elif hint is float:
+        _expect(finite(value) and not isinstance(value, bool), value, "a finite number", place)
+    elif hint is int:
+        _expect(isinstance(value, int) and not isinstance(value, bool), value, "an integer", place)
+    else:
+        _expect(isinstance(value, hint), value, hint.__name__, place)
+
+
+def _expect(holds: bool, value: Any, allowed: str, place: str) -> None:
+    if not holds:
+        raise InputError(f"{place} is malformed", got=repr(value), allowed=allowed)
