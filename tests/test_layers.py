@@ -31,7 +31,7 @@ LAYERS = [
     ["__init__"],
     ["__main__"],
 ]
-TOGETHER = {"steps", "fit", "report", "cli", "data"}
+TOGETHER = {"readers", "steps", "fit", "report", "cli", "data"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
