@@ -67,7 +67,7 @@ def check_weight(weight: Tensor) -> Tensor:
 def _grouped(weight: Tensor, group: int) -> Tensor:
     # Zeros are on every grid, so padding changes neither a range nor an error.
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group))
-    return padded.reshape(len(weight), -1, group)  # [out, groups, group]
+    return padded.reshape(len(weight), padded.shape[1] // group, group)  # [out, groups, group]
 
 
 def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
