@@ -22,8 +22,6 @@ from penjing.model import Batch, Model
 
 __all__ = ["LayerStats", "Stream", "Unit", "units_of"]
 
-_SAMPLED = 65536
-
 
 @dataclass
 class LayerStats:
@@ -33,7 +31,6 @@ class LayerStats:
         gram: [in, in] mean outer product, float64; None where it was not asked for.
         norm: [in] root mean square of each input.
         low, high: range of all values seen.
-        sample: [n] values drawn evenly, to choose a clipping range.
         count: input vectors seen.
     """
 
@@ -41,7 +38,6 @@ class LayerStats:
     norm: Tensor | None = None
     low: float = 0.0
     high: float = 0.0
-    sample: Tensor | None = None
     count: int = 0
 
 
@@ -335,11 +331,6 @@ def _update(
         )
     stats.low = min(stats.low, low)
     stats.high = max(stats.high, high)
-    if "range" in needs:
-        flat = x.flatten()
-        step = max(1, flat.numel() // 4096)
-        part = flat[::step][:4096].clone()
-        stats.sample = part if stats.sample is None else torch.cat([stats.sample, part])[-_SAMPLED:]
     if "gram" not in needs:
         return
     vectors = _vectors(layer, x)

@@ -34,7 +34,7 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
 
 def _repeated(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """Containers at the outermost level whose children are the same kind of composite module."""
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for name, child in root.named_children():
         units = list(child.children())
         composite = [u for u in units if next(u.children(), None) is not None]
@@ -159,17 +159,7 @@ def _reach(
         seen: dict[str, Tensor] = {}
         handles = []
         for name, layer in layers.items():
-
-            def look(
-                _: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name
-            ) -> Any:
-                seen[name] = args[0]
-                if name == producer:
-                    return output + noise
-                if name == consumer:  # frozen, so that whatever still changes went around it
-                    return base_outputs[name].expand_as(output)
-                return None
-
+            look = _disturb(name, producer, consumer, noise, base_outputs, seen)
             handles.append(layer.register_forward_hook(look))
         try:
             with torch.no_grad():
@@ -186,6 +176,25 @@ def _reach(
         reach[chosen] = difference.amax(1) > _CHANGE
     # Where every channel touches everything no unit could be removed on its own.
     return None if not reach.any() or reach.all() else reach
+
+
+def _disturb(
+    name: str,
+    producer: str,
+    consumer: str,
+    noise: Tensor,
+    base_outputs: dict[str, Tensor],
+    seen: dict[str, Tensor],
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that notes a layer's input, adds noise behind the producer, freezes the consumer."""
+
+    def look(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen[name] = args[0]
+        if name == consumer:  # whatever still changes behind it went around it
+            return base_outputs[name].expand_as(output)
+        return output + noise if name == producer else output
+
+    return look
 
 
 def _partition(consumer: str, maps: dict[str, Tensor]) -> Group | None:

@@ -3,7 +3,8 @@
 Removing inputs g of a consumer W with Gram matrix H, and refitting the rest, costs
     trace(W_g ([H^-1]_gg)^-1 W_g^T)
 (Hassibi and Stork 1993, for groups: ZipLM, Kurtic et al., NeurIPS 2023, section 3). The
-cheapest group goes, W and H^-1 are updated, and so on; the updated W is the least-squares refit.
+cheapest group goes, W and H^-1 are updated, and so on; the updated W is the least-squares
+refit. Single neurons go a thirtieth at a time.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def greedy_obs(
     index = torch.tensor(units)  # [units, size]
     alive = torch.ones(len(units), dtype=torch.bool)
     size = index.shape[1]
+    # Single inputs go some at a time: the order inside 3 % hardly matters, the time does.
+    stride = max(1, len(units) // 32) if size == 1 else 1
     while int(alive.sum()) > keep:
         left = alive.nonzero().flatten()
         if size == 1:
@@ -45,15 +48,16 @@ def greedy_obs(
             blocks = inverse[index[left].unsqueeze(-1), index[left].unsqueeze(-2)]
             part = updated[:, index[left]].permute(1, 2, 0)  # [left, size, out]
             cost = (part * torch.linalg.solve(blocks, part)).sum((1, 2))
-        chosen = int(left[int(cost.argmin())])
-        gone = index[chosen]
-        step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # [size, in]
+        count = min(stride, int(alive.sum()) - keep)
+        chosen = left[torch.sort(cost, stable=True).indices[:count]]
+        gone = index[chosen].flatten()
+        step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # [gone, in]
         updated -= updated[:, gone] @ step
         inverse -= inverse[:, gone] @ step
         # Exact zeros: rounding must not bring a removed input back.
         updated[:, gone] = 0
-        inverse[gone], inverse[:, gone] = 0, 0
-        inverse[gone, gone] = 1
+        inverse[gone], inverse[:, gone] = 0.0, 0.0
+        inverse[gone, gone] = 1.0
         alive[chosen] = False
     kept = alive.nonzero().flatten().tolist()
     inputs = sorted(i for u in kept for i in units[u])

@@ -158,7 +158,8 @@ def _fit(
         else:
             sums.add(x[calm], y[calm])
     eye = torch.eye(sums.width, dtype=torch.float64)
-    weight, bias = affine_ridge(sums.count, *sums.tensors, strength=strength, toward=eye)
+    sum_x, sum_y, gram, cross = sums.tensors
+    weight, bias = affine_ridge(sums.count, sum_x, sum_y, gram, cross, strength, eye)
     weight, bias = weight.float(), bias.float()
     total = sum(float(y.square().sum()) for _, y in tests)
     before = sum(float((x - y).square().sum()) for x, y in tests)

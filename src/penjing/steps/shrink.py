@@ -104,7 +104,7 @@ class Shrink:
     def _choose(
         self, consumer: nn.Module, group: Group, keep: int, stats: LayerStats
     ) -> tuple[list[int], Tensor]:
-        weight: Tensor = consumer.weight.detach().float()  # type: ignore[operator,assignment]
+        weight: Tensor = consumer.weight.detach().float()  # type: ignore[operator]
         units = [list(u) for u in group.units]
         gram = stats.gram
         if gram is None:
@@ -155,7 +155,7 @@ def proof(
     masked, small = copy.deepcopy(block), copy.deepcopy(block)
     gone = [i for u in range(len(group.units)) if u not in set(kept) for i in group.units[u]]
     with torch.no_grad():
-        masked.get_submodule(group.consumer).weight[:, gone] = 0  # type: ignore[index,operator]
+        masked.get_submodule(group.consumer).weight[:, gone] = 0  # type: ignore[operator]
         slice_module(small, [(s.path, s.dim, s.kept.tolist()) for s in slices])
         assert unit.stream is not None
         call = unit.stream.sample()
