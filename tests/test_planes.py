@@ -10,10 +10,11 @@ from penjing.planes import IntegerPlanes, Scheme, pack_bits, unpack_bits
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 13])
-def test_packing_is_numpys_little_endian_bit_order(bits: int, n: int) -> None:
-    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, n), dtype=np.uint8)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_packing_is_numpys_little_endian_bit_order(bits: int, n: int, rows: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (rows, n), dtype=np.uint8)
     stream = np.unpackbits(codes[..., None], axis=-1, bitorder="little")[..., :bits]
-    wanted = np.packbits(stream.reshape(3, n * bits), axis=1, bitorder="little")
+    wanted = np.packbits(stream.reshape(rows, n * bits), axis=1, bitorder="little")
     packed = pack_bits(torch.from_numpy(codes), bits)
     np.testing.assert_array_equal(packed.numpy(), wanted)
     np.testing.assert_array_equal(unpack_bits(packed, bits, n).numpy(), codes)
@@ -57,6 +58,7 @@ def test_stored_and_back(bits: tuple[int, ...], group: int, shape: tuple[int, ..
     tensors = planes.tensors()
     again = IntegerPlanes.from_tensors(tensors, planes.describe())
     assert torch.equal(again.dequantize(), planes.dequantize())
+    assert planes.stored_bytes == sum(t.nbytes for t in tensors.values())
     out, inputs = planes.codes.shape[1:]
     rows = sum(-(-inputs * b // 8) for b in bits)
     assert planes.stored_bytes == out * (rows + 4 * (len(bits) + 1) * -(-inputs // group))

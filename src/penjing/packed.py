@@ -63,12 +63,13 @@ def unpack(stored: dict[str, Tensor], description: Mapping[str, Any]) -> Tensor:
         InputError, KeyError, TypeError, ValueError, RuntimeError: a damaged file.
     """
     rows, width = (int(n) for n in description["matrix"])
-    groups = -(-width // int(description["group"])) if width else 0
-    planes = len(description["bits"])
-    if planes == 1:
-        stored["codes0"] = stored.pop("codes").reshape(rows, -1 if rows * width else 0)
-    stored["scale"] = stored["scale"].reshape(planes, rows, groups)
-    stored["shift"] = stored["shift"].reshape(rows, groups)
+    group = max(int(description["group"]), 1)
+    bits = [int(b) for b in description["bits"]]
+    if len(bits) == 1:
+        # An empty tensor leaves nothing to infer a -1 from.
+        stored["codes0"] = stored.pop("codes").reshape(rows, -(-width * bits[0] // 8))
+    stored["scale"] = stored["scale"].reshape(len(bits), rows, -(-width // group))
+    stored["shift"] = stored["shift"].reshape(rows, -(-width // group))
     built = IntegerPlanes.from_tensors(stored, {**description, "shape": [rows, width]})
     dtype = {str(d).removeprefix("torch."): d for d in FLOATS}[description["dtype"]]
     return restored(built, dtype).reshape([int(n) for n in description["shape"]])

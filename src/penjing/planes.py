@@ -73,9 +73,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(bits, dtype=torch.uint8)
     stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, n * bits)  # [rows, n * bits]
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8))
-    weights = (1 << torch.arange(8)).to(torch.uint8)
-    # The sum of eight distinct powers of two fits a byte.
-    return (stream.reshape(rows, -1, 8) * weights).sum(-1).to(torch.uint8)
+    return _joined(stream.reshape(rows, stream.shape[1] // 8, 8))
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -84,9 +82,17 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
         return packed
     rows = packed.shape[0]
     shifts = torch.arange(8, dtype=torch.uint8)
-    stream = ((packed.unsqueeze(-1) >> shifts) & 1).reshape(rows, -1)[:, : n * bits]
-    weights = (1 << torch.arange(bits)).to(torch.uint8)
-    return (stream.reshape(rows, n, bits) * weights).sum(-1).to(torch.uint8)
+    stream = ((packed.unsqueeze(-1) >> shifts) & 1).reshape(rows, packed.shape[1] * 8)
+    return _joined(stream[:, : n * bits].reshape(rows, n, bits))
+
+
+def _joined(bits: Tensor) -> Tensor:
+    """uint8 [rows, n, bits] of 0 and 1, least significant first, to uint8 [rows, n]."""
+    total = torch.zeros(bits.shape[:-1], dtype=torch.uint8)
+    # A sum over the last dimension would be in int64, eight times the memory.
+    for place in range(bits.shape[-1]):
+        total |= bits[..., place] << place
+    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +137,9 @@ class IntegerPlanes:
     @property
     def stored_bytes(self) -> int:
         """Bytes of packed codes, scales and shifts as `tensors` stores them."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        _, out, inputs = self.codes.shape
+        codes = sum(out * -(-inputs * bits // 8) for bits in self.bits)
+        return codes + 4 * (self.scale.numel() + self.shift.numel())
 
     @property
     def zero_point(self) -> Tensor:
