@@ -7,7 +7,7 @@ freshly built module (also on the meta device) so that edited weights fit it.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,12 +173,14 @@ def _repair_config(module: nn.Module, layers: int, index: int) -> None:
 
 def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
     """Batch norm in evaluation is a scale and a shift of each output channel of the convolution."""
-    conv, norm = module.get_submodule(conv_path), module.get_submodule(norm_path)
+    conv = cast(nn.Conv2d, module.get_submodule(conv_path))
+    norm = cast(nn.BatchNorm2d, module.get_submodule(norm_path))
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     with torch.no_grad():
-        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # type: ignore[operator]
-        bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)  # type: ignore[arg-type]
-        conv.weight = nn.Parameter(conv.weight * scale.reshape(-1, 1, 1, 1))  # type: ignore[operator]
-        conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias)  # type: ignore[operator]
+        scale = norm.weight / torch.sqrt(variance + norm.eps)  # [out]
+        bias = conv.bias if conv.bias is not None else torch.zeros_like(mean)
+        conv.weight = nn.Parameter(conv.weight * scale.reshape(-1, 1, 1, 1))
+        conv.bias = nn.Parameter((bias - mean) * scale + norm.bias)
     holder, name = parent_of(module, norm_path)
     setattr(holder, name, nn.Identity())
 
