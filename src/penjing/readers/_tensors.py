@@ -106,6 +106,9 @@ def assign(
         InputError: missing, surplus or misshaped tensors, named.
     """
     wanted = module.state_dict()
+    # Batch norm's count of training batches: old files lack it, and evaluation never reads it.
+    counts = {n for n in wanted if n.endswith("num_batches_tracked") and n not in tensors}
+    tensors = {**tensors, **{name: torch.zeros((), dtype=torch.long) for name in counts}}
     missing = set(wanted) - set(tensors) - set(given)
     surplus = set(tensors) - set(wanted)
     if missing:
