@@ -165,7 +165,11 @@ def _texts(texts: Sequence[Any], model: Model, length: int) -> dict[str, np.ndar
         raise InputError("text data for a model that takes none", allowed=", ".join(model.example))
     pairs = isinstance(texts[0], tuple)
     sides = [list(side) for side in zip(*texts, strict=True)] if pairs else [list(texts)]
-    tokens = tokenizer(*sides, truncation=True, max_length=length, verbose=False)
+    # Some tokenizers leave token types out unless asked, though their model takes them.
+    types = "token_type_ids" in model.example
+    tokens = tokenizer(
+        *sides, truncation=True, max_length=length, return_token_type_ids=types, verbose=False
+    )
     width = max(1, max(len(ids) for ids in tokens["input_ids"]))
     columns = {}
     for name in model.example:
