@@ -7,7 +7,8 @@ from pathlib import Path
 from penjing.errors import InputError, UsageError
 from penjing.graph import find_blocks
 from penjing.model import Model, Source
-from penjing.readers import _transformers, artifact, factory, gguf, huggingface, weights as bare
+from penjing.readers import _transformers, artifact, factory, gguf, huggingface
+from penjing.readers import weights as bare
 
 __all__ = ["build", "load", "original"]
 
@@ -49,7 +50,7 @@ def load(
         if reader.recognises(place):
             return _with_blocks(reader.read(place, allow_pickle=allow_pickle))
     if place.suffix == ".onnx":
-        raise InputError("ONNX files cannot be edited", got=path, next="give the model it came from")
+        raise InputError("ONNX files cannot be edited", got=path, next="give its source model")
     raise InputError("not a model", got=path, allowed=_ACCEPTED)
 
 

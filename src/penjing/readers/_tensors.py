@@ -1,4 +1,4 @@
-"""Tensors on their way into a module: read weights-only, float32, finite, and exactly those asked for."""
+"""Tensors on their way into a module: weights-only, float32, finite, exactly those asked for."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def to_float32(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Ten
     for name, tensor in tensors.items():
         if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
             kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-            raise InputError(f"{name} in {path} has an unusual type", got=kind, allowed="real dense")
+            raise InputError(f"{name} in {path} has an unusual type", got=kind, allowed="dense")
         if tensor.is_meta:
             raise InputError(f"{name} in {path} has no data", got="a meta tensor")
         value = tensor.detach()

@@ -79,7 +79,7 @@ def _cleaned(value: Any, tensors: int, where: Path | str, key: str = "") -> Any:
         return {
             k: _cleaned(v, tensors, where, str(k))
             for k, v in value.items()
-            if not (k.endswith("_implementation") or k.endswith("_implementation_internal"))
+            if not k.endswith(("_implementation", "_implementation_internal"))
         }
     if isinstance(value, list):
         return [_cleaned(v, tensors, where, key) for v in value]
@@ -131,9 +131,7 @@ def choose(config: Mapping[str, Any], where: Path | str) -> tuple[str, str]:
 class _Meta(TorchFunctionMode):
     """`torch.empty` on the meta device: where layers allocate what is about to be loaded."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"

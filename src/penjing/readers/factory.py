@@ -34,7 +34,7 @@ from penjing.registry import attribute_of
 
 __all__ = ["build", "read", "recognises"]
 
-_EXAMPLE = "add `def example(): return torch.zeros(1, 3, 224, 224)` (your shape) beside the function"
+_EXAMPLE = "add `def example(): return torch.zeros(1, 3, 224, 224)`, your shape, beside it"
 
 
 def recognises(path: Path) -> bool:

@@ -81,7 +81,7 @@ def _config(header: Header, path: Path) -> dict[str, Any]:
             got=keys["llama.rope.scaling.type"],
             next="give the Hugging Face folder of the model",
         )
-    if "llama.expert_count" in keys and keys["llama.expert_count"]:
+    if keys.get("llama.expert_count"):
         raise InputError(f"{path} has experts", got=keys["llama.expert_count"], allowed="none")
     embedding = header.tensors.get("token_embd.weight")
     try:

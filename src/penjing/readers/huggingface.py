@@ -65,7 +65,7 @@ def read(path: Path, *, allow_pickle: bool = False) -> Model:
     model = build(source)
     if interface != "image" and getattr(model.module, "main_input_name", "") != "input_ids":
         raise InputError(f"{class_name} does not take text", got=path, allowed="text encoders")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         found = read_pickle(file, path) if file.suffix == ".bin" else read_safetensors(file, path)
         tensors |= to_float32(found, file)
@@ -171,10 +171,13 @@ def _pooling(path: Path) -> str:
     if not file.exists():
         return "mean"
     table = read_json(regular(file, path))
-    on = {k.removeprefix("pooling_mode_") for k, v in table.items() if k[:13] == "pooling_mode_" and v}
+    if not isinstance(table, dict):
+        raise InputError(f"{file} is not a JSON object", got=type(table).__name__)
+    on = {k[13:] for k, v in table.items() if k.startswith("pooling_mode_") and v}
     kind = {"cls_token": "cls", "mean_tokens": "mean"}.get("".join(on), table.get("pooling_mode"))
     if kind not in ("cls", "mean"):
-        raise InputError(f"pooling in {file}", got=", ".join(sorted(on)) or kind, allowed="cls, mean")
+        got = ", ".join(sorted(on)) or kind
+        raise InputError(f"pooling in {file}", got=got, allowed="cls, mean")
     return str(kind)
 
 
@@ -220,5 +223,5 @@ def _ignorable(name: str, model: Model) -> bool:
     prefix = getattr(model.module, "base_model_prefix", "")
     stale = name.removeprefix(f"{prefix}.").rpartition(".")[2]
     # The causal mask of GPT-2 and its kin used to be saved with the weights.
-    mask = name.endswith(".attn.bias") and str(model.module.config.model_type).startswith("gpt")
+    mask = name.endswith(".attn.bias") and str(model.source.details["class"]).startswith("GPT")
     return pooler or mask or stale in ("position_ids", "masked_bias")

@@ -1,4 +1,4 @@
-"""Bare weight files (`.npy`, `.npz`, `.safetensors`, `.pth`): parameters by name, nothing to run."""
+"""Bare weight files (`.npy`, `.npz`, `.safetensors`, `.pth`): tensors by name, not to run."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     manifest.json           every file with size and SHA-256, source, recipe, versions, metrics
     recipe.toml             the steps, replayable
     structure.json          how to rebuild the module: source and structural edits
-    weights/*.safetensors   plain tensors; packed planes as `name::codes0`, `name::scale`, `name::shift`
+    weights/*.safetensors   plain tensors; planes as `name::codes0`, `::scale`, `::shift`
     assets/                 tokenizer and preprocessing files
 """
 
