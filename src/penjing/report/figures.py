@@ -225,6 +225,7 @@ def units(result: Result) -> str:
     return (
         f'<section><h2>What was done, and why</h2><ol class="strip" aria-label="The network, one '
         f'cell a unit">{cells}</ol><ul class="keys">{keys}</ul><div class="box" tabindex="0" '
-        'role="region" aria-label="Units"><table><thead><tr><th>Unit</th><th>Decision</th>'
+        'role="region" aria-label="Units"><table class="stack"><thead><tr>'
+        "<th>Unit</th><th>Decision</th>"
         f"<th>Why</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
     )

@@ -231,8 +231,8 @@ def _table(result: Result) -> str:
         '<th scope="col" class="n">Before</th><th scope="col" class="n">After</th>'
         '<th scope="col" class="n">Change</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="soft small">Before is the same network, unedited, exported in fp32 and measured '
-        f"in the same runtime in the same run: {runtime}, {threads}. "
+        '<p class="soft small under">Before is the same network, unedited, exported in fp32 and '
+        f"measured in the same runtime in the same run: {runtime}, {threads}. "
         f"Task: {safe(result.task, 60)}.</p></section>"
     )
 
@@ -263,13 +263,15 @@ def _notes(result: Result) -> str:
 
 
 def _reproduce(result: Result, recipe_toml: str, command: str) -> str:
+    # words of their own, so that a narrow page does not break a line inside `--option`
+    words = " ".join(f'<span class="word">{w}</span>' for w in lines(command).split(" "))
     facts = {"seed": result.seed, "threads": result.threads, **result.versions}
     versions = "".join(
         f"<div><dt>{safe(k, 80)}</dt><dd>{safe(v, 80)}</dd></div>" for k, v in facts.items()
     )
     return (
-        '<section><h2>How to reproduce</h2><h3>Command</h3><pre tabindex="0"><code>'
-        f"{lines(command)}</code></pre><h3>Recipe</h3>"
+        '<section><h2>How to reproduce</h2><h3>Command</h3><pre class="wrap"><code>'
+        f"{words}</code></pre><h3>Recipe</h3>"
         f'<pre tabindex="0"><code>{lines(recipe_toml)}</code></pre>'
         f'<h3>Seed and versions</h3><dl class="facts">{versions}</dl></section></main>'
     )

@@ -20,6 +20,7 @@ Kind = Literal["original", "chosen", "measured", "predicted"]
 WIDTH, HEIGHT = 380, 290
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 28, 44
 FONT = 13.0  # the larger of the two sizes in style.css, so that phones do not collide either
+_RADIUS: dict[Kind, float] = {"original": 6, "chosen": 10, "measured": 5, "predicted": 5}
 _ADVANCE = 0.62  # mean width of a character, in font sizes, on the wide side
 
 
@@ -49,7 +50,7 @@ class Axis:
         """Axis that holds all of `values` with a margin; logarithmic above a range of 1 : 4."""
         low, high = min(values), max(values)
         if may_log and low > 0 and high / low > 4:
-            margin = (high / low) ** 0.07
+            margin = (high / low) ** 0.09
             return Axis(low / margin, high * margin, start, end, True)
         margin = (high - low) * 0.1 or abs(high) * 0.05 or 1.0
         return Axis(low - margin, high + margin, start, end, False)
@@ -96,26 +97,31 @@ def _meet(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _place(x: float, y: float, text: str, taken: list[Box]) -> tuple[float, float, str] | None:
-    """Where `text` can stand near (x, y): its anchor point, or None."""
-    wide, high = len(text) * FONT * _ADVANCE, FONT
-    options = (
-        (x, y - 9, "middle"),
-        (x + 9, y + 4, "start"),
-        (x - 9, y + 4, "end"),
-        (x, y + 9 + high * 0.75, "middle"),
-        (x + 7, y - 7, "start"),
-        (x - 7, y - 7, "end"),
-        (x + 7, y + 6 + high * 0.75, "start"),
-        (x - 7, y + 6 + high * 0.75, "end"),
-    )
-    for left, base, anchor in options:
-        start = left - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
-        box = (start - 1, base - high * 0.8, start + wide + 1, base + high * 0.2)
-        inside = box[0] >= LEFT and box[2] <= WIDTH - 2 and box[1] >= TOP - 4
-        if inside and box[3] <= HEIGHT - BOTTOM and not any(_meet(box, other) for other in taken):
-            taken.append(box)
-            return left, base, anchor
+def _place(
+    x: float, y: float, text: str, taken: list[Box], reaches: Sequence[float]
+) -> tuple[float, float, str] | None:
+    """Where `text` can stand at one of the distances `reaches` from (x, y), or None."""
+    wide, high = len(text) * FONT * _ADVANCE, FONT * 0.75
+    for r in reaches:
+        near = r * 0.75
+        options = (
+            (x, y - r, "middle"),
+            (x + r, y + 4, "start"),
+            (x - r, y + 4, "end"),
+            (x, y + r + high, "middle"),
+            (x + near, y - near, "start"),
+            (x - near, y - near, "end"),
+            (x + near, y + near + high, "start"),
+            (x - near, y + near + high, "end"),
+        )
+        for left, base, anchor in options:
+            start = left - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+            box = (start - 1, base - FONT * 0.8, start + wide + 1, base + FONT * 0.2)
+            inside = box[0] >= LEFT and box[2] <= WIDTH - 2 and box[1] >= TOP - 4
+            free = not any(_meet(box, other) for other in taken)
+            if inside and free and box[3] <= HEIGHT - BOTTOM:
+                taken.append(box)
+                return left, base, anchor
     return None
 
 
@@ -194,9 +200,10 @@ def panel(
     scale = ", log scale" if x_axis.log else ""
     out.append(_text(WIDTH - RIGHT, HEIGHT - 6, f"← {x_name}{scale}", "end", "axis"))
     out.append(_text(4, 13, f"↑ {y_name}{', log scale' if y_axis.log else ''}", "start", "axis"))
-    taken: list[Box] = [
-        (x_axis(m.x) - 5, y_axis(m.y) - 5, x_axis(m.x) + 5, y_axis(m.y) + 5) for m in drawn
-    ]
+    taken: list[Box] = []
+    for mark in drawn:
+        x, y, r = x_axis(mark.x), y_axis(mark.y), _RADIUS[mark.kind]
+        taken.append((x - r, y - r, x + r, y + r))
     if floor is not None and finite(floor):
         y = y_axis(floor)
         out.append(
@@ -212,8 +219,14 @@ def panel(
     labels = []
     rank = {"original": 0, "chosen": 1, "measured": 2, "predicted": 3}
     for mark in sorted(drawn, key=lambda m: rank[m.kind]):
-        place = _place(x_axis(mark.x), y_axis(mark.y), mark.label, taken) if mark.label else None
+        first = _RADIUS[mark.kind] + 4
+        reaches = (first, 18.0, 28.0, 40.0) if mark.kind in ("original", "chosen") else (first,)
+        x, y = x_axis(mark.x), y_axis(mark.y)
+        place = _place(x, y, mark.label, taken, reaches) if mark.label else None
         if place:
+            if math.dist((x, y), place[:2]) > 34:
+                ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{place[0]:.1f}" y2="{place[1] + 3:.1f}"'
+                out.append(f'<line class="leader" {ends}/>')
             labels.append(_text(place[0], place[1], mark.label, place[2], f"label {mark.kind}"))
         if mark.kind == "chosen" and floor is not None and finite(floor):
             labels += _floor_label(y_axis(floor), taken)

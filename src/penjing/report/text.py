@@ -41,7 +41,7 @@ def safe(value: object, limit: int = 300) -> str:
 
     Control and bidirectional characters become visible escapes.
     """
-    return html.escape(printable(value, limit), quote=True)
+    return html.escape(printable(str(value).replace("\u00a0", " "), limit), quote=True)
 
 
 def lines(text: str, limit: int = 200_000) -> str:
@@ -90,8 +90,8 @@ def count(value: float | None) -> str:
 
 def call(latency: Latency) -> str:
     """What one call was: `batch 1 × 128 tokens`."""
-    length = "" if latency.length is None else f" × {latency.length:,} tokens"
-    return safe(f"batch {latency.batch:,}{length}").replace(" ", "\u00a0")
+    length = "" if latency.length is None else f" × {latency.length:,}\u00a0tokens"
+    return f"batch\u00a0{latency.batch:,}{length}"
 
 
 def ratio(before: float | None, after: float | None) -> float | None:
