@@ -15,7 +15,7 @@ LAYERS = [
     ["planes", "result"],
     ["recipe"],
     ["model"],
-    ["linalg", "grids", "masks", "statistics", "progress"],
+    ["linalg", "grids", "masks", "meter", "statistics", "progress"],
     ["criteria", "quantizers", "losses", "neurons"],
     ["graph", "edits", "data", "weightfiles", "packed"],
     ["calibrate", "tasks"],
@@ -31,7 +31,7 @@ LAYERS = [
     ["__init__"],
     ["__main__"],
 ]
-TOGETHER = {"readers", "steps", "fit", "report", "cli", "data"}
+TOGETHER = {"readers", "steps", "fit", "report", "cli", "data", "writers", "runtimes"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

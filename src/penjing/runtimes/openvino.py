@@ -1,0 +1,88 @@
+"""OpenVINO on the CPU: float32 arithmetic where nothing is quantized, tuned for latency.
+
+`INFERENCE_PRECISION_HINT=f32` because the default computes in bfloat16 on processors that
+can, which is another network than the one that was exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from penjing.errors import InputError, UsageError
+
+__all__ = ["Session", "file", "open"]
+
+file = "openvino"
+"""Name of the exported file or folder in an artifact."""
+
+
+class Session:
+    """A compiled model and its one inference request.
+
+    Attributes:
+        inputs: shape of each input by name, None for a free size.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        import openvino as ov
+
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        try:
+            self.compiled = ov.Core().compile_model(path, "CPU", options)
+        except RuntimeError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()] or [
+                "no reason given"
+            ]
+            raise InputError(f"OpenVINO cannot read {path}", got=lines[-1].strip()) from error
+        self.request = self.compiled.create_infer_request()
+        self.inputs: dict[str, tuple[int | None, ...]] = {}
+        self._types = {}
+        for port in self.compiled.inputs:
+            sizes = port.get_partial_shape()
+            self.inputs[port.get_any_name()] = tuple(
+                n.get_length() if n.is_static else None for n in sizes
+            )
+            self._types[port.get_any_name()] = port.get_element_type().to_dtype()
+
+    def run(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The one output, of the inputs named as in the exported file.
+
+        Raises:
+            InputError: an input is missing or has a wrong shape.
+        """
+        if missing := sorted(set(self._types) - set(batch)):
+            raise InputError(
+                f"input {missing[0]} is missing", got=sorted(batch), allowed=sorted(self._types)
+            )
+        inputs = {name: np.asarray(batch[name], dtype) for name, dtype in self._types.items()}
+        try:
+            outputs = self.request.infer(inputs)
+        except RuntimeError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise InputError("OpenVINO cannot run this batch", got=last) from error
+        return np.array(outputs[0])
+
+
+def open(path: Path, *, threads: int) -> Session:
+    """Compile `path`, an `.xml` or a folder that holds `model.xml`.
+
+    Raises:
+        UsageError: OpenVINO is not installed.
+        InputError: no such file, or not a model.
+    """
+    file = path / "model.xml" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError("no such OpenVINO model", got=file, allowed="a folder with model.xml")
+    try:
+        return Session(file, threads)
+    except ImportError as error:
+        raise UsageError(
+            "OpenVINO is not installed", next="pip install 'penjing[openvino]'"
+        ) from error
