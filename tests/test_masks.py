@@ -38,6 +38,8 @@ def test_n_of_m_keeps_the_largest_and_the_tail() -> None:
     scores = torch.tensor([[5.0, 1, 4, 2, 9, 8, 7, 6, 0, 0]])
     assert n_m(scores, 2, 4).int().tolist() == [[1, 0, 1, 0, 1, 1, 0, 0, 1, 1]]
     assert n_m(scores, 1, 2).int().tolist() == [[1, 0, 1, 0, 1, 0, 1, 0, 0, 1]]
+    assert n_m(scores, 1, 4).int().tolist() == [[1, 0, 0, 0, 1, 0, 0, 0, 1, 1]]
+    assert n_m(scores, 3, 4).int().tolist() == [[1, 0, 1, 1, 1, 1, 1, 0, 1, 1]]
     assert n_m(scores[:, :3], 2, 4).all()
 
 

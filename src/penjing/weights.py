@@ -68,7 +68,8 @@ def prune_file(
     done: dict[Any, Tensor] = {}
     for name in edited:
         tensor = loaded.tensors[name]
-        scores = score(_matrix(tensor).double(), None)  # [out, in]
+        single = torch.promote_types(tensor.dtype, torch.float32)
+        scores = score(_matrix(tensor).to(single), None)  # [out, in]
         kept = (
             masks.n_m(scores, *group) if group else masks.unstructured(scores, share, per_row=False)
         )
