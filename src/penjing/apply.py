@@ -90,10 +90,10 @@ def apply(
             for unit in track(units, step.name):
                 edits = log.read(number, unit.name)
                 if edits is None:
-                    if stream is not None and unit.index is not None:
+                    chosen = step.layers(unit)
+                    if stream is not None and unit.index is not None and chosen:
                         stream.enter(unit.index)
-                    collect = stream is not None and unit.layers and step.needs
-                    stats = stream.collect(unit, step.needs) if collect and stream else {}
+                    stats = stream.collect(unit, step.needs) if stream and chosen else {}
                     edits = list(step.plan(unit, stats))
                     log.write(number, unit.name, edits)
                 _make(result, step.name, edits)

@@ -76,6 +76,7 @@ class _Call:
     kwargs: dict[str, Any]
     named: bool
 
+    @torch.no_grad()
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         if self.named:
             output = block(*self.args, **(self.kwargs | {"hidden_states": hidden}))

@@ -20,7 +20,7 @@ from penjing.errors import InputError, UsageError
 from penjing.linalg import affine_ridge
 from penjing.recipe import Edit, Patch
 
-__all__ = ["Cut", "influence"]
+__all__ = ["Cut", "fit_patch", "influence"]
 
 # A token whose norm is this many times the median is an attention sink, not a sample.
 _MASSIVE = 10.0
@@ -111,7 +111,7 @@ class Cut:
                 continue
             if index + 1 in gone:
                 continue
-            if outputs[0].ndim == 3 and (fit := _fit(stream, hidden, outputs, self.strength)):
+            if outputs[0].ndim == 3 and (fit := fit_patch(stream, hidden, outputs, self.strength)):
                 weight, bias, before, after = fit
                 hidden = [h @ weight.T + bias for h in hidden]
                 last = index + 1 == len(paths)
@@ -123,6 +123,8 @@ class Cut:
                     f"stands in for the cut; held-out error {before:.3f} to {after:.3f}",
                     {"before": before, "after": after},
                 )
+            if index == max(gone):
+                return
 
 
 @dataclass
@@ -142,7 +144,7 @@ class _Sums:
         self.count += len(x)
 
 
-def _fit(
+def fit_patch(
     stream: Stream, inputs: list[Tensor], outputs: list[Tensor], strength: float
 ) -> tuple[Tensor, Tensor, float, float] | None:
     """Patch and its relative held-out error without and with it; None where it does not help."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import UsageError
 from penjing.masks import n_m, parse_pattern, unstructured
@@ -53,10 +55,14 @@ class Prune:
         blind = self.criterion in ("magnitude", "random")
         return frozenset() if blind else frozenset({"gram"})
 
+    def layers(self, unit: Unit) -> dict[str, nn.Module]:
+        """The layers of a unit that are pruned, by path."""
+        return matrix_layers(unit, self.targets)
+
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """One mask a layer."""
         score = lookup("criteria", self.criterion, "score")
-        for path, layer in matrix_layers(unit, self.targets).items():
+        for path, layer in self.layers(unit).items():
             weight = layer.weight.detach()  # type: ignore[operator]
             matrix = weight.reshape(len(weight), -1).float()  # [out, in]
             own = stats.get(path)

@@ -76,17 +76,30 @@ class Quantize:
         static = {"range"} if self.activations and not self.dynamic else set()
         return frozenset(gram | static)
 
+    def layers(self, unit: Unit) -> dict[str, nn.Module]:
+        """The layers of a unit that are quantized, by path."""
+        skipped = selected(unit, self.skip) if self.skip else {}
+        return {
+            path: layer
+            for path, layer in selected(unit, self.targets).items()
+            if path not in skipped
+            and (self._bits(layer) and layer.weight.numel() >= self._least(layer))  # type: ignore[operator]
+        }
+
+    def _bits(self, layer: nn.Module) -> int:
+        return self.embeddings if isinstance(layer, nn.Embedding) else self.bits
+
+    def _least(self, layer: nn.Module) -> int:
+        return _SMALL_TABLE if isinstance(layer, nn.Embedding) else 0
+
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """Planes for every layer, ranges for every layer input."""
         fit = lookup("quantizers", self.method, "fit")
-        skipped = selected(unit, self.skip) if self.skip else {}
-        for path, layer in selected(unit, self.targets).items():
+        for path, layer in self.layers(unit).items():
             table = isinstance(layer, nn.Embedding)
-            bits = self.embeddings if table else self.bits
+            bits = self._bits(layer)
             weight: Tensor = layer.weight.detach()  # type: ignore[operator]
             name = canonical(unit.model, f"{path}.weight")
-            if path in skipped or not bits or (table and weight.numel() < _SMALL_TABLE):
-                continue
             own = stats.get(path, LayerStats())
             if name not in unit.model.planes:
                 scheme = Scheme(bits, self.embedding_group if table else self.group, self.symmetric)

@@ -63,6 +63,10 @@ class Shrink:
         if self.multiple < 1:
             raise UsageError("multiple", got=self.multiple, allowed="1 or more")
 
+    def layers(self, unit: Unit) -> dict[str, nn.Module]:
+        """The consumers that may lose inputs, by path."""
+        return matrix_layers(unit, self.targets)
+
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """One slice and one refitted consumer for every group of the block."""
         if unit.stream is None or unit.index is None:
@@ -70,7 +74,7 @@ class Shrink:
         block = unit.model.module.get_submodule(unit.name)
         for group in groups_of(unit):
             path = f"{unit.name}.{group.consumer}"
-            if path not in matrix_layers(unit, self.targets):
+            if path not in self.layers(unit):
                 continue
             keep = self._keep(group)
             if keep == len(group.units):

@@ -1,0 +1,270 @@
+"""Survey: what each option of each unit costs in fidelity, each by at least one evaluation.
+
+The error of an option is 1 - cosine (embeddings) or KL in nats (logits) between the original's
+outputs and the network's with that one edit, on calibration data that is never reported on.
+Cutting is not additive, so depth has a ladder of its own: greedy sets, each measured whole.
+The survey is kept on disk and serves every later budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from penjing.apply import apply
+from penjing.calibrate import Stream, Unit, units_of
+from penjing.edits import perform
+from penjing.files import whole_file
+from penjing.fit.space import FORMATS, TABLES
+from penjing.model import Batch, Model
+from penjing.progress import track
+from penjing.recipe import Edit, Patch, Recipe
+from penjing.steps.cut import Cut, fit_patch
+from penjing.steps.fold import Fold, has_norms
+from penjing.steps.quantize import Quantize
+from penjing.steps.shrink import Shrink
+
+__all__ = ["WIDTHS", "Depth", "Survey", "cache_folder", "survey"]
+
+# Kept fractions of hidden units; the middle one is measured, the others follow its curve.
+WIDTHS = (1.0, 0.75, 0.5)
+_MEASURED = 0.5
+_BEAM = 3
+
+
+@dataclass
+class Depth:
+    """A set of cut blocks, measured whole."""
+
+    cut: list[int]
+    error: float
+    drop: float
+
+
+@dataclass
+class Survey:
+    """Errors of options.
+
+    Attributes:
+        cuts: error of cutting one block, with its patch, by block.
+        widths: error of halving a block's hidden units, by block; absent where it cannot.
+        formats: error of one block in a format, by format name and block.
+        tables: error of the embedding tables, by table format.
+        rest: error of the layers outside the blocks, by format.
+        ladder: greedy sets of cut blocks, by depth.
+        evaluations: networks run.
+        seconds: time it took.
+    """
+
+    cuts: dict[str, float] = field(default_factory=dict)
+    widths: dict[str, float] = field(default_factory=dict)
+    formats: dict[str, dict[str, float]] = field(default_factory=dict)
+    tables: dict[str, float] = field(default_factory=dict)
+    rest: dict[str, float] = field(default_factory=dict)
+    ladder: list[Depth] = field(default_factory=list)
+    evaluations: int = 0
+    seconds: float = 0.0
+    complete: bool = False
+
+
+def cache_folder() -> Path:
+    """Where surveys are kept: `$PENJING_CACHE`, or `~/.cache/penjing`."""
+    folder = Path(os.environ.get("PENJING_CACHE", Path.home() / ".cache" / "penjing"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def survey(
+    model: Model,
+    calibration: Sequence[Batch],
+    search: Sequence[Batch],
+    drop_of: Callable[[Model], float],
+    formats: Sequence[str],
+    *,
+    limit: float,
+    seconds: float,
+) -> Survey:
+    """Measure every unit's options, or read an earlier survey of the same model and data.
+
+    Args:
+        model: the original.
+        calibration: batches that edits are fitted to.
+        search: batches that errors are measured on.
+        drop_of: drop of the user's metric of an edited network, on calibration data.
+        formats: names of `FORMATS` to try.
+        limit: the ladder stops where the drop is above this.
+        seconds: the ladder stops growing after this.
+    """
+    key = _key(model, calibration, search, formats)
+    path = cache_folder() / f"survey-{key}.json"
+    start = time.monotonic()
+    found = _read(path)
+    if not found.complete:
+        found = Survey()
+        with _fast(model):
+            reference = [model.run(b) for b in search]
+            _singles(model, calibration, search, reference, formats, found)
+        found.complete = True
+    before = len(found.ladder)
+    with _fast(model):
+        _climb(model, calibration, search, drop_of, found, limit, start + seconds)
+    if len(found.ladder) > before or not path.exists():
+        found.seconds += time.monotonic() - start
+        whole_file(path, lambda p: _write(p, found), overwrite=True)
+    return found
+
+
+@contextlib.contextmanager
+def _fast(model: Model) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+        yield
+
+
+def error_of(model: Model, search: Sequence[Batch], reference: Sequence[Tensor]) -> float:
+    """Mean 1 - cosine of embeddings and free tensors, or mean KL of logits in nats."""
+    logits = model.interface in ("classifier", "causal", "image")
+    total, count = 0.0, 0
+    for batch, wanted in zip(search, reference, strict=True):
+        output = model.run(batch)
+        if model.interface == "causal":
+            kept = batch["attention_mask"].bool()
+            output, wanted = output[kept], wanted[kept]
+        output, wanted = output.flatten(1).float(), wanted.flatten(1).float()
+        if logits:
+            p, q = wanted.log_softmax(-1), output.log_softmax(-1)
+            values = (p.exp() * (p - q)).sum(-1)
+        else:
+            values = 1 - torch.cosine_similarity(output, wanted)
+        total, count = total + float(values.sum()), count + len(values)
+    return max(0.0, total / max(count, 1))
+
+
+def _singles(
+    model: Model,
+    calibration: Sequence[Batch],
+    search: Sequence[Batch],
+    reference: Sequence[Tensor],
+    formats: Sequence[str],
+    found: Survey,
+) -> None:
+    base = model
+    if has_norms(model):  # numbers are tried on what will be quantized
+        base = apply(model, Recipe((Fold(),))).model
+
+    def error(edits: Sequence[Edit]) -> float:
+        found.evaluations += 1
+        variant = base.copy()
+        for edit in edits:
+            perform(variant, edit)
+        return error_of(variant, search, reference)
+
+    steps = {
+        name: step for name in formats if (step := FORMATS[name].quantize("rtn", ())) is not None
+    }
+    stream = Stream(base, calibration)
+    needs = frozenset({"gram", "range"})
+    for unit in track(list(units_of(base, stream)), "survey"):
+        if unit.index is None:
+            stats = stream.collect(unit, frozenset({"range"})) if unit.layers else {}
+            for name, step in steps.items():
+                edits = list(step.plan(unit, stats))
+                edits = [e for e in edits if e.path in stats or e.kind != "activation"]
+                if edits:
+                    found.rest[name] = found.rest.get(name, 0.0) + error(edits)
+            for name, table in TABLES.items():
+                if table is not None and unit.name == "front":
+                    bits, group = table
+                    step = Quantize(0, embeddings=bits, embedding_group=group, method="rtn")
+                    if edits := list(step.plan(unit, {})):
+                        found.tables[name] = error(edits)
+            continue
+        key = str(unit.index)
+        stream.enter(unit.index)
+        stats = stream.collect(unit, needs)
+        for name, step in steps.items():
+            found.formats.setdefault(name, {})[key] = error(list(step.plan(unit, stats)))
+        if edits := list(Shrink(1 - _MEASURED, heads=0.0).plan(unit, stats)):
+            found.widths[key] = error(edits)
+        if (edits := _cut_one(stream, unit)) is not None and len(base.blocks) > 1:
+            found.cuts[key] = error(edits)
+
+
+def _cut_one(stream: Stream, unit: Unit) -> list[Edit] | None:
+    """Patch and drop of one block; None where it changes the shape of the hidden state."""
+    index, blocks = unit.index or 0, unit.model.blocks
+    block = unit.model.module.get_submodule(unit.name)
+    inputs = [call.hidden for call in stream.calls()]
+    outputs = list(stream.run(block))
+    if inputs[0].shape != outputs[0].shape:
+        return None
+    edits = []
+    fit = fit_patch(stream, inputs, outputs, 0.01) if inputs[0].ndim == 3 else None
+    if fit is not None:
+        last = index + 1 == len(blocks)
+        near = blocks[index - 1] if last else blocks[index + 1]
+        patch = Patch(fit[0], fit[1], "after" if last else "before")
+        edits.append(Edit("patch", near, patch, "survey"))
+    return [*edits, Edit("drop", unit.name, None, "survey")]
+
+
+def _climb(
+    model: Model,
+    calibration: Sequence[Batch],
+    search: Sequence[Batch],
+    drop_of: Callable[[Model], float],
+    found: Survey,
+    limit: float,
+    deadline: float,
+) -> None:
+    """Grow the ladder of cut sets: the best of a few extensions at each depth."""
+    order = sorted(found.cuts, key=lambda k: found.cuts[k])
+    most = len(model.blocks) - 1
+    reference: list[Tensor] = []
+    while len(found.ladder) < min(most, len(order)) and time.monotonic() < deadline:
+        if found.ladder and found.ladder[-1].drop > limit:
+            return
+        reference = reference or [model.run(b) for b in search]
+        last = found.ladder[-1].cut if found.ladder else []
+        tried = []
+        beam = [int(k) for k in order if int(k) not in last][: _BEAM if last else 1]
+        for extra in beam:
+            cut = sorted([*last, extra])
+            paths = tuple(model.blocks[i] for i in cut)
+            variant = apply(model, Recipe((Cut(blocks=paths),)), calibration).model
+            found.evaluations += 1
+            tried.append((error_of(variant, search, reference), cut, variant))
+        error, cut, variant = min(tried, key=lambda t: t[0])
+        found.ladder.append(Depth(cut, error, drop_of(variant)))
+
+
+def _key(
+    model: Model, calibration: Sequence[Batch], search: Sequence[Batch], formats: Sequence[str]
+) -> str:
+    text = f"1 {model.source.fingerprint} {model.structure} {torch.__version__} {formats}"
+    digest = hashlib.sha256(text.encode())
+    for batch in (*calibration, *search):
+        for name in sorted(batch):
+            digest.update(batch[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _read(path: Path) -> Survey:
+    try:
+        table = json.loads(path.read_text())
+        table["ladder"] = [Depth(**d) for d in table["ladder"]]
+        return Survey(**table)
+    except (OSError, ValueError, TypeError, KeyError):  # none, or of another version
+        return Survey()
+
+
+def _write(path: Path, found: Survey) -> None:
+    path.write_text(json.dumps(asdict(found), allow_nan=False))
