@@ -89,6 +89,19 @@ def test_fidelity_of_the_original_is_one_and_less_after_an_edit() -> None:
         evaluate(reference, model, data, task)
 
 
+def test_infinite_perplexity_is_refused() -> None:
+    model = causal()
+    data = Dataset("text", ("w1 w2 w3",))
+
+    def hopeless(batch: dict[str, torch.Tensor]) -> np.ndarray:
+        logits = np.zeros((*batch["input_ids"].shape, 50), np.float32)
+        logits[..., 0] = 1e6
+        return logits
+
+    with pytest.raises(InputError, match="perplexity is not finite; got inf"):
+        evaluate(hopeless, model, data, find("perplexity", data, model))
+
+
 def test_relative_drop_of_perplexity() -> None:
     task = find("perplexity", Dataset("text", ("a",)), causal())
     rows = np.array([[10.0, 10.0], [10.0, 10.0]])

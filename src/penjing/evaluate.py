@@ -83,7 +83,8 @@ def evaluate(
         reference: the original, for tasks that compare with it (`needs_reference`).
 
     Raises:
-        InputError: data that does not suit, or an output of NaN or of a wrong size.
+        InputError: data that does not suit, an output of NaN or of a wrong size, or a metric
+            that is infinite.
         UsageError: a needed `reference` is missing.
     """
     if task.needs_reference and reference is None:
@@ -113,7 +114,14 @@ def evaluate(
         records.append(record)
         done += count
     rows = task.rows(np.concatenate(records), prepared)
-    return Evaluation(task.reduce(rows), rows, len(rows))
+    value = task.reduce(rows)
+    if not math.isfinite(value):
+        raise InputError(
+            f"{task.metric} is not finite",
+            got=value,
+            next="the model or its edit is broken; use fewer or milder edits",
+        )
+    return Evaluation(value, rows, len(rows))
 
 
 def compare(
