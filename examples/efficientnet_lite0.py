@@ -24,8 +24,12 @@ def example() -> torch.Tensor:
 
 
 def preprocess(image: Image.Image) -> np.ndarray:
-    """(pixels - 127) / 128 at 224 x 224, float32 [3, 224, 224]."""
-    picture = image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+    """Shorter side to 256, the middle 224 x 224, (pixels - 127) / 128; [3, 224, 224]."""
+    scale = 256 / min(image.size)
+    sides = (round(image.width * scale), round(image.height * scale))
+    picture = image.convert("RGB").resize(sides, Image.Resampling.BICUBIC)
+    left, top = (sides[0] - 224) // 2, (sides[1] - 224) // 2
+    picture = picture.crop((left, top, left + 224, top + 224))
     pixels = (np.asarray(picture, np.float32) - 127) / 128  # [height, width, channels]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -174,11 +174,12 @@ def _pooling(path: Path) -> str:
     if not isinstance(table, dict):
         raise InputError(f"{file} is not a JSON object", got=type(table).__name__)
     on = {k[13:] for k, v in table.items() if k.startswith("pooling_mode_") and v}
-    kind = {"cls_token": "cls", "mean_tokens": "mean"}.get("".join(on), table.get("pooling_mode"))
-    if kind not in ("cls", "mean"):
-        got = ", ".join(sorted(on)) or kind
+    modes = {"cls_token": "cls", "mean_tokens": "mean"}
+    pooling = modes.get("".join(on), table.get("pooling_mode"))
+    if pooling not in ("cls", "mean"):
+        got = ", ".join(sorted(on)) or pooling
         raise InputError(f"pooling in {file}", got=got, allowed="cls, mean")
-    return str(kind)
+    return str(pooling)
 
 
 def _renamed(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
