@@ -1,6 +1,6 @@
 """Image preprocessing from a `preprocessor_config.json`: resize, crop, rescale, normalize.
 
-    x = (pixels * rescale_factor - mean) / std, channels first
+x = (pixels * rescale_factor - mean) / std, channels first
 """
 
 from __future__ import annotations

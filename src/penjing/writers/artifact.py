@@ -1,10 +1,10 @@
 """Write the artifact: a folder that is whole or not there.
 
-    manifest.json           every file with size and SHA-256, source, recipe, versions, metrics
-    recipe.toml             the steps, replayable
-    structure.json          how to rebuild the module: source and structural edits
-    weights/*.safetensors   plain tensors; planes as `name::codes0`, `::scale`, `::shift`
-    assets/                 tokenizer and preprocessing files
+manifest.json           every file with size and SHA-256, source, recipe, versions, metrics
+recipe.toml             the steps, replayable
+structure.json          how to rebuild the module: source and structural edits
+weights/*.safetensors   plain tensors; planes as `name::codes0`, `::scale`, `::shift`
+assets/                 tokenizer and preprocessing files
 """
 
 from __future__ import annotations

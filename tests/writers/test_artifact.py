@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from penjing.edits import perform
+from penjing.errors import InputError
+from penjing.load import load, original
+from penjing.model import Model
+from penjing.planes import IntegerPlanes
+from penjing.readers import artifact as reader
+from penjing.recipe import ActivationRange, Edit, Patch, Recipe, Slice
+from penjing.writers import artifact
+
+
+def _llama(folder: Path) -> Path:
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=24, vocab_size=50, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return load(_llama(tmp_path / "source"))
+
+
+def _planes(shape: tuple[int, int], bits: int, group: int) -> IntegerPlanes:
+    generator = torch.Generator().manual_seed(bits)
+    groups = -(-shape[1] // group)
+    return IntegerPlanes(
+        torch.randint(0, 2**bits, (1, *shape), generator=generator).to(torch.uint8),
+        (bits,),
+        torch.rand(1, shape[0], groups, generator=generator) * 0.02,
+        -torch.rand(shape[0], groups, generator=generator) * 0.1,
+        group,
+    )
+
+
+def _edit_everything(model: Model) -> None:
+    layer = "model.layers"
+    perform(model, Edit("drop", f"{layer}.1", None, "test"))
+    kept = torch.tensor([0, 3, 4, 9, 20])
+    slices = [Slice(f"{layer}.0.mlp.{n}_proj.weight", 0, kept) for n in ("gate", "up")]
+    slices.append(Slice(f"{layer}.0.mlp.down_proj.weight", 1, kept))
+    perform(model, Edit("slice", f"{layer}.0", tuple(slices), "test"))
+    generator = torch.Generator().manual_seed(9)
+    patch = Patch(
+        torch.eye(16) + 0.1 * torch.randn(16, 16, generator=generator), torch.ones(16), "before"
+    )
+    perform(model, Edit("patch", f"{layer}.1", patch, "test"))
+    mask = torch.rand(16, 16, generator=generator) > 0.5
+    perform(model, Edit("mask", f"{layer}.0.self_attn.o_proj.weight", mask, "test"))
+    perform(
+        model, Edit("quantize", f"{layer}.1.mlp.up_proj.weight", _planes((24, 16), 3, 5), "test")
+    )
+    perform(model, Edit("quantize", "model.embed_tokens.weight", _planes((50, 16), 8, 16), "test"))
+    scale = ActivationRange(0.05, 128)
+    perform(model, Edit("activation", f"{layer}.1.mlp.down_proj", scale, "test"))
+
+
+def test_an_edited_model_comes_back_bit_for_bit(model: Model, tmp_path: Path) -> None:
+    before = model.run(model.example)
+    _edit_everything(model)
+    artifact.save(model, tmp_path / "out", recipe=None, metrics={"quality": 0.5})
+    again = load(tmp_path / "out")
+    assert not torch.equal(before, model.run(model.example))
+    assert torch.equal(again.run(again.example), model.run(model.example))
+    assert again.structure == model.structure
+    assert again.blocks == model.blocks == ("model.layers.0", "model.layers.1")
+    assert again.tied() == model.tied() != []
+    assert again.planes.keys() == model.planes.keys()
+    for name, planes in model.planes.items():
+        assert torch.equal(again.planes[name].codes, planes.codes)
+    for name, mask in model.masks.items():
+        assert torch.equal(again.masks[name], mask)
+    assert vars(again.activations["model.layers.1.mlp.down_proj"]) == {
+        "scale": 0.05,
+        "zero_point": 128,
+    }
+    # What was read can be written and read once more, to the same bytes.
+    artifact.save(again, tmp_path / "twice", metrics={"quality": 0.5})
+    for name in ("weights/model-00001.safetensors", "structure.json", "manifest.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+def test_quantized_weights_are_stored_packed(model: Model, tmp_path: Path) -> None:
+    artifact.save(model, tmp_path / "plain")
+    perform(model, Edit("quantize", "model.embed_tokens.weight", _planes((50, 16), 4, 16), "test"))
+    artifact.save(model, tmp_path / "packed")
+    plain, packed = (
+        (tmp_path / name / "weights/model-00001.safetensors").stat().st_size
+        for name in ("plain", "packed")
+    )
+    # 50 rows: 16 floats of 4 bytes against 8 bytes of codes, a scale and a shift.
+    assert 50 * (64 - 16) - 300 <= plain - packed <= 50 * (64 - 16) + 300
+
+
+def test_the_manifest_lists_every_file(model: Model, tmp_path: Path) -> None:
+    def extra(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        (folder / "sub/model.onnx").write_bytes(b"1234")
+
+    artifact.save(model, tmp_path / "out", recipe=Recipe((), seed=7), extra=extra)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["seed"] == 7
+    found = {
+        p.relative_to(tmp_path / "out").as_posix()
+        for p in (tmp_path / "out").rglob("*")
+        if p.is_file()
+    }
+    assert set(manifest["files"]) == found - {"manifest.json"}
+    assert manifest["files"]["sub/model.onnx"]["sha256"] == hashlib.sha256(b"1234").hexdigest()
+
+
+def test_shards(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "_SHARD", 5000)
+    artifact.save(model, tmp_path / "out")
+    shards = list((tmp_path / "out/weights").iterdir())
+    assert len(shards) > 2
+    assert all(p.stat().st_size < 5000 + 3000 for p in shards)
+    again = load(tmp_path / "out")
+    assert torch.equal(again.run(again.example), model.run(model.example))
+
+
+def test_extend_adds_whole_or_not_at_all(model: Model, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    artifact.save(model, out, metrics={"a": 1}, extra=lambda f: (f / "old.txt").write_text("old"))
+    artifact.extend(out, lambda folder: (folder / "new.txt").write_text("new"), metrics={"b": 2})
+    manifest = reader.check(out, hashes=True)
+    assert {"old.txt", "new.txt"} <= set(manifest["files"])
+    assert manifest["metrics"] == {"a": 1, "b": 2}
+    state = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    def fails(folder: Path) -> None:
+        (folder / "old.txt").write_text("spoiled")
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        artifact.extend(out, fails)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == state
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "source"}
+
+
+def test_the_original_is_found_again_or_missed(model: Model, tmp_path: Path) -> None:
+    before = model.run(model.example)
+    _edit_everything(model)
+    artifact.save(model, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert torch.equal(original(again).run(model.example), before)
+    weights = tmp_path / "source/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="has changed since"):
+        original(again)
+    weights.unlink()
+    with pytest.raises(InputError, match="cannot be read again"):
+        original(again)
+    # The artifact does not need the original.
+    assert torch.equal(load(tmp_path / "out").run(model.example), again.run(model.example))
+
+
+def _spoil(out: Path, file: str, change: Any) -> None:
+    path = out / file
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+    if file != "manifest.json":
+        size = path.stat().st_size
+        _spoil(out, "manifest.json", lambda t: t["files"][file].update(size=size))
+
+
+SPOILED: list[tuple[str, Any, str]] = [
+    ("manifest.json", lambda t: t.update(format=99), "format 99"),
+    ("manifest.json", lambda t: t.pop("files"), "not an artifact"),
+    ("manifest.json", lambda t: t["files"].update({"../x": {"size": 1}}), "outside"),
+    ("manifest.json", lambda t: t["files"].update({"gone": {"size": 1}}), "no such file"),
+    ("structure.json", lambda t: t.pop("source"), "does not fit"),
+    ("structure.json", lambda t: t["source"].update(kind="pickle"), "kind of source"),
+    ("structure.json", lambda t: t["structure"].append({"kind": "evil", "path": "x"}), "evil"),
+    ("structure.json", lambda t: t["structure"].append({"kind": "drop", "path": "no.1"}), "fit"),
+    ("structure.json", lambda t: t["structure"].append(3), "does not fit"),
+    (
+        "structure.json",
+        lambda t: t["structure"].append({"kind": "drop", "path": "model.layers.0"}),
+        r"no place for.*model\.layers\.2",
+    ),
+    (
+        "structure.json",
+        lambda t: t["source"]["details"]["config"].update(auto_map={"A": "b"}),
+        "auto_map",
+    ),
+    ("structure.json", lambda t: t["planes"].update({"lm_head.weight": {"bits": [4]}}), "not fit"),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "message"), SPOILED, ids=[s[2] for s in SPOILED])
+def test_spoiled_artifacts_are_refused(
+    model: Model, tmp_path: Path, file: str, change: Any, message: str
+) -> None:
+    artifact.save(model, tmp_path / "out")
+    _spoil(tmp_path / "out", file, change)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "out")
+
+
+def test_a_flipped_bit_is_found_by_hash_and_a_cut_file_by_size(
+    model: Model, tmp_path: Path
+) -> None:
+    artifact.save(model, tmp_path / "out")
+    path = tmp_path / "out/weights/model-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    reader.check(tmp_path / "out")
+    with pytest.raises(InputError, match="has changed"):
+        reader.check(tmp_path / "out", hashes=True)
+    path.write_bytes(content[:-1])
+    with pytest.raises(InputError, match="has changed"):
+        load(tmp_path / "out")
+
+
+def test_an_existing_output_is_kept(model: Model, tmp_path: Path) -> None:
+    artifact.save(model, tmp_path / "out")
+    with pytest.raises(InputError, match="exists"):
+        artifact.save(model, tmp_path / "out")
+    artifact.save(model, tmp_path / "out", overwrite=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "source"}
