@@ -1,1 +1,42 @@
-"""cli"""
+"""The command line. Importing it imports neither torch nor any other large library."""
+
+from __future__ import annotations
+
+from penjing.cli.goal import demo, fit, transfer, tune
+from penjing.cli.group import Group
+from penjing.cli.look import evaluate, inspect
+from penjing.cli.shape import cut, prune, quantize, recover, replay, shrink
+from penjing.cli.ship import export, measure, report, verify
+
+__all__ = ["group", "main"]
+
+group = Group(
+    name="penjing",
+    help="Takes a trained model and a budget, gives back the smallest, fastest artifact that "
+    "still passes your quality bar, with every number measured on the exported file.",
+    epilog="Exit status: 0 done, 1 bad input, 2 usage, 3 done but the budget could not be met.",
+)
+for _command in (
+    demo,
+    fit,
+    inspect,
+    evaluate,
+    prune,
+    shrink,
+    cut,
+    quantize,
+    recover,
+    replay,
+    tune,
+    transfer,
+    export,
+    measure,
+    verify,
+    report,
+):
+    group.add_command(_command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    group.main()

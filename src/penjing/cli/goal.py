@@ -1,0 +1,171 @@
+"""Verbs with a goal: demo, fit; tune and transfer have their place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from penjing.cli.options import (
+    RATIO,
+    SIZE,
+    TIME,
+    Leaf,
+    check_model,
+    data_option,
+    json_option,
+    model_options,
+    not_yet,
+    output_options,
+    set_threads,
+    size_options,
+)
+from penjing.cli.show import show_json, show_result
+from penjing.errors import UsageError, printable
+from penjing.files import check_output
+from penjing.result import Result
+
+__all__ = ["demo", "fit", "transfer", "tune"]
+
+OVER_BUDGET = 3
+
+
+def _finish(result: Result, output: Path, as_json: bool) -> int:
+    if as_json:
+        show_json(result.to_json() | {"output": str(output)})
+    else:
+        show_result(result, output)
+    if result.met:
+        return 0
+    why = result.why or "the budget could not be met"
+    click.echo(f"penjing: budget not met: {printable(why, 600)}", err=True)
+    return OVER_BUDGET
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-out"),
+    show_default=True,
+    help="Folder to write.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@json_option
+def demo(output: Path, overwrite: bool, as_json: bool) -> int:
+    """The main job on a real sentence encoder that a package carries.
+
+    \b
+    penjing demo -o demo-out
+    """
+    check_output(output, overwrite)
+    from penjing.demo import demo as run
+
+    return _finish(run(output, overwrite=overwrite, progress=not as_json), output, as_json)
+
+
+@click.command()
+@model_options
+@data_option(required=True, help="Your data: .jsonl .csv .parquet .npz or an image folder.")
+@data_option(name="--calibration", help="Calibration data.  [default: split off --data]")
+@click.option(
+    "--metric",
+    "--task",
+    "task",
+    type=Leaf("tasks"),
+    help="Quality measure.  [default: what fits the model and its data]",
+)
+@click.option("--max-drop", type=RATIO, metavar="1%", help="Quality that may be lost.")
+@click.option("--max-size", type=SIZE, metavar="25MB", help="Of the exported model on disk.")
+@click.option("--max-latency", type=TIME, metavar="20ms", help="Of one call, median.")
+@click.option("--max-memory", type=SIZE, metavar="500MB", help="Of the process, peak.")
+@click.option("--runtime", type=Leaf("runtimes"), help="Default: the faster one, measured.")
+@click.option("--within", type=TIME, metavar="30m", help="Time this command may take.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@size_options
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
+@output_options(journal=False)
+@not_yet("--device", "--workers", "--ray")
+@json_option
+def fit(
+    model: str,
+    weights: str | None,
+    allow_pickle: bool,
+    data: str,
+    calibration: str | None,
+    task: str | None,
+    max_drop: float | None,
+    max_size: float | None,
+    max_latency: float | None,
+    max_memory: float | None,
+    runtime: str | None,
+    within: float | None,
+    batch: int,
+    length: int,
+    threads: int | None,
+    seed: int,
+    confidence: float,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+) -> int:
+    """Make MODEL as small and fast as your budget asks, measured.
+
+    \b
+    penjing fit ./my-model --data eval.jsonl --max-drop 1% -o ./fitted
+    penjing fit ./my-model --data eval.jsonl --max-size 25MB --max-latency 20ms -o ./fitted
+
+    Exit status 3 when the budget could not be met; the nearest artifact is kept.
+    """
+    if (max_drop, max_size, max_latency, max_memory) == (None, None, None, None):
+        raise UsageError(
+            "no budget",
+            allowed="--max-drop, --max-size, --max-latency, --max-memory",
+            next="give one",
+        )
+    check_model(model)
+    check_output(output, overwrite, (Path(model), Path(data)))
+    set_threads(threads)
+    from penjing import api
+
+    result = api.fit(
+        api.load(model, weights=weights, allow_pickle=allow_pickle),
+        data,
+        output,
+        calibration=calibration,
+        task=task,
+        max_drop=max_drop,
+        max_size=None if max_size is None else round(max_size),
+        max_latency=max_latency,
+        max_memory=None if max_memory is None else round(max_memory),
+        runtime=runtime,
+        within=within,
+        batch=batch,
+        length=length,
+        threads=threads or os.cpu_count() or 1,
+        seed=seed,
+        overwrite=overwrite,
+        confidence=confidence,
+        progress=not as_json,
+    )
+    return _finish(result, output, as_json)
+
+
+_ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@click.command(context_settings=_ANYTHING)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def tune(arguments: tuple[str, ...]) -> None:
+    """Search the options of a recipe (not there yet)."""
+    raise UsageError("tune is not there yet", next="edit recipe.toml and use penjing apply")
+
+
+@click.command(context_settings=_ANYTHING)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def transfer(arguments: tuple[str, ...]) -> None:
+    """From a teacher to a student (not there yet)."""
+    raise UsageError("transfer is not there yet", next="penjing recover distils from the original")

@@ -1,0 +1,317 @@
+"""One technique at a time: prune, shrink, cut, quantize, recover, apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from penjing.cli.options import (
+    RATIO,
+    TIME,
+    Leaf,
+    check_model,
+    data_option,
+    data_options,
+    json_option,
+    model_options,
+    output_options,
+    seed_option,
+    threads_option,
+    to_option,
+)
+from penjing.cli.work import is_bare, show_file, technique
+from penjing.errors import InputError, UsageError
+
+__all__ = ["cut", "prune", "quantize", "recover", "replay", "shrink"]
+
+targets_option = click.option(
+    "--targets", multiple=True, metavar="GLOB", help="Only layers with such a path; may repeat."
+)
+
+
+@click.command()
+@model_options
+@click.option("--sparsity", type=RATIO, metavar="0.5", help="Fraction of the weights that go.")
+@click.option("--pattern", metavar="N:M", help="Keep N of every M inputs, e.g. 2:4.")
+@click.option(
+    "--criterion", type=Leaf("criteria"), help="Default: wanda with data, magnitude without."
+)
+@targets_option
+@data_options()
+@output_options()
+@to_option
+@json_option
+def prune(
+    model: str,
+    sparsity: float | None,
+    pattern: str | None,
+    criterion: str | None,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+    targets: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Remove single connections.
+
+    \b
+    penjing prune ./my-model --sparsity 0.5 --data calibration.jsonl -o ./pruned
+    penjing prune params.npy --sparsity 50% -o out.npy
+    """
+    if sparsity is None and pattern is None:
+        raise UsageError("how much to prune", allowed="--sparsity 0.5 or --pattern 2:4")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise UsageError("--sparsity", got=sparsity, allowed="0 <= sparsity < 1")
+    if is_bare(model, output):
+        check_model(model)
+        from penjing.weights import prune_file
+
+        found = prune_file(
+            Path(model),
+            output,
+            sparsity,
+            criterion=criterion or "magnitude",
+            pattern=pattern,
+            overwrite=overwrite,
+        )
+        show_file(found, output, as_json)
+        return
+    technique(
+        lambda m, **more: _api().prune(m, 0.5 if sparsity is None else sparsity, **more),
+        model,
+        output,
+        overwrite=overwrite,
+        as_json=as_json,
+        pattern=pattern,
+        criterion=criterion,
+        targets=targets or None,
+        **options,
+    )
+
+
+@click.command()
+@model_options
+@click.option("--ratio", type=RATIO, required=True, metavar="0.5", help="Fraction that goes.")
+@click.option(
+    "--of",
+    type=click.Choice(["parameters", "macs", "latency"]),
+    default="parameters",
+    show_default=True,
+)
+@click.option("--criterion", type=Leaf("criteria", "gram"), default="gram", show_default=True)
+@targets_option
+@data_options(required=True)
+@output_options()
+@to_option
+@json_option
+def shrink(
+    model: str, ratio: float, output: Path, targets: tuple[str, ...], **options: Any
+) -> None:
+    """Remove whole neurons: hidden units, heads.
+
+    \b
+    penjing shrink ./my-model --ratio 0.25 --data calibration.jsonl -o ./shrunk
+    """
+    if not 0 < ratio < 1:
+        raise UsageError("--ratio", got=ratio, allowed="0 < ratio < 1")
+    technique(
+        lambda m, **more: _api().shrink(m, ratio, **more),
+        model,
+        output,
+        targets=targets or None,
+        **options,
+    )
+
+
+@click.command()
+@model_options
+@click.option("--layers", type=click.IntRange(1), help="How many blocks go; or")
+@click.option("--ratio", type=RATIO, metavar="0.25", help="which fraction of them.")
+@click.option("--criterion", default="influence", show_default=True, metavar="NAME")
+@click.option("--patch", default="linear", show_default=True, help="linear or none.")
+@data_options(required=True)
+@output_options()
+@to_option
+@json_option
+def cut(
+    model: str,
+    layers: int | None,
+    ratio: float | None,
+    criterion: str,
+    patch: str,
+    output: Path,
+    **options: Any,
+) -> None:
+    """Remove whole blocks.
+
+    \b
+    penjing cut ./my-model --layers 2 --data calibration.jsonl -o ./cut
+    """
+    if (layers is None) == (ratio is None):
+        raise UsageError("how much to cut", allowed="either --layers 2 or --ratio 0.25")
+    if ratio is not None and not 0 < ratio < 1:
+        raise UsageError("--ratio", got=ratio, allowed="0 < ratio < 1")
+    for name, value, allowed in (
+        ("--criterion", criterion, ("influence", "random")),
+        ("--patch", patch, ("linear", "none")),
+    ):
+        if value not in allowed:
+            raise UsageError(f"unknown {name}", got=value, allowed=", ".join(allowed))
+    technique(
+        lambda m, **more: _api().cut(m, layers, ratio=ratio, **more),
+        model,
+        output,
+        criterion=criterion,
+        patch=patch,
+        **options,
+    )
+
+
+@click.command()
+@model_options
+@click.option("--bits", type=click.IntRange(2, 8), default=8, show_default=True)
+@click.option(
+    "--group",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Inputs that share a scale; 0 is the whole row.",
+)
+@click.option("--codes", default="integer", show_default=True, help="integer, so far.")
+@click.option("--activations", type=click.IntRange(8, 8), help="8 for 8-bit layer inputs.")
+@click.option("--embeddings", type=click.IntRange(2, 8), help="Bits of embedding tables.")
+@click.option("--method", type=Leaf("quantizers"), help="Default: gptq with data, rtn without.")
+@click.option("--symmetric/--asymmetric", default=None, help="Default: what the runtime wants.")
+@click.option("--dequantize", is_flag=True, help="Weight files only: store the floats.")
+@targets_option
+@data_options()
+@output_options()
+@to_option
+@json_option
+def quantize(
+    model: str,
+    bits: int,
+    group: int,
+    codes: str,
+    activations: int | None,
+    embeddings: int | None,
+    method: str | None,
+    symmetric: bool | None,
+    dequantize: bool,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+    targets: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Store weights, and activations where asked, in fewer bits.
+
+    \b
+    penjing quantize ./my-model --bits 4 --group 64 --data calibration.jsonl -o ./small
+    penjing quantize params.npy --bits 8 -o out.npz
+    """
+    if codes != "integer":
+        raise UsageError("such codes are not there yet", got=codes, allowed="integer")
+    if is_bare(model, output):
+        check_model(model)
+        from penjing.weights import quantize_file
+
+        found = quantize_file(
+            Path(model),
+            output,
+            bits,
+            group=group,
+            method=method or "rtn",
+            dequantize=dequantize,
+            symmetric=bool(symmetric),
+            overwrite=overwrite,
+        )
+        show_file(found, output, as_json)
+        return
+    if dequantize:
+        raise UsageError("--dequantize is for bare weight files", next="leave it out")
+    technique(
+        lambda m, **more: _api().quantize(m, bits, **more),
+        model,
+        output,
+        overwrite=overwrite,
+        as_json=as_json,
+        group=group,
+        method=method,
+        activations=activations,
+        embeddings=embeddings,
+        symmetric=symmetric,
+        targets=targets or None,
+        **options,
+    )
+
+
+@click.command()
+@model_options
+@data_option(required=True, help="Training inputs; labels are not used.")
+@click.option("--seconds", type=TIME, default="60s", show_default=True, help="Training time.")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.")
+@click.option("--loss", type=Leaf("losses"), help="Default: what fits the output.")
+@threads_option
+@seed_option
+@output_options(journal=False)
+@to_option
+@json_option
+def recover(
+    model: str,
+    data: str,
+    seconds: float,
+    lr: float | None,
+    loss: str | None,
+    seed: int,
+    output: Path,
+    **options: Any,
+) -> None:
+    """Train an edited artifact toward its original for a short while.
+
+    \b
+    penjing recover ./cut --data calibration.jsonl --seconds 2m -o ./recovered
+    """
+    given = {"seconds": seconds, "loss": loss, "seed": seed} | ({"lr": lr} if lr else {})
+    technique(
+        lambda m, journal: _api().recover(m, data, **given),
+        model,
+        output,
+        journal=None,
+        **options,
+    )
+
+
+@click.command(name="apply")
+@model_options
+@click.argument("recipe", type=click.Path(path_type=Path))
+@data_option(help="Calibration data, where a step needs it.")
+@threads_option
+@seed_option
+@output_options()
+@to_option
+@json_option
+def replay(
+    model: str, recipe: Path, data: str | None, seed: int, output: Path, **options: Any
+) -> None:
+    """Replay the steps of a recipe.toml.
+
+    \b
+    penjing apply ./my-model ./fitted/recipe.toml --data calibration.jsonl -o ./again
+    """
+    if not recipe.is_file():
+        raise InputError("no such recipe", got=recipe, next="give a recipe.toml")
+    technique(
+        lambda m, journal: _api().apply(m, recipe, data, journal=journal, seed=seed),
+        model,
+        output,
+        **options,
+    )
+
+
+def _api() -> Any:
+    from penjing import api
+
+    return api

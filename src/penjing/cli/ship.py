@@ -1,0 +1,138 @@
+"""Verbs on a finished artifact: export, measure, verify, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from penjing.cli.options import (
+    Leaf,
+    check_model,
+    data_option,
+    json_option,
+    not_yet,
+    size_options,
+    to_option,
+)
+from penjing.cli.show import show_json, show_pairs
+from penjing.errors import UsageError, printable
+
+__all__ = ["export", "measure", "report", "verify"]
+
+artifact_argument = click.argument("artifact", metavar="ARTIFACT")
+
+
+@click.command()
+@artifact_argument
+@to_option
+@json_option
+def export(artifact: str, to: tuple[str, ...], as_json: bool) -> None:
+    """Write the model for a runtime; refused unless it computes the same.
+
+    \b
+    penjing export ./fitted --to onnx,openvino
+    """
+    if not to:
+        raise UsageError("export to what", allowed="--to onnx,openvino")
+    check_model(artifact)
+    from penjing import api
+    from penjing.progress import task
+
+    with task("export"):
+        parity = api.export(artifact, to)
+    if as_json:
+        show_json({"artifact": artifact, "parity": parity})
+    else:
+        show_pairs({name: f"differs by {value:.3g}" for name, value in parity.items()}, "exported")
+
+
+@click.command()
+@artifact_argument
+@click.option("--runtime", type=Leaf("runtimes"), help="Default: the embedded runtime.")
+@data_option(help="Measure the quality through the exported file too.")
+@click.option("--metric", "--task", "task", type=Leaf("tasks"))
+@click.option("--batch", type=click.IntRange(1), help="A second batch size, with throughput.")
+@size_options
+@not_yet("--profile")
+@json_option
+def measure(
+    artifact: str,
+    runtime: str | None,
+    data: str | None,
+    task: str | None,
+    batch: int | None,
+    length: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Size, latency, throughput, memory and quality of the exported file.
+
+    It runs in a fresh process.
+
+    \b
+    penjing measure ./fitted --runtime openvino --batch 8
+    """
+    check_model(artifact)
+    from penjing import api
+    from penjing.progress import task as working
+
+    with working("measure"):
+        found = api.measure(
+            artifact,
+            runtime=runtime,
+            data=data,
+            task=task,
+            batch=batch,
+            length=length,
+            threads=threads,
+        )
+    if as_json:
+        show_json(found)
+    else:
+        show_pairs(found)
+
+
+@click.command()
+@artifact_argument
+@json_option
+def verify(artifact: str, as_json: bool) -> int:
+    """Check hashes, structure and parity; exit status 1 when one fails.
+
+    \b
+    penjing verify ./fitted
+    """
+    check_model(artifact)
+    from penjing import api
+    from penjing.progress import task
+
+    with task("verify"):
+        checks = api.verify(artifact)
+    sound = all(check.ok for check in checks)
+    if as_json:
+        rows = [{"name": c.name, "ok": bool(c.ok), "detail": c.detail} for c in checks]
+        show_json({"artifact": artifact, "ok": sound, "checks": rows})
+    else:
+        for check in checks:
+            mark = "ok    " if check.ok else "FAILED"
+            click.echo(f"{mark}  {printable(check.name)}  {printable(check.detail)}")
+    return 0 if sound else 1
+
+
+@click.command()
+@artifact_argument
+@json_option
+def report(artifact: str, as_json: bool) -> None:
+    """Write the report page of an artifact again and say where it is.
+
+    \b
+    penjing report ./fitted
+    """
+    check_model(artifact)
+    from penjing import api
+
+    page = Path(api.report(artifact))
+    if as_json:
+        show_json({"report": str(page)})
+    else:
+        click.echo(printable(page, 600))

@@ -1,0 +1,96 @@
+"""How a single technique runs: checks first, then load, work, save, and say what came out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from penjing.cli.options import check_model, set_threads
+from penjing.cli.show import count, folder_size, show_json, show_pairs
+from penjing.errors import UsageError, printable
+from penjing.files import check_output
+from penjing.units import format_size, format_time
+
+if TYPE_CHECKING:
+    from penjing.model import Model
+
+__all__ = ["is_bare", "show_file", "technique"]
+
+BARE = (".npy", ".npz", ".safetensors", ".pth")
+
+
+def is_bare(model: str, output: Path) -> bool:
+    """Whether this is a weight file without a network."""
+    if Path(model).suffix not in BARE or ":" in model:
+        return False
+    if output.suffix not in BARE:
+        raise UsageError(
+            "a bare weight file becomes a weight file",
+            got=f"-o {output}",
+            allowed=f"-o with the ending {', '.join(BARE)}",
+        )
+    return True
+
+
+def show_file(found: dict[str, Any], output: Path, as_json: bool) -> None:
+    if as_json:
+        show_json({"output": str(output)} | found)
+    else:
+        plain = {k: v for k, v in found.items() if not isinstance(v, list | tuple | dict)}
+        show_pairs(plain, f"wrote {output}")
+
+
+def technique(
+    work: Callable[..., Model],
+    model: str,
+    output: Path,
+    *,
+    overwrite: bool,
+    weights: str | None,
+    allow_pickle: bool,
+    threads: int | None,
+    journal: Path | None,
+    to: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Load, do `work(model, journal=..., **options)`, save, and say what came out."""
+    check_model(model)
+    check_output(output, overwrite, (Path(model),))
+    set_threads(threads)
+    from penjing import api
+
+    begin = time.monotonic()
+    kept = journal or output.with_name(output.name + ".journal")
+    loaded = api.load(model, weights=weights, allow_pickle=allow_pickle)
+    parameters = sum(p.numel() for _, p in loaded.parameters())
+    done = work(loaded, journal=kept, **options)
+    api.save(done, output, to=to, overwrite=overwrite)
+    if journal is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    found = {
+        "output": str(output),
+        "size_bytes": folder_size(output),
+        "parameters_before": parameters,
+        "parameters": sum(p.numel() for _, p in done.parameters()),
+        "stored_bits_per_weight": done.stored_bits(),
+        "zeros": int(sum(mask.numel() - int(mask.sum()) for mask in done.masks.values())),
+        "seconds": round(time.monotonic() - begin, 3),
+    }
+    if as_json:
+        show_json(found)
+        return
+    click.echo(f"wrote {printable(output, 600)} in {format_time(found['seconds'])}")
+    show_pairs(
+        {
+            "size": format_size(found["size_bytes"]),
+            "parameters": f"{count(found['parameters_before'])} -> {count(found['parameters'])}",
+            "stored bits per weight": f"{found['stored_bits_per_weight']:.2f}",
+        }
+        | ({"connections removed": count(found["zeros"])} if found["zeros"] else {})
+    )
