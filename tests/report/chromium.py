@@ -68,7 +68,8 @@ def layout(page: Path, scratch: Path, width: int, dark: bool = False) -> dict[st
     holder = scratch / "measure.html"
     holder.write_text(
         '<meta charset="utf-8"><style>*{margin:0;border:0}</style>'
-        f'<iframe id="f" src="{page.as_uri()}" width="{width}" height="800"></iframe><pre id="o"></pre>'
+        f'<iframe id="f" src="{page.as_uri()}" width="{width}" height="800"></iframe>'
+        '<pre id="o"></pre>'
         "<script>f.onload=()=>{const d=f.contentDocument,w=f.contentWindow,e=d.documentElement,"
         "s=(q,p)=>d.querySelector(q)?w.getComputedStyle(d.querySelector(q))[p]:null;"
         "o.textContent=btoa(unescape(encodeURIComponent(JSON.stringify({"
@@ -82,6 +83,8 @@ def layout(page: Path, scratch: Path, width: int, dark: bool = False) -> dict[st
         "t=>{const b=t.getBoundingClientRect(),a=v.getBoundingClientRect();"
         "return [b.left-a.left,b.top-a.top,b.right-a.left,b.bottom-a.top,a.width,a.height,"
         "t.textContent]})),"
+        "names:[...d.querySelectorAll('td.name')].map(c=>c.textContent),"
+        "cells:d.querySelectorAll('.strip .cell').length,images:d.images.length,"
         "boxes:[...d.querySelectorAll('.box')].map(b=>[b.clientWidth,b.scrollWidth]),"
         "style:d.styleSheets.length}))));}</script>"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from penjing.errors import InputError
-from penjing.files import read_json, whole_file
+from penjing.files import read_json, sha256, whole_file, write_json
 from penjing.report.page import render
 from penjing.report.text import finite
 from penjing.result import FORMAT, Result
@@ -20,9 +20,9 @@ __all__ = ["render", "write"]
 def write(folder: Path) -> Path:
     """Write report.html into an artifact folder, whole or not at all; gives its path.
 
-    Reads results.json, recipe.toml and manifest.json. An existing report.html is replaced.
-    The title is the manifest's `name` (else the folder's), the command the manifest's `command`
-    (else the one that replays the recipe).
+    Reads results.json, recipe.toml and manifest.json; replaces report.html and its entry in the
+    manifest. The command is the manifest's `command`, of its top or its `metrics`, else the one
+    that replays the recipe; the title likewise its `name`, else the last part of the source's path.
 
     Raises:
         InputError: a file is missing or malformed, or the folder cannot be written.
@@ -33,20 +33,44 @@ def write(folder: Path) -> Path:
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict):
         raise InputError(f"{folder / 'manifest.json'} is not a table", got=type(manifest).__name__)
-    try:
-        recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("recipe.toml cannot be read", got=f"{folder} ({error})") from error
-    title, command = manifest.get("name"), manifest.get("command")
     page = render(
         result,
-        title=title if isinstance(title, str) and title else folder.absolute().name,
-        recipe_toml=recipe,
-        command=command if isinstance(command, str) and command else _REPLAY,
+        title=_named(manifest, "name") or _source(manifest) or folder.absolute().name,
+        recipe_toml=_recipe(folder / "recipe.toml", manifest),
+        command=_named(manifest, "command") or _REPLAY,
     )
     output = folder / "report.html"
     whole_file(output, lambda path: _write_text(path, page), overwrite=True)
+    entry = {"size": output.stat().st_size, "sha256": sha256(output)}
+    files = manifest.get("files")
+    if isinstance(files, dict) and files.get(output.name) != entry:
+        manifest["files"] = dict(sorted({**files, output.name: entry}.items()))
+        whole_file(
+            folder / "manifest.json", lambda path: write_json(path, manifest), overwrite=True
+        )
     return output
+
+
+def _named(manifest: dict[str, Any], key: str) -> str:
+    for table in (manifest, manifest.get("metrics")):
+        if isinstance(table, dict) and isinstance(found := table.get(key), str) and found:
+            return found
+    return ""
+
+
+def _source(manifest: dict[str, Any]) -> str:
+    source = manifest.get("source")
+    path = source.get("path") if isinstance(source, dict) else None
+    return Path(path).name if isinstance(path, str) else ""
+
+
+def _recipe(path: Path, manifest: dict[str, Any]) -> str:
+    if not path.exists() and manifest.get("recipe") is None:
+        return "# no steps"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("recipe.toml cannot be read", got=f"{path} ({error})") from error
 
 
 _REPLAY = "penjing apply MODEL recipe.toml -o OUT"

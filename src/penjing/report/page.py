@@ -26,6 +26,7 @@ from penjing.report.text import (
     lines,
     milliseconds,
     number,
+    phrase,
     quality,
     ratio,
     safe,
@@ -106,12 +107,12 @@ def _drop_words(result: Result) -> tuple[str, str]:
 
 def _verdict(result: Result, title: str) -> str:
     before, after = result.before, result.after
-    smaller = amount(ratio(before.size_bytes, after.size_bytes), "smaller", "larger", "the size")
-    faster = amount(
-        ratio(before.latency_ms.median, after.latency_ms.median), "faster", "slower", "the speed"
-    )
+    sizes = ratio(before.size_bytes, after.size_bytes)
+    speeds = ratio(before.latency_ms.median, after.latency_ms.median)
+    smaller = amount(sizes, "smaller", "larger", "the same size")
+    faster = amount(speeds, "faster", "slower", "the same speed")
     clause, spread = _drop_words(result)
-    figures = f"{' '.join(smaller)}, {' '.join(faster)}, and {clause}"
+    figures = f"{phrase(smaller)}, {phrase(faster)}, and {clause}"
     figures += f" ({spread})" if spread else ""
     why = safe((result.why or "").strip().rstrip("."), 400)
     if not result.budget and result.met:
@@ -164,7 +165,10 @@ def _asked(result: Result) -> str:
             known |= {f"max_{name}", f"max_{name}_bytes", f"max_{name}_ms"}
             parts.append(f"{name} at most {show(value)}")
     rest = {k: v for k, v in budget.items() if k not in known and v is not None}
-    parts += [f"{safe(k, 60)} {safe(v, 100)}" for k, v in rest.items()]
+    parts += [
+        f"{safe(k, 60)} {DASH if isinstance(v, float) and not finite(v) else safe(v, 100)}"
+        for k, v in rest.items()
+    ]
     return "Asked for: " + ", ".join(parts) + "." if parts else "No limit was asked for."
 
 
@@ -177,7 +181,7 @@ def _table(result: Result) -> str:
     ) -> str:
         text, tone = "", ""
         if words and factor is not None:
-            text = " ".join(amount(factor, *words, "the same")).replace("1× the same", "the same")
+            text = phrase(amount(factor, *words, "the same"))
             tone = "" if "same" in text else " better" if factor > 1 else " worse"
         return (
             f'<tr><th scope="row">{name}</th><td class="n">{old}</td><td class="n">{new}</td>'

@@ -225,8 +225,8 @@ def panel(
         place = _place(x, y, mark.label, taken, reaches) if mark.label else None
         if place:
             if math.dist((x, y), place[:2]) > 34:
-                ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{place[0]:.1f}" y2="{place[1] + 3:.1f}"'
-                out.append(f'<line class="leader" {ends}/>')
+                line = f'x1="{x:.1f}" y1="{y:.1f}" x2="{place[0]:.1f}" y2="{place[1] + 3:.1f}"'
+                out.append(f'<line class="leader" {line}/>')
             labels.append(_text(place[0], place[1], mark.label, place[2], f"label {mark.kind}"))
         if mark.kind == "chosen" and floor is not None and finite(floor):
             labels += _floor_label(y_axis(floor), taken)

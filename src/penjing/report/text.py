@@ -26,6 +26,7 @@ __all__ = [
     "lines",
     "milliseconds",
     "number",
+    "phrase",
     "quality",
     "ratio",
     "safe",
@@ -113,6 +114,11 @@ def amount(factor: float | None, better: str, worse: str, same: str) -> tuple[st
     return (f"{factor:,.{places}f}×" if factor < 1e6 else f"{factor:.1e}×"), word
 
 
+def phrase(words: tuple[str, str]) -> str:
+    """The two words of `amount` in a sentence."""
+    return words[1] if words[0] in (DASH, "1×") else " ".join(words)
+
+
 def is_percent(result: Result) -> bool:
     """Whether the metric reads as a share: in 0 to 1, higher is better, no correlation."""
     name = result.metric.lower()
@@ -130,7 +136,7 @@ def quality(value: float | None, percent: bool) -> str:
     """A value of the metric."""
     if value is None or not finite(value):
         return DASH
-    return f"{value * 100:.2f}\u00a0%" if percent else number(value, 3)
+    return f"{value * 100:.2f}\u00a0%" if percent else number(value, 4 if abs(value) < 10 else 3)
 
 
 def drop_amount(value: float | None, relative: bool, percent: bool, unit: bool = True) -> str:
@@ -138,7 +144,7 @@ def drop_amount(value: float | None, relative: bool, percent: bool, unit: bool =
     if value is None or not finite(value):
         return DASH
     if not relative and not percent:
-        return number(value, 3)
+        return number(value, 4 if abs(value) < 10 else 3)
     word = ("\u00a0%" if relative else "\u00a0points") if unit else ""
     return number(value * 100) + word
 

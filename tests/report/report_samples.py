@@ -118,6 +118,6 @@ def bare() -> Result:
     """Nothing but a size and a latency."""
     one = Measurement(4_000, 1_000, 32.0, Latency(0.02, 0.03, 1, None), 50_000_000)
     return Result(
-        task="none", metric="none", runtime="torch", threads=1, before=one,
+        task="fidelity", metric="cosine", runtime="torch", threads=1, before=one,
         after=replace(one, size_bytes=1_040), drop=None, budget={}, met=True, why=None,
     )  # fmt: skip
