@@ -141,7 +141,8 @@ def test_low_bits_are_stored_low_and_stay_right(tmp_path: Path) -> None:
     quantize(model, "a.weight", planes_of(model.module.a.weight, 4, 8))
     quantize(model, "b.weight", planes_of(model.module.b.weight, 8))
     got, want, _ = written(model, tmp_path / "low")
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    # The runtime rounds the inputs of low-bit weights to 8 bits, in groups of 32.
+    assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
     floats = (50 * 24 + 2 * 24 * 32) * 4
     codes = 50 * 12 + 24 * 16 + 24 * 32
     saved = (plain / "model.bin").stat().st_size - (tmp_path / "low/model.bin").stat().st_size

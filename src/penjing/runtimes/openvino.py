@@ -2,6 +2,10 @@
 
 `INFERENCE_PRECISION_HINT=f32` because the default computes in bfloat16 on processors that
 can, which is another network than the one that was exported.
+
+Weights of 1 to 8 bits without an input range are multiplied in int8: OpenVINO quantizes their
+inputs on the fly in groups of 32 (its default, stated here), as onnxruntime's MatMulNBits does
+at accuracy level 4. Measured on MiniLM: 1.7x the speed, cosine 0.9981 instead of 0.9987.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ class Session:
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32",
         }
         try:
             self.compiled = ov.Core().compile_model(path, "CPU", options)
@@ -62,6 +67,14 @@ class Session:
                 f"input {missing[0]} is missing", got=sorted(batch), allowed=sorted(self._types)
             )
         inputs = {name: np.asarray(batch[name], dtype) for name, dtype in self._types.items()}
+        for name, sizes in self.inputs.items():
+            # OpenVINO itself takes a wrong size without an error.
+            got = inputs[name].shape
+            fits = len(got) == len(sizes) and all(
+                want in (None, size) for want, size in zip(sizes, got, strict=True)
+            )
+            if not fits:
+                raise InputError(f"shape of input {name}", got=got, allowed=sizes)
         try:
             outputs = self.request.infer(inputs)
         except RuntimeError as error:

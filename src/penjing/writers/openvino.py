@@ -156,7 +156,8 @@ def compress(graph: Any, weights: list[Weight], modules: Mapping[str, str] | Non
             for user in node.output(0).get_target_inputs():
                 activation = None
                 if user.get_node().get_type_name() in _PRODUCTS and user.get_index() == 1:
-                    name = str(user.get_node().get_friendly_name())
+                    # An ONNX Gemm becomes a product of this name and a sum.
+                    name = user.get_node().get_friendly_name().removesuffix("/WithoutBiases")
                     activation = _activation(twins, (modules or {}).get(name))
                 _replace(user, planes, activation, straight, inputs)
     graph.validate_nodes_and_infer_types()
