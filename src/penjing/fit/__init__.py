@@ -1,1 +1,6 @@
-"""fit"""
+"""Fit: the whole loop, from a model and a budget to the smallest artifact that passes."""
+
+from penjing.fit.budget import Budget
+from penjing.fit.loop import fit
+
+__all__ = ["Budget", "fit"]

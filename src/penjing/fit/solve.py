@@ -9,6 +9,7 @@ A multiple-choice knapsack, given to HiGHS through scipy.optimize.milp.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,4 +63,4 @@ def solve(
     )
     if found.x is None:
         return None
-    return tuple(int(np.argmax(found.x[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True))
+    return tuple(int(np.argmax(found.x[a:b])) for a, b in itertools.pairwise(starts))

@@ -127,8 +127,8 @@ def recipe_of(
     if (table := TABLES[choice.table]) is not None:
         bits, group = table
         numbers.append(Quantize(0, embeddings=bits, embedding_group=group, method="rtn"))
-    for name, globs in groups.items():
-        step = FORMATS[name].quantize(method, tuple(globs))
+    for name, paths_in in groups.items():
+        step = FORMATS[name].quantize(method, tuple(paths_in))
         if step is not None:
             numbers.append(step)
     return Recipe(tuple(structural), seed), Recipe(tuple(numbers), seed)

@@ -194,8 +194,8 @@ def _singles(
             found.formats.setdefault(name, {})[key] = error(list(step.plan(unit, stats)))
         if edits := list(Shrink(1 - _MEASURED, heads=0.0).plan(unit, stats)):
             found.widths[key] = error(edits)
-        if (edits := _cut_one(stream, unit)) is not None and len(base.blocks) > 1:
-            found.cuts[key] = error(edits)
+        if len(base.blocks) > 1 and (cut := _cut_one(stream, unit)) is not None:
+            found.cuts[key] = error(cut)
 
 
 def _cut_one(stream: Stream, unit: Unit) -> list[Edit] | None:

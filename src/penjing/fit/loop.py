@@ -1,0 +1,447 @@
+"""The loop: measure the original, survey, solve, make a candidate, measure it, correct, again.
+
+It ends when a measured artifact meets the budget, or when nothing that is left could; then the
+nearest one is kept and the reason given.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from penjing.apply import Done, apply
+from penjing.data import Dataset, check_disjoint, encode, prepare, split
+from penjing.errors import BudgetError, InputError
+from penjing.evaluate import compare, evaluate, torch_predictor
+from penjing.files import check_output, write_json
+from penjing.fit.bench import FILES, Bench, Exported, Trial, runtimes_here
+from penjing.fit.budget import Budget
+from penjing.fit.choose import candidates, uniform
+from penjing.fit.predict import Prediction, Predictor
+from penjing.fit.space import FORMATS, Choice, formats_for, recipe_of
+from penjing.fit.survey import Survey, survey
+from penjing.measure import physical_cores
+from penjing.model import Batch, Model
+from penjing.progress import task as progress
+from penjing.recipe import Recipe
+from penjing.report import render
+from penjing.result import Point, Result, Unit
+from penjing.tasks import Task
+from penjing.writers.artifact import save
+
+__all__ = ["Settings", "fit"]
+
+# Most evaluation samples; windows of text cost a language model far more than a sentence.
+_MOST = {"causal": 400}
+_MOST_OTHERS = 4000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a fit works, besides the budget.
+
+    Attributes:
+        runtime: name, or None to choose by measurement.
+        batch, length: of the latency that counts.
+        threads: None for the physical cores.
+        confidence: of the drop's interval.
+        seed: of splits and bootstrap.
+        tries: candidates made at the most.
+        recover: seconds of distillation of a candidate, 0 for none.
+        command: as typed, for the report.
+    """
+
+    runtime: str | None = None
+    batch: int = 1
+    length: int = 128
+    threads: int | None = None
+    confidence: float = 0.95
+    seed: int = 0
+    tries: int = 4
+    recover: float = 20.0
+    command: str = ""
+
+
+@dataclass
+class _Data:
+    """Calibration and evaluation, and batches of the first."""
+
+    calibration: Dataset
+    evaluation: Dataset
+    edits: list[Batch]
+    search: list[Batch]
+    everything: list[Batch]
+
+
+@dataclass
+class _Made:
+    """A candidate and how it came out."""
+
+    choice: Choice
+    said: Prediction
+    trial: Trial
+    recipe: Recipe
+    done: list[Done] = field(default_factory=list)
+
+
+def fit(
+    model: Model,
+    dataset: Dataset,
+    output: Path,
+    task: Task,
+    budget: Budget,
+    settings: Settings,
+    *,
+    calibration: Dataset | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Find, make and prove the smallest and fastest artifact within a budget.
+
+    Args:
+        model: the trained network; stays as it is.
+        dataset: what quality is measured on; calibration is split off without `calibration`.
+        output: artifact folder.
+        task: the quality measure.
+        budget: limits.
+        settings: how to work.
+        calibration: data that edits are fitted to.
+
+    Returns:
+        The result; `met` says whether the budget was met, the artifact is there either way.
+
+    Raises:
+        InputError: unusable data, an existing output, no runtime that takes the model.
+    """
+    check_output(output, overwrite)
+    notes: list[str] = []
+    start = time.monotonic()
+    data = _divide(model, dataset, calibration, task, settings, notes)
+    with _workspace(output) as folder:
+        bench = Bench(
+            folder, data.evaluation, task, settings.batch, settings.length,
+            settings.threads or physical_cores(), settings.confidence, settings.seed, notes=notes,
+        )  # fmt: skip
+        reference = torch_predictor(model)
+        with progress("measuring the original and plain number formats"):
+            original, plain, latencies = _baselines(model, data, bench, settings)
+            bench.start(original, reference)
+        limit = 3 * budget.max_drop if budget.max_drop is not None else 0.1
+        seconds = 0.25 * budget.within if budget.within else 90.0
+        found = survey(
+            model, data.edits, data.search, _drop_of(model, data, task, settings),
+            formats_for(model), limit=limit, seconds=seconds,
+        )  # fmt: skip
+        notes.append(f"survey: {found.evaluations} networks evaluated in {found.seconds:.0f} s")
+        predictor = Predictor(model, found, latencies, _slope(found))
+        made = _search(model, data, bench, predictor, budget, settings, original.runtime, start)
+        if not made:
+            raise BudgetError("no candidate could be exported", got="; ".join(notes[-3:]))
+        front = [*made]
+        if plain is not None and not any(m.choice == plain[0] for m in made):
+            trial = bench.trial(plain[1], reference)
+            front.append(_Made(plain[0], predictor(plain[0]), trial, plain[2]))
+        best = min(front, key=lambda m: _rank(m, budget))
+        result = _result(model, best, front, budget, task, bench, found, settings)
+        _write(best, result, output, overwrite, settings)
+    return result
+
+
+def _divide(
+    model: Model,
+    dataset: Dataset,
+    calibration: Dataset | None,
+    task: Task,
+    settings: Settings,
+    notes: list[str],
+) -> _Data:
+    task.check(dataset, model)
+    prepared = prepare(dataset, model, settings.length)
+    if calibration is None:
+        if len(prepared) < 8:
+            raise InputError(
+                "too little data to split calibration off", got=len(prepared), allowed="8 or more",
+                next="give more --data, or --calibration",
+            )  # fmt: skip
+        count = max(4, min(1024, round(0.35 * len(prepared))))
+        tuned, prepared = split(prepared, count, settings.seed)
+        notes.append(
+            f"calibration data: {len(tuned)} samples split off --data; figures are on the others"
+        )
+    else:
+        tuned = prepare(calibration, model, settings.length)
+        check_disjoint(tuned, prepared)
+    most = _MOST.get(model.interface, _MOST_OTHERS)
+    if len(prepared) > most:
+        notes.append(f"evaluated on {most} of {len(prepared)} samples, spread evenly")
+        prepared = prepared.subset(i * len(prepared) // most for i in range(most))
+    small = model.interface == "causal"
+    edits, search = (64, 16) if small else (128, 192)
+    some = tuned.subset(range(min(len(tuned), 512)))
+    size = 8 if small else 16
+    everything = list(encode(some, model, length=settings.length, batch=size))
+    half = max(1, len(everything) // 2)
+    used = everything[: min(half, -(-edits // size))]
+    rest = everything[len(used) :][: -(-search // size)] or used
+    return _Data(tuned, prepared, used, rest, everything)
+
+
+def _baselines(
+    model: Model, data: _Data, bench: Bench, settings: Settings
+) -> tuple[Exported, tuple[Choice, Exported, Recipe] | None, dict[str, float]]:
+    """The original's export in the best runtime, the plain low-bit one, seconds by format."""
+    names = formats_for(model)
+    empty = Predictor(model, Survey(), dict.fromkeys(FORMATS, 1.0), 1.0)
+    versions: dict[str, tuple[Choice, Model, Recipe]] = {}
+    for name in names:
+        if name != "fp32":
+            choice = uniform(empty, name, "e8")
+            recipe = recipe_of(model, choice, method="rtn", seed=settings.seed)[1]
+            versions[name] = (choice, apply(model, recipe, data.edits).model, recipe)
+    exports: dict[tuple[str, str], Exported] = {}
+    for runtime in runtimes_here(settings.runtime):
+        if (plain := bench.export(model, "original", runtime)) is None:
+            continue
+        exports[runtime, "fp32"] = plain
+        for name, (_, edited, _recipe) in versions.items():
+            if (low := bench.export(edited, f"plain-{name}", runtime)) is not None:
+                exports[runtime, name] = low
+    if not exports:
+        raise InputError("no runtime takes this model", got="; ".join(bench.notes[-2:]))
+    measured = dict(zip(exports, bench.time(list(exports.values()), 12.0), strict=True))
+    times = {key: m.measurement.latency_ms.median / 1e3 for key, m in measured.items()}
+    runtime, fastest = min(times, key=lambda key: times[key])
+    for key, seconds in times.items():
+        bench.notes.append(f"{key[1]} in {key[0]}: {seconds * 1e3:.2f} ms")
+    latencies = {name: times.get((runtime, name), times[runtime, "fp32"]) for name in FORMATS}
+    low = next((n for n in (fastest, *names) if n != "fp32" and (runtime, n) in exports), None)
+    plain_version = None
+    if low is not None:
+        choice, _, recipe = versions[low]
+        plain_version = (choice, exports[runtime, low], recipe)
+    return exports[runtime, "fp32"], plain_version, latencies
+
+
+def _drop_of(model: Model, data: _Data, task: Task, settings: Settings):  # type: ignore[no-untyped-def]
+    """A function: drop of the user's metric of an edited network, on calibration data."""
+    some = data.calibration.subset(range(min(len(data.calibration), 512)))
+    if model.interface == "causal":
+        some = some.subset(range(min(len(some), 48)))
+    if task.metric in ("accuracy", "top-1", "retrieval") and some.labels is None:
+        return lambda variant: 0.0
+    original = torch_predictor(model, fast=True)
+    before = evaluate(original, model, some, task, length=settings.length, reference=original)
+
+    def drop(variant: Model) -> float:
+        predictor = torch_predictor(variant, fast=True)
+        after = evaluate(predictor, model, some, task, length=settings.length, reference=original)
+        return compare(before, after, task, seed=settings.seed).value
+
+    return drop
+
+
+def _slope(found: Survey) -> float:
+    """Drop of the metric per unit of error, least squares over the ladder."""
+    pairs = [(d.error, max(0.0, d.drop)) for d in found.ladder]
+    weight = sum(e * e for e, _ in pairs)
+    return max(0.05, sum(e * d for e, d in pairs) / weight) if weight else 1.0
+
+
+def _search(
+    model: Model,
+    data: _Data,
+    bench: Bench,
+    predictor: Predictor,
+    budget: Budget,
+    settings: Settings,
+    runtime: str,
+    start: float,
+) -> list[_Made]:
+    """Make and measure candidates until one meets the budget."""
+    made: list[_Made] = []
+    failed: set[Choice] = set()
+    slowest = 0.0
+    for number in range(settings.tries):
+        spent = time.monotonic() - start
+        if made and budget.within is not None and spent + slowest > budget.within:
+            bench.notes.append(f"stopped after {spent:.0f} s, --within is {budget.within:.0f} s")
+            break
+        began = time.monotonic()
+        left = [c for c in candidates(predictor, budget, formats_for(model)) if c[0] not in failed]
+        if not left:
+            break
+        choice, said = left[0]
+        failed.add(choice)
+        one = _make(model, data, bench, choice, said, settings, runtime, number)
+        slowest = max(slowest, time.monotonic() - began)
+        if one is None:
+            continue
+        made.append(one)
+        measured = one.trial.measured
+        over = budget.excess(measured, one.trial.drop)
+        if not over:
+            break
+        predictor.correct(choice, measured.size_bytes, measured.latency_ms.median / 1e3)
+        if "drop" in over and one.trial.drop is not None:
+            ratio = one.trial.drop.value / max(said.drop, 1e-4)
+            predictor.slope *= min(4.0, max(1.5, ratio))
+            # What was tried at this depth failed: only less error can help.
+            failed |= {c for c, p in left if p.error >= 0.9 * said.error}
+    return made
+
+
+def _make(
+    model: Model,
+    data: _Data,
+    bench: Bench,
+    choice: Choice,
+    said: Prediction,
+    settings: Settings,
+    runtime: str,
+    number: int,
+) -> _Made | None:
+    few = any(FORMATS[f].bits < 8 for f in (*choice.formats, choice.rest))
+    structural, numbers = recipe_of(
+        model, choice, method="gptq" if few else "rtn", recover=settings.recover,
+        seed=settings.seed,
+    )  # fmt: skip
+    with progress(f"candidate {number + 1}: {choice.describe()}"):
+        done: list[Done] = []
+        edited = model
+        if structural.steps:
+            # Everything is given to distillation; a cut and its patch need far less.
+            shape = Recipe(tuple(s for s in structural.steps if s.name != "recover"), settings.seed)
+            first = apply(model, shape, data.edits)
+            train = Recipe(tuple(s for s in structural.steps if s.name == "recover"))
+            second = apply(first.model, train, data.everything, original=model)
+            edited, done = second.model, first.done + second.done
+        last = apply(edited, numbers, data.edits)
+        exported = bench.export(last.model, f"candidate-{number}", runtime)
+        if exported is None:
+            return None
+        trial = bench.trial(exported, torch_predictor(model))
+    recipe = Recipe(structural.steps + numbers.steps, settings.seed)
+    return _Made(choice, said, trial, recipe, done + last.done)
+
+
+def _rank(made: _Made, budget: Budget) -> tuple[float, float]:
+    """Least over the budget first, then smallest and fastest."""
+    over = budget.excess(made.trial.measured, made.trial.drop)
+    was, now = made.trial.baseline, made.trial.measured
+    gain = now.size_bytes / was.size_bytes + 1 / max(made.trial.ratio, 1e-9)
+    return max((ratio for ratio, _ in over.values()), default=0.0), gain
+
+
+def _result(
+    model: Model,
+    best: _Made,
+    front: list[_Made],
+    budget: Budget,
+    task: Task,
+    bench: Bench,
+    found: Survey,
+    settings: Settings,
+) -> Result:
+    over = budget.excess(best.trial.measured, best.trial.drop)
+    was = best.trial.baseline
+    points = [Point(was.size_bytes, was.latency_ms.median, was.quality, "", True, "original")]
+    for made in front:
+        now = made.trial.measured
+        # Latency against the original of the same run, so that points of all runs compare.
+        latency = was.latency_ms.median / made.trial.ratio
+        points.append(
+            Point(now.size_bytes, latency, now.quality, made.recipe.to_toml(), True,
+                  made.choice.describe())
+        )  # fmt: skip
+    return Result(
+        task=type(task).__name__.lower(),
+        metric=task.metric,
+        runtime=best.trial.exported.runtime,
+        threads=bench.threads or physical_cores(),
+        before=was,
+        after=best.trial.measured,
+        drop=best.trial.drop,
+        budget=budget.to_json(),
+        met=not over,
+        why="; ".join(text for _, text in over.values()) or None,
+        front=tuple(points),
+        units=tuple(_units(model, best, found)),
+        notes=tuple(bench.notes),
+        seed=settings.seed,
+        versions=_versions(),
+        higher_is_better=task.higher_is_better,
+    )
+
+
+def _units(model: Model, best: _Made, found: Survey) -> Iterator[Unit]:
+    choice = best.choice
+    for i, block in enumerate(model.blocks):
+        alone = found.cuts.get(str(i))
+        why = f"cutting it alone costs {alone:.4f} of output error" if alone is not None else ""
+        if i in choice.cut:
+            yield Unit(block, "cut", why + "; a linear patch stands in" * (alone is not None))
+        else:
+            error = found.formats.get(choice.formats[i], {}).get(str(i))
+            if error is not None:
+                why += f"; {choice.formats[i]} costs {error:.5f}"
+            width = f", {choice.widths[i]:.0%} of the hidden units" if choice.widths[i] < 1 else ""
+            yield Unit(block, f"{choice.formats[i]}{width}", why)
+    if choice.table != "fp32":
+        error = found.tables.get(choice.table, 0.0)
+        yield Unit("embeddings", f"{choice.table[1:]} bits", f"costs {error:.5f} of output error")
+    rest = found.rest.get(choice.rest)
+    if rest is not None:
+        yield Unit("outside the blocks", choice.rest, f"costs {rest:.5f} of output error")
+    for step, edits in itertools.groupby(best.done, key=lambda d: d.step):
+        if step == "recover":
+            yield Unit("all weights", "recover", next(iter(edits)).why)
+
+
+def _versions() -> dict[str, str]:
+    names = ("penjing", "torch", "transformers", "onnx", "onnxruntime", "openvino")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(best: _Made, result: Result, output: Path, overwrite: bool, settings: Settings) -> None:
+    exported = best.trial.exported
+
+    def extra(folder: Path) -> None:
+        name = FILES[exported.runtime][1]
+        for path in exported.folder.iterdir():
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            else:
+                shutil.copy2(path, folder / path.name)
+        if not (folder / name).exists():
+            raise InputError("the exported file is gone", got=exported.folder / name)
+        write_json(folder / "results.json", result.to_json())
+        page = render(
+            result, title=output.name, recipe_toml=best.recipe.to_toml(), command=settings.command
+        )
+        (folder / "report.html").write_text(page, encoding="utf-8")
+
+    metrics = {"quality": result.after.quality, "size_bytes": result.after.size_bytes}
+    save(exported.model, output, recipe=best.recipe, extra=extra, metrics=metrics,
+         overwrite=overwrite)  # fmt: skip
+
+
+@contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    """A folder beside the output for candidates; it is removed whatever happens."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.work.", dir=output.absolute().parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

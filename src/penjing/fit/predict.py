@@ -1,0 +1,147 @@
+"""Predict size, latency and error of a choice, and correct the prediction by what was measured.
+
+    size     stored bytes of every part, in the format chosen for it, metadata counted
+    latency  measured time of the whole network in each format, shared out over its parts by
+             their multiplications, times the correction
+    error    sum of the errors measured one by one; the ladder's own for the set of cut blocks
+
+After a candidate was measured, its ratio of measured to predicted corrects the next ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor
+
+from penjing.fit.space import FORMATS, TABLES, Choice
+from penjing.fit.survey import Survey
+from penjing.graph import is_weighted
+from penjing.model import Model
+
+__all__ = ["Prediction", "Predictor", "stored"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one choice: bytes, seconds, error of outputs and drop of the metric."""
+
+    size: float
+    latency: float
+    error: float
+    drop: float
+
+
+def stored(weights: int, inputs: int, name: str) -> float:
+    """Bytes of a layer's weights in a format: codes, float32 scales, integer zero points."""
+    form = FORMATS[name]
+    if form.options is None:
+        return 4.0 * weights
+    options = dict(form.options)
+    group = options.get("group") or inputs
+    zero = 0 if options.get("symmetric") else form.bits / 8
+    return weights * form.bits / 8 + weights / max(group, 1) * (4 + zero)
+
+
+@dataclass
+class Predictor:
+    """See the module.
+
+    Args:
+        model: the original.
+        survey: errors.
+        latencies: measured seconds of the whole network by format.
+        slope: drop of the metric per unit of error.
+    """
+
+    model: Model
+    survey: Survey
+    latencies: Mapping[str, float]
+    slope: float
+    corrections: dict[str, float] = field(default_factory=lambda: {"size": 1.0, "latency": 1.0})
+
+    def __post_init__(self) -> None:
+        layers = {n: m for n, m in self.model.module.named_modules() if is_weighted(m)}
+        weights = {n: cast(Tensor, m.weight) for n, m in layers.items()}
+        shape = {n: (w.numel(), w[0].numel()) for n, w in weights.items()}
+        tied = {id(p) for g in self.model.tied() for n, p in self.model.parameters() if n in g}
+        is_table = {n: hasattr(m, "num_embeddings") for n, m in layers.items()}
+        blocks = self.model.blocks
+        self._blocks = [[shape[n] for n in layers if n.startswith(f"{b}.")] for b in blocks]
+        inside = {n for n in layers if any(n.startswith(f"{b}.") for b in blocks)}
+        self._tables = [shape[n] for n in layers if is_table[n]]
+        outside = [n for n in layers if n not in inside and not is_table[n]]
+        # A head tied to the table computes but stores nothing of its own.
+        self._rest = [shape[n] for n in outside if id(weights[n]) not in tied]
+        weighted = sum(w for s in (*self._blocks, self._tables, self._rest) for w, _ in s)
+        total = sum(p.numel() for _, p in self.model.parameters())
+        self._plain = 4.0 * (total - weighted)
+        computed = [sum(w for w, _ in b) for b in self._blocks]
+        head = sum(shape[n][0] for n in outside)
+        everything = max(1, sum(computed) + head)
+        # A twentieth stands for what has no weights outside the blocks.
+        self._share = [0.95 * c / everything for c in computed]
+        self._share_rest = 0.95 * head / everything + 0.05
+
+    def block_size(self, index: int, width: float, name: str) -> float:
+        """Bytes of one block."""
+        return sum(stored(w, i, name) for w, i in self._blocks[index]) * _narrowed(width)
+
+    def table_size(self, name: str) -> float:
+        """Bytes of the embedding tables."""
+        table = TABLES[name]
+        if table is None:
+            return sum(4.0 * w for w, _ in self._tables)
+        bits, group = table
+        return sum(w * bits / 8 + w / min(group, i) * (4 + bits / 8) for w, i in self._tables)
+
+    def block_latency(self, index: int, width: float, name: str) -> float:
+        """Seconds of one block."""
+        return self._share[index] * self.latencies[name] * _narrowed(width)
+
+    def rest_latency(self, name: str) -> float:
+        """Seconds of everything outside the blocks."""
+        return self._share_rest * self.latencies[name]
+
+    def rest_size(self, name: str) -> float:
+        """Bytes of the layers outside the blocks, and of norms and biases."""
+        return sum(stored(w, i, name) for w, i in self._rest) + self._plain
+
+    def block_error(self, index: int, width: float, name: str) -> float:
+        """Error of one block; a width's error grows with the square of what is removed."""
+        error = self.survey.formats.get(name, {}).get(str(index), 0.0)
+        if width < 1:
+            half = self.survey.widths.get(str(index), float("inf"))
+            error += half * ((1 - width) / 0.5) ** 2
+        return error
+
+    def __call__(self, choice: Choice) -> Prediction:
+        """Size, latency, error and drop of a choice, corrected."""
+        kept = [i for i in range(len(choice.widths)) if i not in choice.cut]
+        parts = [(i, choice.widths[i], choice.formats[i]) for i in kept]
+        size = self.table_size(choice.table) + self.rest_size(choice.rest)
+        size += sum(self.block_size(*p) for p in parts)
+        latency = self.rest_latency(choice.rest) + sum(self.block_latency(*p) for p in parts)
+        error = self.survey.tables.get(choice.table, 0.0)
+        error += self.survey.rest.get(choice.rest, 0.0) + sum(self.block_error(*p) for p in parts)
+        depth = next((d for d in self.survey.ladder if tuple(d.cut) == choice.cut), None)
+        drop = self.slope * error + (max(0.0, depth.drop) if depth else 0.0)
+        return Prediction(
+            size * self.corrections["size"],
+            latency * self.corrections["latency"],
+            error + (depth.error if depth else 0.0),
+            drop,
+        )
+
+    def correct(self, choice: Choice, size: float, latency: float) -> None:
+        """Learn from a measured candidate."""
+        said = self(choice)
+        self.corrections["size"] *= size / said.size
+        self.corrections["latency"] *= latency / said.latency
+
+
+def _narrowed(width: float) -> float:
+    """Share of a transformer block that is left: its MLP has two thirds of the weights."""
+    return 1 - (1 - width) * 2 / 3
