@@ -23,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PIP) install -q $(TORCH_OPTIONS) "$$(grep '^torch==' requirements.lock)"
-	$(PIP) install -q -r requirements.lock
+	$(PIP) install -q --no-deps -r requirements.lock
 	$(PIP) install -q -e . --no-deps --no-build-isolation
 	@touch $@
 

