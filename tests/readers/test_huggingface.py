@@ -130,6 +130,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 18}, "another shape"),
     ({"hidden_size": -4}, "hidden_size"),
     ({"vocab_size": 10**12}, "vocab_size"),
+    # 128 GB of embeddings: refused by shape, because building them takes no memory.
+    ({"vocab_size": 2 * 10**9}, "another shape"),
     ({"max_position_embeddings": 10**10}, "max_position_embeddings"),
     ({"num_labels": 10**9}, "num_labels"),
     ({"hidden_act": "os.system"}, "does not describe"),
