@@ -40,7 +40,7 @@ class Graph:
 
     def array(self, name: str) -> np.ndarray:
         """Values of a constant."""
-        return numpy_helper.to_array(self.constants[name])
+        return np.asarray(numpy_helper.to_array(self.constants[name]))
 
     def readers(self, value: str) -> list[onnx.NodeProto]:
         """Nodes that read `value`."""
@@ -57,9 +57,7 @@ class Graph:
         if domain and domain not in self._domains:
             self.proto.opset_import.append(helper.make_opsetid(domain, 1))
             self._domains.add(domain)
-        return helper.make_node(
-            kind, inputs, outputs, self.name(kind), domain=domain, **attributes
-        )
+        return helper.make_node(kind, inputs, outputs, self.name(kind), domain=domain, **attributes)
 
     def position(self, node: onnx.NodeProto) -> int:
         """Where `node` stands."""

@@ -73,8 +73,8 @@ def place_matrices(graph: Graph, layers: list[Layer]) -> None:
             kind = "DynamicQuantizeMatMul"
         else:
             x = graph.name("input.codes")
-            x_scale = graph.constant("input.scale", np.float32(scale))
-            x_zero = graph.constant("input.zero", np.uint8(zero))
+            x_scale = graph.constant("input.scale", np.array(scale, np.float32))
+            x_zero = graph.constant("input.zero", np.array(zero, np.uint8))
             made.append(graph.node("QuantizeLinear", [value, x_scale, x_zero], [x]))
             inputs = [
                 x, weight, x_scale, graph.constant(f"{stem}.scale", scales), x_zero, "", bias
@@ -85,16 +85,12 @@ def place_matrices(graph: Graph, layers: list[Layer]) -> None:
         made.append(graph.node(kind, inputs, [output], "com.microsoft"))
         if len(group) > 1:
             sizes = graph.constant("sizes", np.array([len(layer.codes) for layer in group]))
-            made.append(
-                graph.node("Split", [output, sizes], [end for _, end in ends], axis=-1)
-            )
+            made.append(graph.node("Split", [output, sizes], [end for _, end in ends], axis=-1))
         # The bias Adds may stand later than other readers: everything moves to the front.
         graph.replace([n for nodes in gone for n in nodes], made)
 
 
-def _bias(
-    graph: Graph, layer: Layer
-) -> tuple[tuple[np.ndarray, str], list[onnx.NodeProto]]:
+def _bias(graph: Graph, layer: Layer) -> tuple[tuple[np.ndarray, str], list[onnx.NodeProto]]:
     """The layer's bias and the value that holds its result, and the nodes that did both."""
     node = layer.use.node
     width = len(layer.codes)
@@ -115,19 +111,27 @@ def place_kernels(graph: Graph, layers: list[Layer]) -> None:
     grids: dict[str, ActivationRange] = {}
     for layer in layers:
         grids.setdefault(layer.use.node.input[0], layer.range)
+    made = set()
     for layer in layers:
-        ends = _ends(graph, layer.use.node)
-        if ends not in grids or layer.range.scale == 0 or grids[ends].scale == 0:
+        node = layer.use.node
+        passed, end = _chain(graph, node)
+        grid = grids.get(end)
+        if (
+            grid is None
+            or 0 in (grid.scale, layer.range.scale)
+            or not all(_is_redundant(graph, other, grid) for other in passed)
+        ):
             place(graph, layer.name, layer.planes, [layer.use])
-        else:
-            _kernel(graph, layer)
-            layer.use.node.input[0] = _pair(graph, layer.use.node.input[0], layer.range)
-    made = {id(layer.use.node) for layer in layers}
+            continue
+        made.add(id(node))
+        _kernel(graph, layer)
+        node.input[0] = _pair(graph, node.input[0], layer.range)
+        if passed:
+            # The grid ends where the activation cuts; left in, it would block the fusion.
+            graph.replace(passed, [])
+            node.output[0] = end
     for value, grid in grids.items():
-        source = graph.writer(value)
-        while source is not None and source.op_type in _PASSED:
-            source = graph.writer(source.input[0])
-        if source is None or id(source) not in made or grid.scale == 0:
+        if id(graph.writer(value)) not in made:
             continue
         for reader in graph.readers(value):
             # The runtime fuses a convolution only when its result is read quantized alone.
@@ -138,24 +142,42 @@ def place_kernels(graph: Graph, layers: list[Layer]) -> None:
                         reader.input[index] = paired
 
 
-def _ends(graph: Graph, node: onnx.NodeProto) -> str:
-    """The value a convolution's result is known by after its Relu or Clip."""
-    value = node.output[0]
+def _chain(graph: Graph, node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], str]:
+    """The Relu and Clip nodes that alone read a convolution's result, and the last value."""
+    value, passed = node.output[0], []
     readers = graph.readers(value)
     while len(readers) == 1 and readers[0].op_type in _PASSED:
+        passed.append(readers[0])
         value = readers[0].output[0]
         readers = graph.readers(value)
-    return value
+    return passed, value
+
+
+def _is_redundant(graph: Graph, node: onnx.NodeProto, grid: ActivationRange) -> bool:
+    """Whether rounding to `grid` cuts at least where the Relu or Clip `node` does."""
+    slack = 0.5 * grid.scale
+    low = -grid.zero_point * grid.scale
+    high = (255 - grid.zero_point) * grid.scale
+    if node.op_type == "Relu":
+        return low >= -slack
+    limits = [name for name in node.input[1:] if name]
+    if any(name not in graph.constants for name in limits):
+        return False
+    bounds = [float(graph.array(n)) if n else None for n in (*node.input[1:], "", "")[:2]]
+    return (bounds[0] is None or low >= bounds[0] - slack) and (
+        bounds[1] is None or high <= bounds[1] + slack
+    )
 
 
 def _pair(graph: Graph, value: str, grid: ActivationRange) -> str:
     """`value` quantized and back, made once."""
     for node in graph.readers(value):
         if node.op_type == "QuantizeLinear" and _same(graph, node, grid):
-            return str(graph.readers(node.output[0])[0].output[0])
+            back: str = graph.readers(node.output[0])[0].output[0]
+            return back
     parts = [
-        graph.constant("input.scale", np.float32(grid.scale)),
-        graph.constant("input.zero", np.uint8(grid.zero_point)),
+        graph.constant("input.scale", np.array(grid.scale, np.float32)),
+        graph.constant("input.zero", np.array(grid.zero_point, np.uint8)),
     ]
     codes, back = graph.name("input.codes"), graph.name("input.float")
     graph.before(

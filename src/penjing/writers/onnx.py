@@ -46,11 +46,10 @@ def check(model: Model) -> list[str]:
             lines.append(f"{name}: {reason}")
     for path in model.activations:
         layer = model.module.get_submodule(path)
-        name = _canonical(model, f"{path}.weight")
-        planes = model.planes.get(name or "")
+        own = model.planes.get(_canonical(model, f"{path}.weight") or "")
         if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             lines.append(f"{path}: 8-bit inputs of a {type(layer).__name__}")
-        elif planes is None or not _is_symmetric_8(planes):
+        elif own is None or not _is_symmetric_8(own):
             lines.append(f"{path}: 8-bit inputs need symmetric 8-bit weights, group 0")
     return lines
 
@@ -118,7 +117,6 @@ def _unfuse_residuals(graph: Graph) -> None:
 
 
 def _is_symmetric_8(planes: IntegerPlanes) -> bool:
-    from penjing.planes import IntegerPlanes
 
     return (
         planes.bits == (8,)
