@@ -6,24 +6,23 @@ nearest one is kept and the reason given.
 
 from __future__ import annotations
 
-import importlib.metadata
-import itertools
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from penjing.apply import Done, apply
 from penjing.data import Dataset, check_disjoint, encode, prepare, split
 from penjing.errors import BudgetError, InputError
 from penjing.evaluate import compare, evaluate, torch_predictor
-from penjing.files import check_output, write_json
-from penjing.fit.bench import FILES, Bench, Exported, Trial, runtimes_here
+from penjing.files import check_output
+from penjing.fit.bench import Bench, Exported, runtimes_here
 from penjing.fit.budget import Budget
 from penjing.fit.choose import candidates, uniform
+from penjing.fit.outcome import Made, result_of, write
 from penjing.fit.predict import Prediction, Predictor
 from penjing.fit.space import FORMATS, Choice, formats_for, recipe_of
 from penjing.fit.survey import Survey, survey
@@ -31,10 +30,8 @@ from penjing.measure import physical_cores
 from penjing.model import Batch, Model
 from penjing.progress import task as progress
 from penjing.recipe import Recipe
-from penjing.report import render
-from penjing.result import Point, Result, Unit
+from penjing.result import Result
 from penjing.tasks import Task
-from penjing.writers.artifact import save
 
 __all__ = ["Settings", "fit"]
 
@@ -78,17 +75,6 @@ class _Data:
     edits: list[Batch]
     search: list[Batch]
     everything: list[Batch]
-
-
-@dataclass
-class _Made:
-    """A candidate and how it came out."""
-
-    choice: Choice
-    said: Prediction
-    trial: Trial
-    recipe: Recipe
-    done: list[Done] = field(default_factory=list)
 
 
 def fit(
@@ -146,10 +132,10 @@ def fit(
         front = [*made]
         if plain is not None and not any(m.choice == plain[0] for m in made):
             trial = bench.trial(plain[1], reference)
-            front.append(_Made(plain[0], predictor(plain[0]), trial, plain[2]))
+            front.append(Made(plain[0], predictor(plain[0]), trial, plain[2]))
         best = min(front, key=lambda m: _rank(m, budget))
-        result = _result(model, best, front, budget, task, bench, found, settings)
-        _write(best, result, output, overwrite, settings)
+        result = result_of(model, best, front, budget, task, bench, found)
+        write(best, result, output, overwrite, settings.command)
     return result
 
 
@@ -210,8 +196,8 @@ def _baselines(
             continue
         exports[runtime, "fp32"] = plain
         for name, (_, edited, _recipe) in versions.items():
-            if (low := bench.export(edited, f"plain-{name}", runtime)) is not None:
-                exports[runtime, name] = low
+            if (small := bench.export(edited, f"plain-{name}", runtime)) is not None:
+                exports[runtime, name] = small
     if not exports:
         raise InputError("no runtime takes this model", got="; ".join(bench.notes[-2:]))
     measured = dict(zip(exports, bench.time(list(exports.values()), 12.0), strict=True))
@@ -262,9 +248,9 @@ def _search(
     settings: Settings,
     runtime: str,
     start: float,
-) -> list[_Made]:
+) -> list[Made]:
     """Make and measure candidates until one meets the budget."""
-    made: list[_Made] = []
+    made: list[Made] = []
     failed: set[Choice] = set()
     slowest = 0.0
     for number in range(settings.tries):
@@ -305,7 +291,7 @@ def _make(
     settings: Settings,
     runtime: str,
     number: int,
-) -> _Made | None:
+) -> Made | None:
     few = any(FORMATS[f].bits < 8 for f in (*choice.formats, choice.rest))
     structural, numbers = recipe_of(
         model, choice, method="gptq" if few else "rtn", recover=settings.recover,
@@ -327,114 +313,15 @@ def _make(
             return None
         trial = bench.trial(exported, torch_predictor(model))
     recipe = Recipe(structural.steps + numbers.steps, settings.seed)
-    return _Made(choice, said, trial, recipe, done + last.done)
+    return Made(choice, said, trial, recipe, done + last.done)
 
 
-def _rank(made: _Made, budget: Budget) -> tuple[float, float]:
+def _rank(made: Made, budget: Budget) -> tuple[float, float]:
     """Least over the budget first, then smallest and fastest."""
     over = budget.excess(made.trial.measured, made.trial.drop)
     was, now = made.trial.baseline, made.trial.measured
     gain = now.size_bytes / was.size_bytes + 1 / max(made.trial.ratio, 1e-9)
     return max((ratio for ratio, _ in over.values()), default=0.0), gain
-
-
-def _result(
-    model: Model,
-    best: _Made,
-    front: list[_Made],
-    budget: Budget,
-    task: Task,
-    bench: Bench,
-    found: Survey,
-    settings: Settings,
-) -> Result:
-    over = budget.excess(best.trial.measured, best.trial.drop)
-    was = best.trial.baseline
-    points = [Point(was.size_bytes, was.latency_ms.median, was.quality, "", True, "original")]
-    for made in front:
-        now = made.trial.measured
-        # Latency against the original of the same run, so that points of all runs compare.
-        latency = was.latency_ms.median / made.trial.ratio
-        points.append(
-            Point(now.size_bytes, latency, now.quality, made.recipe.to_toml(), True,
-                  made.choice.describe())
-        )  # fmt: skip
-    return Result(
-        task=type(task).__name__.lower(),
-        metric=task.metric,
-        runtime=best.trial.exported.runtime,
-        threads=bench.threads or physical_cores(),
-        before=was,
-        after=best.trial.measured,
-        drop=best.trial.drop,
-        budget=budget.to_json(),
-        met=not over,
-        why="; ".join(text for _, text in over.values()) or None,
-        front=tuple(points),
-        units=tuple(_units(model, best, found)),
-        notes=tuple(bench.notes),
-        seed=settings.seed,
-        versions=_versions(),
-        higher_is_better=task.higher_is_better,
-    )
-
-
-def _units(model: Model, best: _Made, found: Survey) -> Iterator[Unit]:
-    choice = best.choice
-    for i, block in enumerate(model.blocks):
-        alone = found.cuts.get(str(i))
-        why = f"cutting it alone costs {alone:.4f} of output error" if alone is not None else ""
-        if i in choice.cut:
-            yield Unit(block, "cut", why + "; a linear patch stands in" * (alone is not None))
-        else:
-            error = found.formats.get(choice.formats[i], {}).get(str(i))
-            if error is not None:
-                why += f"; {choice.formats[i]} costs {error:.5f}"
-            width = f", {choice.widths[i]:.0%} of the hidden units" if choice.widths[i] < 1 else ""
-            yield Unit(block, f"{choice.formats[i]}{width}", why)
-    if choice.table != "fp32":
-        error = found.tables.get(choice.table, 0.0)
-        yield Unit("embeddings", f"{choice.table[1:]} bits", f"costs {error:.5f} of output error")
-    rest = found.rest.get(choice.rest)
-    if rest is not None:
-        yield Unit("outside the blocks", choice.rest, f"costs {rest:.5f} of output error")
-    for step, edits in itertools.groupby(best.done, key=lambda d: d.step):
-        if step == "recover":
-            yield Unit("all weights", "recover", next(iter(edits)).why)
-
-
-def _versions() -> dict[str, str]:
-    names = ("penjing", "torch", "transformers", "onnx", "onnxruntime", "openvino")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _write(best: _Made, result: Result, output: Path, overwrite: bool, settings: Settings) -> None:
-    exported = best.trial.exported
-
-    def extra(folder: Path) -> None:
-        name = FILES[exported.runtime][1]
-        for path in exported.folder.iterdir():
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copy2(path, folder / path.name)
-        if not (folder / name).exists():
-            raise InputError("the exported file is gone", got=exported.folder / name)
-        write_json(folder / "results.json", result.to_json())
-        page = render(
-            result, title=output.name, recipe_toml=best.recipe.to_toml(), command=settings.command
-        )
-        (folder / "report.html").write_text(page, encoding="utf-8")
-
-    metrics = {"quality": result.after.quality, "size_bytes": result.after.size_bytes}
-    save(exported.model, output, recipe=best.recipe, extra=extra, metrics=metrics,
-         overwrite=overwrite)  # fmt: skip
 
 
 @contextmanager

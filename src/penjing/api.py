@@ -1,0 +1,414 @@
+"""The verbs in Python, the same as on the command line.
+
+    import penjing
+    model = penjing.load("./my-model")
+    small = penjing.quantize(penjing.cut(model, 2, data="text.jsonl"), bits=8)
+    penjing.save(small, "./small", to=["onnx"])
+    result = penjing.fit(model, "eval.jsonl", "./fitted", max_drop=0.01)
+
+`model` is a Model or anything `load` takes; `data` a Dataset or a path. No verb changes the
+model that it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from penjing.apply import apply as _apply
+from penjing.data import Dataset, encode, prepare
+from penjing.data import read as _read
+from penjing.errors import InputError, UsageError
+from penjing.evaluate import evaluate as _evaluate
+from penjing.evaluate import torch_predictor
+from penjing.export import TARGETS
+from penjing.export import export as _export
+from penjing.files import check_output, read_json
+from penjing.fit import Budget, Settings
+from penjing.fit import fit as _fit
+from penjing.inspect import inspect
+from penjing.load import load, original
+from penjing.measure import Candidate, Remote, measure_files, physical_cores
+from penjing.model import Batch, Model
+from penjing.recipe import Recipe
+from penjing.registry import lookup
+from penjing.report import write as report
+from penjing.result import Result
+from penjing.steps.cut import Cut
+from penjing.steps.fold import Fold, has_norms
+from penjing.steps.prune import Prune
+from penjing.steps.quantize import Quantize
+from penjing.steps.recover import Recover
+from penjing.steps.shrink import Shrink
+from penjing.tasks import find
+from penjing.verify import verify
+from penjing.writers.artifact import extend
+from penjing.writers.artifact import save as _save
+
+__all__ = [
+    "STEPS", "apply", "cut", "evaluate", "export", "fit", "inspect", "load", "measure", "prune",
+    "quantize", "recover", "report", "save", "shrink", "verify",
+]  # fmt: skip
+
+Place = str | os.PathLike[str]
+
+STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Quantize, Recover)}
+
+
+def _model(model: Model | Place) -> Model:
+    return model if isinstance(model, Model) else load(os.fspath(model))
+
+
+def _dataset(data: Dataset | Place) -> Dataset:
+    return data if isinstance(data, Dataset) else _read(data)
+
+
+def _batches(model: Model, data: Dataset | Place | None, samples: int, length: int) -> list[Batch]:
+    """Calibration batches of at most `samples` samples, spread evenly over the data."""
+    if data is None:
+        return []
+    dataset = prepare(_dataset(data), model, length)
+    if len(dataset) > samples:
+        dataset = dataset.subset(i * len(dataset) // samples for i in range(samples))
+    return list(encode(dataset, model, length=length, batch=8))
+
+
+def apply(
+    model: Model | Place,
+    recipe: Recipe | Place,
+    data: Dataset | Place | None = None,
+    *,
+    journal: Path | None = None,
+    seed: int | None = None,
+    samples: int = 128,
+    length: int = 128,
+) -> Model:
+    """A copy of the model with a recipe's edits.
+
+    Args:
+        recipe: a Recipe or the path of a `recipe.toml`.
+        data: calibration data.
+        journal: folder to go on from after a kill.
+        seed: in place of the recipe's own.
+        samples, length: of calibration, at the most.
+
+    Raises:
+        InputError: unusable model, recipe or data.
+    """
+    loaded = _model(model)
+    if not isinstance(recipe, Recipe):
+        path = Path(recipe)
+        if not path.is_file():
+            raise InputError("no such recipe", got=path, next="give a recipe.toml")
+        recipe = Recipe.from_toml(path.read_text(encoding="utf-8"), STEPS)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    batches = _batches(loaded, data, samples, length)
+    before = None
+    if any(step.name == "recover" for step in recipe.steps) and loaded.structure:
+        before = original(loaded)
+    return _apply(loaded, recipe, batches, original=before, journal=journal).model
+
+
+def prune(
+    model: Model | Place,
+    sparsity: float = 0.5,
+    *,
+    pattern: str | None = None,
+    criterion: str | None = None,
+    data: Dataset | Place | None = None,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Model:
+    """A copy with the least important connections set to zero; see `penjing.steps.prune`.
+
+    Without a criterion: `wanda` with data, `magnitude` without.
+    """
+    chosen = criterion or ("wanda" if data is not None else "magnitude")
+    step = Prune(sparsity, chosen, pattern, tuple(targets or ()))
+    if step.needs and data is None:
+        raise UsageError(f"criterion {chosen} needs data", next="give --data, or use magnitude")
+    return apply(model, Recipe((step,), seed), data, **options)
+
+
+def shrink(
+    model: Model | Place,
+    ratio: float = 0.5,
+    *,
+    data: Dataset | Place | None = None,
+    of: str = "parameters",
+    criterion: str = "gram",
+    heads: float | None = None,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Model:
+    """A copy without the least important neurons; see `penjing.steps.shrink`."""
+    if of != "parameters":
+        raise UsageError(f"--of {of} is not there yet", allowed="parameters", next="use fit")
+    _need(data, "shrink")
+    step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()))
+    return apply(model, Recipe((step,), seed), data, **options)
+
+
+def cut(
+    model: Model | Place,
+    layers: int | float | None = None,
+    *,
+    ratio: float | None = None,
+    data: Dataset | Place | None = None,
+    criterion: str = "influence",
+    patch: str = "linear",
+    seed: int = 0,
+    **options: Any,
+) -> Model:
+    """A copy without the least important blocks; see `penjing.steps.cut`.
+
+    Args:
+        layers: how many blocks go; a fraction below 1 is a ratio.
+    """
+    if isinstance(layers, float) and 0 < layers < 1:
+        layers, ratio = None, layers
+    _need(data, "cut")
+    count = None if layers is None else int(layers)
+    step = Cut(count, ratio, criterion=criterion, patch=patch, seed=seed)
+    return apply(model, Recipe((step,), seed), data, **options)
+
+
+def quantize(
+    model: Model | Place,
+    bits: int = 8,
+    *,
+    group: int = 0,
+    method: str | None = None,
+    activations: int | None = None,
+    embeddings: int | None = None,
+    symmetric: bool | None = None,
+    data: Dataset | Place | None = None,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Model:
+    """A copy with integer weights, and with `activations=8` integer inputs; see the step.
+
+    Without a method: `gptq` with data, `rtn` without. With activations and no data, ranges are
+    found at run time. Batch norms are folded into their convolutions first.
+    """
+    loaded = _model(model)
+    step = Quantize(
+        bits,
+        group,
+        method or ("gptq" if data is not None else "rtn"),
+        bool(activations) if symmetric is None else symmetric,
+        activations or 0,
+        bool(activations) and data is None,
+        embeddings or 0,
+        32 if (embeddings or 8) < 8 else 0,
+        tuple(targets or ()),
+    )
+    steps = (Fold(), step) if has_norms(loaded) else (step,)
+    return apply(loaded, Recipe(steps, seed), data, **options)
+
+
+def recover(
+    model: Model | Place,
+    data: Dataset | Place | None = None,
+    *,
+    seconds: float = 60.0,
+    lr: float = 1e-4,
+    loss: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Model:
+    """A copy trained toward the original's outputs; see `penjing.steps.recover`."""
+    loaded = _model(model)
+    _need(data, "recover")
+    if not loaded.structure and not loaded.masks and not loaded.planes:
+        raise UsageError("nothing to recover: the model is not edited", next="edit it first")
+    step = Recover(seconds=seconds, lr=lr, loss=loss, seed=seed)
+    options = {"samples": 512, **options}
+    batches = _batches(loaded, data, options["samples"], options.get("length", 128))
+    journal = options.get("journal")
+    recipe = Recipe((step,), seed)
+    return _apply(loaded, recipe, batches, original=original(loaded), journal=journal).model
+
+
+def _need(data: object, verb: str) -> None:
+    if data is None:
+        raise UsageError(f"{verb} needs data", next="give --data")
+
+
+def save(
+    model: Model,
+    output: Place,
+    *,
+    to: Sequence[str] = (),
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write an artifact, with exports (`onnx`, `openvino`) that passed parity."""
+
+    def extra(folder: Path) -> None:
+        if to:
+            _export(model, folder, tuple(to))
+
+    _save(model, Path(output), recipe=recipe, extra=extra, overwrite=overwrite)
+
+
+def export(artifact: Place, to: Sequence[str] = ("onnx",)) -> dict[str, float]:
+    """Add exports to an artifact; deviation from the torch model by target.
+
+    Raises:
+        ExportError: an exported file does not agree; the artifact is as it was.
+    """
+    model, found = load(os.fspath(artifact)), {}
+    extend(Path(artifact), lambda folder: found.update(_export(model, folder, tuple(to))))
+    return found
+
+
+def _exported(artifact: Path, runtime: str | None) -> tuple[str, Path]:
+    """Runtime and file of an artifact's export."""
+    there = {}
+    for name in TARGETS.values():
+        path = artifact / str(lookup("runtimes", name, "file"))
+        if path.exists():
+            there[name] = path
+    if not there or (runtime is not None and runtime not in there):
+        raise InputError(
+            "the artifact has no export for this runtime" if runtime else "nothing is exported",
+            got=runtime or artifact, allowed=", ".join(there) or None,
+            next=f"penjing export {artifact} --to onnx",
+        )  # fmt: skip
+    name = runtime or _measured_runtime(artifact) or next(iter(there))
+    return (name, there[name]) if name in there else next(iter(there.items()))
+
+
+def _measured_runtime(artifact: Path) -> str | None:
+    path = artifact / "results.json"
+    return str(read_json(path).get("runtime")) if path.exists() else None
+
+
+def evaluate(
+    model: Model | Place,
+    data: Dataset | Place,
+    *,
+    task: Any = None,
+    runtime: str | None = None,
+    length: int = 128,
+    batch: int = 32,
+) -> dict[str, Any]:
+    """A task's metric on data, through torch, or through an artifact's exported file."""
+    loaded, dataset = _model(model), _dataset(data)
+    measure_of = find(task, dataset, loaded)
+    reference = torch_predictor(original(loaded)) if measure_of.needs_reference else None
+    if runtime in (None, "torch"):
+        found = _evaluate(torch_predictor(loaded), loaded, dataset, measure_of, length=length,
+                          batch=batch, reference=reference)  # fmt: skip
+    else:
+        if isinstance(model, Model):
+            raise UsageError("an exported file is evaluated from its artifact's path")
+        name, path = _exported(Path(model), runtime)
+        with Remote(path, name, threads=physical_cores()) as session:
+            found = _evaluate(_through(session), loaded, dataset, measure_of, length=length,
+                              batch=batch, reference=reference)  # fmt: skip
+    return {"metric": measure_of.metric, "value": found.value, "samples": found.samples,
+            "runtime": runtime or "torch"}  # fmt: skip
+
+
+def _through(session: Remote) -> Any:
+    return lambda batch: session.run({name: tensor.numpy() for name, tensor in batch.items()})
+
+
+def measure(
+    artifact: Place,
+    *,
+    runtime: str | None = None,
+    data: Dataset | Place | None = None,
+    task: Any = None,
+    batch: int | None = None,
+    length: int = 128,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Size, latency, throughput, memory, and quality on data, of an artifact's exported file."""
+    model = load(os.fspath(artifact))
+    name, path = _exported(Path(artifact), runtime)
+    parameters = sum(p.numel() for _, p in model.parameters())
+    found = measure_files(
+        [Candidate(path, name, parameters)], model, length=length, user_batch=batch,
+        threads=threads,
+    )[0].measurement  # fmt: skip
+    table: dict[str, Any] = {"runtime": name, "threads": threads or physical_cores()}
+    table |= asdict(found)
+    if data is not None:
+        quality = evaluate(artifact, data, task=task, runtime=name, length=length)
+        table |= {"metric": quality["metric"], "quality": quality["value"]}
+        table["samples"] = quality["samples"]
+    return table
+
+
+def fit(
+    model: Model | Place,
+    data: Dataset | Place,
+    output: Place,
+    *,
+    calibration: Dataset | Place | None = None,
+    task: Any = None,
+    max_drop: float | None = None,
+    max_size: int | None = None,
+    max_latency: float | None = None,
+    max_memory: int | None = None,
+    runtime: str | None = None,
+    within: float | None = None,
+    batch: int = 1,
+    length: int = 128,
+    threads: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    confidence: float = 0.95,
+    progress: bool = True,
+    recover: float = 20.0,
+) -> Result:
+    """The smallest and fastest artifact within a budget, every number measured by running it.
+
+    Args:
+        data: what quality is measured on; calibration data is split off it without `calibration`.
+        output: the artifact folder.
+        task: a name, `file.py:function`, a callable, or None for what suits data and model.
+        max_drop: of the metric, a fraction; relative where the task says so (perplexity).
+        max_size: bytes.
+        max_latency: seconds.
+        max_memory: bytes.
+        within: seconds of work.
+        recover: seconds of distillation of a candidate.
+
+    Raises:
+        InputError: unusable model or data, or an output that exists.
+    """
+    budget = Budget(max_drop, max_size, max_latency, max_memory, within)
+    place = Path(output)
+    check_output(place, overwrite)
+    loaded = _model(model)
+    dataset = _dataset(data)
+    tuned = None if calibration is None else _dataset(calibration)
+    words = ["penjing", "fit", loaded.source.path]
+    words += [] if isinstance(data, Dataset) else ["--data", os.fspath(data)]
+    words += [w for k, v in budget.to_json().items() for w in (f"--{k.replace('_', '-')}", f"{v}")]
+    settings = Settings(
+        runtime, batch, length, threads, confidence, seed, recover=recover,
+        command=shlex.join([*words, "-o", place.name]),
+    )  # fmt: skip
+    found = find(task, dataset, loaded)
+    return _fit(
+        loaded, dataset, place, found, budget, settings, calibration=tuned, overwrite=overwrite
+    )
+
+
+def result_of(artifact: Place) -> Result:
+    """The result that an artifact holds."""
+    return Result.from_json(json.loads((Path(artifact) / "results.json").read_text("utf-8")))
