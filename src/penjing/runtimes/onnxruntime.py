@@ -73,7 +73,9 @@ class Session:
         try:
             return list(self._session.run(outputs, feed))
         except Exception as error:
-            raise InputError("onnxruntime refuses the batch", got=error) from error
+            raise InputError(
+                "onnxruntime refuses the batch", got=" ".join(str(error).split())
+            ) from error
 
 
 _TYPES = {
@@ -106,5 +108,7 @@ def open(path: Path, *, threads: int) -> Session:
             str(path), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:
-        raise InputError("onnxruntime cannot load the file", got=error) from error
+        raise InputError(
+            "onnxruntime cannot load the file", got=" ".join(str(error).split())
+        ) from error
     return Session(session)

@@ -46,7 +46,7 @@ def check(model: Model) -> list[str]:
             lines.append(f"{name}: {reason}")
     for path in model.activations:
         layer = model.module.get_submodule(path)
-        own = model.planes.get(_canonical(model, f"{path}.weight") or "")
+        own = model.planes.get(_canonical(model, f"{path}.weight".lstrip(".")) or "")
         if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             lines.append(f"{path}: 8-bit inputs of a {type(layer).__name__}")
         elif own is None or not _is_symmetric_8(own):

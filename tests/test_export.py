@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from penjing import edits
+from penjing.errors import ExportError, UsageError
+from penjing.export import export, probes, tolerance
+from penjing.model import Model, Source
+from penjing.planes import Scheme
+from penjing.quantizers import rtn
+from penjing.recipe import ActivationRange, Edit
+
+
+def encoder() -> Model:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=24,
+    )  # fmt: skip
+    ids = torch.randint(50, (1, 6))
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    module = BertModel(config, add_pooling_layer=False).eval()
+    return Model(module, "embedding", example, Source("huggingface", "tiny", "0"))
+
+
+def test_the_probes_differ_in_size_and_padding_and_fit_the_network() -> None:
+    batches = list(probes(encoder()))
+    shapes = [tuple(b["input_ids"].shape) for b in batches]
+    assert shapes == [(1, 6), (1, 7), (3, 20), (2, 22), (4, 12)]  # 24 positions, less two
+    assert any((b["attention_mask"] == 0).any() for b in batches)
+    assert all(b["attention_mask"][:, 0].all() for b in batches)
+
+
+def test_a_float_model_agrees(tmp_path: Path) -> None:
+    found = export(encoder(), tmp_path, ["onnx"])
+    assert found["onnx"] < 1e-5
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_every_kind_of_quantization_passes_its_own_gate(tmp_path: Path) -> None:
+    model = encoder()
+    name = "embeddings.word_embeddings.weight"
+    table = rtn.fit(model.module.get_parameter(name).detach(), Scheme(4, 16), None)
+    edits.perform(model, Edit("quantize", name, table, "test"))
+    assert tolerance(model) == 1e-3
+    assert export(model, tmp_path)["onnx"] < 1e-5
+    matrix = "encoder.layer.0.output.dense"
+    weight = model.module.get_parameter(f"{matrix}.weight").detach()
+    planes = rtn.fit(weight, Scheme(8, 0, True), None)
+    edits.perform(model, Edit("quantize", f"{matrix}.weight", planes, "test"))
+    assert 1e-5 < export(model, tmp_path)["onnx"] < tolerance(model) == 0.15
+    edits.perform(model, Edit("activation", matrix, ActivationRange(0.02, 128), "test"))
+    assert export(model, tmp_path)["onnx"] < tolerance(model) == 0.3
+
+
+class Lies(nn.Module):
+    """Computes something else while it is traced."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1.01 if torch.compiler.is_exporting() else 1.0)
+
+
+def test_a_file_that_disagrees_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    source = Source("factory", "tiny", "0")
+    model = Model(Lies(), "tensor", {"x": torch.randn(2, 4)}, source)
+    (tmp_path / "model.onnx").write_text("as it was")
+    with pytest.raises(ExportError, match=r"deviation of 0\.01"):
+        export(model, tmp_path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["as it was"]
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_network_that_cannot_be_traced_says_so(tmp_path: Path) -> None:
+    model = Model(Branches(), "tensor", {"x": torch.randn(2, 4)}, Source("factory", "t", "0"))
+    with pytest.raises(ExportError, match="cannot be traced"):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_target_lists_the_targets(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="onnx, openvino"):
+        export(encoder(), tmp_path, ["tflite"])

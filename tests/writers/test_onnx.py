@@ -1,0 +1,331 @@
+import collections
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from penjing import edits
+from penjing.errors import UsageError
+from penjing.model import Model, Source
+from penjing.planes import IntegerPlanes, Scheme
+from penjing.quantizers import rtn
+from penjing.recipe import ActivationRange, Edit
+from penjing.runtimes import onnxruntime as runtime
+from penjing.writers import onnx as writer
+
+SOURCE = Source("huggingface", "tiny", "0")
+
+
+def text(rows: int, length: int, vocabulary: int = 50) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, vocabulary, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def bert() -> Model:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=96, max_position_embeddings=40,
+    )  # fmt: skip
+    module = BertModel(config, add_pooling_layer=False).eval()
+    return Model(module, "embedding", text(2, 6), SOURCE)
+
+
+def llama(tied: bool = True) -> Model:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return Model(LlamaForCausalLM(config).eval(), "causal", text(1, 5, 48), SOURCE)
+
+
+def vit() -> Model:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        image_size=16, patch_size=8, num_labels=3,
+    )  # fmt: skip
+    example = {"pixel_values": torch.randn(1, 3, 16, 16)}
+    return Model(ViTForImageClassification(config).eval(), "image", example, SOURCE)
+
+
+def cnn() -> Model:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU6(), nn.Conv2d(16, 16, 3, groups=16, padding=1),
+        nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(24, 5),
+    ).eval()  # fmt: skip
+    source = Source("factory", "tiny", "0")
+    return Model(module, "image", {"pixel_values": torch.randn(4, 3, 12, 12)}, source)
+
+
+def single(module: nn.Module, example: torch.Tensor) -> Model:
+    return Model(module.eval(), "tensor", {"x": example}, Source("factory", "tiny", "0"))
+
+
+def quantize(model: Model, kind: type, scheme: Scheme) -> dict[str, IntegerPlanes]:
+    """Quantize every layer of a kind; gives the planes."""
+    made = {}
+    for path, layer in list(model.module.named_modules()):
+        name = f"{path}.weight".lstrip(".")
+        if isinstance(layer, kind) and name in dict(model.parameters()):
+            weight = layer.weight.detach()
+            planes = rtn.fit(weight.flatten(1), scheme, None)
+            made[name] = dataclasses.replace(planes, shape=tuple(weight.shape))
+            edits.perform(model, Edit("quantize", name, made[name], "test"))
+    return made
+
+
+def calibrate(model: Model, kinds: tuple[type, ...]) -> None:
+    """Static ranges over the example for every layer of the kinds."""
+    seen: dict[str, tuple[float, float]] = {}
+    hooks = []
+    for path, layer in model.module.named_modules():
+        if isinstance(layer, kinds):
+
+            def note(_: nn.Module, args: tuple[torch.Tensor, ...], path: str = path) -> None:
+                low, high = args[0].amin().item(), args[0].amax().item()
+                seen[path] = (min(low, 0.0), max(high, 0.0))
+
+            hooks.append(layer.register_forward_pre_hook(note))
+    with torch.no_grad():
+        model.run(model.example)
+    for hook in hooks:
+        hook.remove()
+    for path, (low, high) in seen.items():
+        scale = (high - low) / 255
+        grid = ActivationRange(scale, round(-low / scale))
+        edits.perform(model, Edit("activation", path, grid, "test"))
+
+
+def both(model: Model, path: Path, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """(torch, onnxruntime) on one batch."""
+    writer.write(model, path)
+    with torch.no_grad():
+        wanted = model.run(batch).numpy()
+    session = runtime.open(path, threads=1)
+    return wanted, session.run({name: x.numpy() for name, x in batch.items()})
+
+
+def relative(wanted: np.ndarray, got: np.ndarray) -> float:
+    assert got.shape == wanted.shape
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+def operators(path: Path) -> collections.Counter[str]:
+    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("make", [bert, llama, vit, cnn])
+def test_float_graphs_take_other_sizes(make, tmp_path: Path, capfd) -> None:
+    model = make()
+    if model.is_image:
+        batch = {"pixel_values": torch.randn(3, *model.example["pixel_values"].shape[1:])}
+    else:
+        batch = text(3, 9, 48)
+        batch["attention_mask"][1, 5:] = 0
+    wanted, got = both(model, tmp_path / "m.onnx", batch)
+    if model.interface == "causal":  # what a masked query gives is nobody's business
+        kept = batch["attention_mask"].bool().numpy()
+        wanted, got = wanted[kept], got[kept]
+    assert relative(wanted, got) < 1e-5
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_single_sample_of_one_token(tmp_path: Path) -> None:
+    model = bert()
+    assert relative(*both(model, tmp_path / "m.onnx", text(1, 1))) < 1e-5
+
+
+def test_uses_are_found_under_transposition_tying_and_equal_content() -> None:
+    model = llama()
+    found = writer.find_uses(writer.float_graph(model), model)
+    embedding = found["model.embed_tokens.weight"]
+    assert sorted(use.node.op_type for use in embedding) == ["Gather", "MatMul"]
+    twins = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    with torch.no_grad():
+        twins[2].weight.copy_(twins[0].weight)
+    pair = single(twins, torch.randn(2, 3, 6))
+    uses = writer.find_uses(writer.float_graph(pair), pair)
+    assert {name: [u.module for u in us] for name, us in uses.items()} == {
+        "0.weight": ["0"], "2.weight": ["2"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(2, 16), (3, 32), (4, 32), (4, 0), (8, 64), (8, 0)])
+def test_weight_only_matrices(bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
+    layer = nn.Linear(96, 40)
+    model = single(layer, torch.randn(2, 3, 96))
+    planes = quantize(model, nn.Linear, Scheme(bits, group, symmetric))["weight"]
+    path = tmp_path / "m.onnx"
+    wanted, got = both(model, path, {"x": torch.randn(5, 3, 96)})
+    # The operator rounds the input to int8 a block: half a step of 1/127 of about 2.5 sigma.
+    assert relative(wanted, got) < 0.02
+    assert operators(path)["MatMulNBits"] == 1
+    graph = onnx.load(path).graph
+    width = {2: 2, 3: 4, 4: 4, 8: 8}[bits]
+    codes = [t for t in graph.initializer if ".codes" in t.name]
+    stored = 128 if group == 64 else 96  # whole blocks
+    assert [numpy_helper.to_array(t).nbytes for t in codes] == [40 * stored * width // 8]
+    assert not any(t.name == "weight" or list(t.dims) == [96, 40] for t in graph.initializer)
+    assert any(".zero" in t.name for t in graph.initializer) == (not symmetric)
+    assert planes.bits == (bits,)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (4, 16), (4, 0), (8, 0)])
+def test_tables_are_gathered_exactly(
+    bits: int, group: int, symmetric: bool, tmp_path: Path
+) -> None:
+    model = single(nn.Embedding(31, 48), torch.arange(6).reshape(2, 3))
+    planes = quantize(model, nn.Embedding, Scheme(bits, group, symmetric))["weight"]
+    path = tmp_path / "m.onnx"
+    writer.write(model, path)
+    got = runtime.open(path, threads=1).run({"x": np.arange(33).reshape(11, 3) % 31})
+    got = got.reshape(33, 48)[:31]
+    size = planes.group
+    scale = np.repeat(planes.scale[0].numpy(), size, 1)[:, :48]
+    zero = np.repeat(planes.zero_point.numpy(), size, 1)[:, :48]
+    assert np.array_equal(got, (planes.codes[0].numpy() - zero) * scale)
+    assert operators(path)["GatherBlockQuantized"] == 1
+    codes = next(t for t in onnx.load(path).graph.initializer if ".codes" in t.name)
+    assert len(numpy_helper.to_array(codes).tobytes()) == 31 * 48 * bits // 8
+
+
+def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.module.model.embed_tokens.weight.mul_(20)
+    quantize(model, nn.Embedding, Scheme(4, 32, False))
+    path = tmp_path / "m.onnx"
+    wanted, got = both(model, path, text(2, 7, 48))
+    assert relative(wanted, got) < 0.02
+    counts = operators(path)
+    assert counts["GatherBlockQuantized"] == counts["MatMulNBits"] == 1
+    codes = [t for t in onnx.load(path).graph.initializer if "codes" in t.name]
+    assert [numpy_helper.to_array(t).nbytes for t in codes] == [48 * 32 // 2]
+
+
+def test_scales_that_fit_half_precision_are_stored_so(tmp_path: Path) -> None:
+    model = single(nn.Linear(32, 8), torch.randn(2, 3, 32))
+    planes = rtn.fit(model.module.weight.detach(), Scheme(4, 16, True), None)
+    scale = planes.scale.half().float()
+    planes = dataclasses.replace(planes, scale=scale, shift=-8 * scale[0])
+    edits.perform(model, Edit("quantize", "weight", planes, "test"))
+    assert relative(*both(model, tmp_path / "m.onnx", {"x": torch.randn(4, 3, 32)})) < 0.02
+    stored = [t for t in onnx.load(tmp_path / "m.onnx").graph.initializer if ".scale" in t.name]
+    assert [t.data_type for t in stored] == [onnx.TensorProto.FLOAT16]
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_8_bit_inputs_merge_what_reads_the_same_tensor(static: bool, tmp_path: Path) -> None:
+    model = bert()
+    model.example = text(8, 12)
+    before = model.copy()
+    quantize(model, nn.Linear, Scheme(8, 0, True))
+    if static:
+        calibrate(model, (nn.Linear,))
+    else:
+        for path, layer in model.module.named_modules():
+            if isinstance(layer, nn.Linear):
+                edits.perform(model, Edit("activation", path, ActivationRange(0.0, 0), "test"))
+    path = tmp_path / "m.onnx"
+    batch = text(1, 12)
+    wanted, got = both(model, path, batch)
+    assert relative(wanted, got) < 0.03
+    with torch.no_grad():
+        assert relative(before.run(batch).numpy(), got) < 0.05
+    kind = "MatMulIntegerToFloat" if static else "DynamicQuantizeMatMul"
+    counts = operators(path)
+    # query, key and value are one product: four a layer.
+    assert counts[kind] == 8
+    assert counts["Split"] == 2
+    assert counts["MatMul"] == 0
+    assert counts["QuantizeLinear"] == (8 if static else 0)
+
+
+def test_8_bit_inputs_of_a_flat_layer_without_bias(tmp_path: Path) -> None:
+    model = single(
+        nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 7, bias=False)), torch.randn(9, 20)
+    )
+    quantize(model, nn.Linear, Scheme(8, 0, True))
+    calibrate(model, (nn.Linear,))
+    wanted, got = both(model, tmp_path / "m.onnx", model.example)
+    # By hand, in whole numbers.
+    x = model.example["x"].numpy()
+    for path in ("0", "1"):
+        grid, planes = model.activations[path], model.planes[f"{path}.weight"]
+        codes = np.clip(np.round(x / np.float32(grid.scale)) + grid.zero_point, 0, 255)
+        product = (codes - grid.zero_point) @ (planes.codes[0].numpy().astype(float) - 128).T
+        x = (product * grid.scale * planes.scale[0, :, 0].numpy()).astype(np.float32)
+        if path == "0":
+            x = x + model.module[0].bias.detach().numpy()
+    assert relative(x, got) < 1e-5
+    assert relative(wanted, got) < 1e-5
+
+
+def test_convolutions_with_8_bit_inputs_run_in_integers(tmp_path: Path) -> None:
+    model = cnn()
+    quantize(model, nn.Conv2d, Scheme(8, 0, True))
+    calibrate(model, (nn.Conv2d,))
+    path = tmp_path / "m.onnx"
+    wanted, got = both(model, path, {"pixel_values": torch.randn(2, 3, 12, 12)})
+    assert relative(wanted, got) < 0.02
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options)
+    counts = operators(tmp_path / "optimized.onnx")
+    # The last one's result is pooled in float.
+    assert counts["QLinearConv"] == 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_convolutions_with_low_bit_weights(bits: int, tmp_path: Path) -> None:
+    model = cnn()
+    quantize(model, nn.Conv2d, Scheme(bits, 0, False))
+    path = tmp_path / "m.onnx"
+    assert relative(*both(model, path, {"pixel_values": torch.randn(2, 3, 12, 12)})) < 1e-5
+    codes = [t for t in onnx.load(path).graph.initializer if ".codes" in t.name]
+    stored = sum(len(t.raw_data) for t in codes)
+    assert stored == (16 * 27 + 16 * 9 + 24 * 16) * bits // 8
+
+
+def test_what_cannot_be_expressed_is_refused_by_name() -> None:
+    model = bert()
+    name = "encoder.layer.0.output.dense.weight"
+    weight = model.module.get_parameter(name).detach()
+    single_plane = rtn.fit(weight, Scheme(4, 24, False), None)
+    model.planes[name] = single_plane
+    assert writer.check(model) and name in writer.check(model)[0]
+    two = dataclasses.replace(
+        single_plane,
+        codes=single_plane.codes.repeat(2, 1, 1),
+        bits=(4, 4),
+        scale=single_plane.scale.repeat(2, 1, 1),
+    )
+    model.planes[name] = two
+    with pytest.raises(UsageError, match=r"output\.dense\.weight: 2 planes"):
+        writer.write(model, Path("never.onnx"))
+    assert not Path("never.onnx").exists()
+    del model.planes[name]
+    model.activations["encoder.layer.0.output.dense"] = ActivationRange(0.1, 0)
+    assert "symmetric 8-bit weights" in writer.check(model)[0]
+    assert writer.check(bert()) == []
