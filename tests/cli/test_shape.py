@@ -1,0 +1,87 @@
+"""Single techniques on bare weight files, and usage that is refused first."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from penjing.cli import group
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(group, [str(a) for a in arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "params.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32))
+    return path
+
+
+def test_prune_a_weight_file(weights: Path, tmp_path: Path) -> None:
+    status, out, error = invoke("prune", weights, "--sparsity", "50%", "-o", tmp_path / "o.npy")
+    assert (status, error) == (0, "")
+    assert "removed" in out
+    before, after = np.load(weights), np.load(tmp_path / "o.npy")
+    limit = np.median(np.abs(before))
+    np.testing.assert_array_equal(after, np.where(np.abs(before) > limit, before, 0))
+
+
+def test_prune_a_weight_file_by_pattern(weights: Path, tmp_path: Path) -> None:
+    assert invoke("prune", weights, "--pattern", "2:4", "-o", tmp_path / "o.npy")[0] == 0
+    kept = np.load(tmp_path / "o.npy").reshape(-1, 4) != 0
+    assert (kept.sum(1) == 2).all()
+
+
+def test_quantize_a_weight_file(weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.npz"
+    status, out, _ = invoke("quantize", weights, "--bits", 8, "-o", output, "--json")
+    assert status == 0
+    assert json.loads(out)["output"] == str(output)
+    with np.load(output) as stored:
+        assert any(stored[name].dtype == np.uint8 for name in stored.files)
+
+
+def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.npy"
+    assert invoke("quantize", weights, "--bits", 4, "--dequantize", "-o", output)[0] == 0
+    before, after = np.load(weights), np.load(output)
+    assert after.dtype == np.float32
+    assert all(len(np.unique(row)) <= 16 for row in after)
+    # Round to nearest is at most half a step away, at 15 steps a row.
+    step = (np.maximum(before.max(1), 0) - np.minimum(before.min(1), 0)) / 15
+    assert (np.abs(after - before).max(1) <= step * 0.51 + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("prune", "{w}", "-o", "{d}/o.npy"), "--sparsity 0.5 or --pattern"),
+        (("prune", "{w}", "--sparsity", "1.5", "-o", "{d}/o.npy"), "0 <= sparsity < 1"),
+        (("prune", "{w}", "--sparsity", "0.5", "-o", "{d}/folder"), ".safetensors"),
+        (("quantize", "{w}", "--codes", "additive", "-o", "{d}/o.npy"), "integer"),
+        (("quantize", "{d}", "--dequantize", "-o", "{d}/o"), "bare weight files"),
+        (("quantize", "{w}", "--bits", "9", "-o", "{d}/o.npy"), "2<=x<=8"),
+        (("shrink", "{w}", "--ratio", "0", "--data", "{w}", "-o", "{d}/o"), "0 < ratio < 1"),
+        (("shrink", "{w}", "--ratio", "0.5", "-o", "{d}/o"), "--data"),
+        (("cut", "{w}", "--data", "{w}", "-o", "{d}/o"), "either --layers"),
+        (("cut", "{w}", "--layers", "1", "--patch", "x", "--data", "{w}", "-o", "{d}/o"), "linear"),
+    ],
+)
+def test_usage(arguments: tuple[str, ...], hint: str, weights: Path, tmp_path: Path) -> None:
+    filled = [a.format(w=weights, d=tmp_path) for a in arguments]
+    status, out, error = invoke(*filled)
+    assert (status, out) == (2, "")
+    assert hint in error
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["params.npy"]
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    status, _, error = invoke("apply", tmp_path, "/no/recipe.toml", "-o", tmp_path / "o")
+    assert status == 1
+    assert "no such recipe" in error

@@ -1,0 +1,41 @@
+"""Numbers for people."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from penjing.cli.show import count, folder_size, show_json, show_pairs
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(None, "-"), (0, "0"), (999, "999"), (1234567, "1.23 M"), (1e9, "1.00 G"), (2e12, "2.00 T")],
+)
+def test_count(number: float | None, text: str) -> None:
+    assert count(number) == text
+
+
+def test_folder_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b").write_bytes(b"678")
+    assert folder_size(tmp_path) == 8
+    assert folder_size(tmp_path / "a") == 5
+
+
+def test_json_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    show_json({"n": np.float32(1.5), "path": Path("x"), "text": "a\nb"})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"n": 1.5, "path": "x", "text": "a\nb"}
+    with pytest.raises(ValueError, match="JSON"):
+        show_json({"n": float("nan")})
+
+
+def test_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    show_pairs({"size": 1.23456789, "ok": True, "latency": {"median": 2.5, "batch": 1}}, "done")
+    assert capsys.readouterr().out == (
+        "done\n  size     1.23457\n  ok       yes\n  latency  median 2.5, batch 1\n"
+    )

@@ -1,0 +1,63 @@
+"""A technique on a network from the command line: checks, work, artifact."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from penjing.cli import group
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("penjing.api")
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    folder = tmp_path / "bert"
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxy"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_prune_writes_an_artifact_that_loads(bert: Path, tmp_path: Path) -> None:
+    from penjing.load import load
+
+    output = tmp_path / "pruned"
+    arguments = ["prune", str(bert), "--sparsity", "0.5", "-o", str(output), "--json"]
+    done = CliRunner().invoke(group, arguments)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["size_bytes"] == sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    weight = load(output).module.get_parameter("encoder.layer.0.output.dense.weight")
+    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    assert {p.name for p in tmp_path.iterdir()} == {"bert", "pruned"}  # no journal left
+
+
+def test_cut_says_what_went(bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    lines = (json.dumps({"text": " ".join("abcdefghij"[i : i + 5])}) for i in range(6))
+    data.write_text("\n".join(lines))
+    arguments = ["cut", str(bert), "--layers", "1", "--data", str(data), "--patch", "none"]
+    done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / "cut"), "--json"])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    block = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
+    assert found["parameters_before"] - found["parameters"] == block
+
+
+def test_an_empty_data_file(bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "empty.jsonl"
+    data.write_text("")
+    arguments = ["cut", str(bert), "--layers", "1", "--data", str(data)]
+    done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / "cut")])
+    assert done.exit_code == 1
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "cut").exists()
+    assert not (tmp_path / "cut.journal").exists()
