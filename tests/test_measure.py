@@ -114,6 +114,35 @@ def test_a_larger_network_measures_larger(tmp_path: Path) -> None:
         assert len(measured.rounds_ms) >= 3
 
 
+def test_a_decoder_is_timed_on_one_token_after_the_prompt(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from penjing.writers.onnx import write
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    ids = torch.randint(0, 50, (2, 8))
+    model = Model(
+        LlamaForCausalLM(config).eval(),
+        "causal",
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        Source("factory", "", ""),
+    )
+    write(model, tmp_path / "model.onnx")
+    file = Candidate(tmp_path / "model.onnx", "onnxruntime", 1)
+    (found,) = measure_files([file], model, length=512, threads=1, runs=12, seconds=3)
+    assert found.prefill_ms is not None
+    assert found.measurement.latency_ms.length == found.prefill_ms.length == 512
+    # 512 tokens cost far more than one, and the cache of 512 was really there.
+    assert found.measurement.latency_ms.median < found.prefill_ms.median / 5
+
+
 def test_the_ratio_is_of_rounds_not_of_medians() -> None:
     latency = Latency(1, 1, 1, None)
 

@@ -2,8 +2,9 @@
 
 Latencies of several files are taken in interleaved bursts, so that a machine's noise falls on
 all of them: a round is one burst of each file, its figure the median of the burst. A ratio of
-two files is the median over rounds of the rounds' ratios. Peak memory is that of a process
-that opened the file and ran the latency benchmark, and holds neither torch nor transformers.
+two files is the median over rounds of the rounds' ratios. A decoder with a cache is timed on
+one token with `length` tokens in the cache; reading a prompt is timed apart. Peak memory is
+that of a process that opened the file and ran these, and holds neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -135,6 +136,27 @@ def inputs_of(model: Model, *, batch: int = 1, length: int = 128, seed: int = 0)
     return made
 
 
+def _calls(session: Remote, example: Model, prompt: Arrays) -> Arrays:
+    """What one timed call is given: the prompt, or one token after it."""
+    step = _decode(session, prompt) if example.interface == "causal" else None
+    return prompt if step is None else step
+
+
+def _decode(session: Remote, inputs: Arrays) -> dict[str, np.ndarray] | None:
+    """Inputs of one token after the prompt `inputs`; None where there is no cache."""
+    rows, length = inputs["input_ids"].shape
+    random = np.random.default_rng(1)
+    made: dict[str, np.ndarray] = {}
+    for name, shape in session.inputs().items():
+        if name.startswith("past_key_values."):
+            heads, width = shape[1], shape[3]  # [batch, heads, past, width]
+            made[name] = random.standard_normal((rows, heads or 1, length, width or 1), np.float32)
+    if not made:
+        return None
+    mask = np.ones((rows, length + 1), np.int64)
+    return {"input_ids": inputs["input_ids"][:, :1], "attention_mask": mask, **made}
+
+
 @dataclass
 class _Timing:
     """Every call's seconds, and each round's median."""
@@ -193,8 +215,9 @@ def measure_files(
     Args:
         files: of one network and its edited forms; the same inputs go to all.
         example: the model whose `example` says what the inputs are.
-        batch, length: of the reported latency, warm-up excluded; `length` is for texts.
-        user_batch: also report latency and throughput at this batch size.
+        batch, length: of the reported latency, warm-up excluded; `length` is for texts, and
+            for decoders the tokens in the cache when one more is computed.
+        user_batch: also report latency and throughput (a decoder: tokens) at this batch size.
         threads: None for the physical cores.
         runs: calls a file at most.
         seconds: about how long each of the timings may take, all files together.
@@ -216,13 +239,18 @@ def measure_files(
     try:
         for file in files:
             sessions.append(Remote(file.path, file.runtime, threads=cores))
-        made = inputs_of(example, batch=batch, length=length)
-        single = _interleave(sessions, [made] * len(files), runs, seconds)
+        prompt = inputs_of(example, batch=batch, length=length)
+        calls = [_calls(session, example, prompt) for session in sessions]
+        single = _interleave(sessions, calls, runs, seconds)
+        prefill = None
+        if any(call is not prompt for call in calls):
+            prefill = _interleave(sessions, [prompt] * len(files), runs // 4, seconds / 4)
         peaks = [session.peak_memory() for session in sessions]
         several = None
         if user_batch is not None:
-            made = inputs_of(example, batch=user_batch, length=length)
-            several = _interleave(sessions, [made] * len(files), runs, seconds)
+            many = inputs_of(example, batch=user_batch, length=length)
+            calls = [_calls(session, example, many) for session in sessions]
+            several = _interleave(sessions, calls, runs, seconds)
     finally:
         for session in sessions:
             session.close()
@@ -243,7 +271,8 @@ def measure_files(
             latency_batch_ms=at_batch,
         )
         rounds = several[index].rounds_ms if several is not None else ()
-        found.append(Measured(measurement, single[index].rounds_ms, rounds))
+        whole = prefill[index].latency(batch, text) if prefill is not None else None
+        found.append(Measured(measurement, single[index].rounds_ms, rounds, whole))
     return found
 
 

@@ -77,6 +77,11 @@ class Remote:
         """Peak resident bytes of the process so far."""
         return int(self._ask("memory")[0]["peak"])
 
+    def inputs(self) -> dict[str, tuple[int | None, ...]]:
+        """Shape of each input by name, None for a free size; a decoder's cache included."""
+        found = self._ask("describe")[0]["inputs"]
+        return {name: tuple(shape) for name, shape in found.items()}
+
     def modules(self) -> list[str]:
         """Top-level modules the process has imported."""
         return list(self._ask("modules")[0]["modules"])

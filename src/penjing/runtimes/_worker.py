@@ -106,6 +106,9 @@ def _answer(
         return {"seconds": seconds}, {}
     if verb == "memory":
         return {"peak": peak_memory()}, {}
+    if verb == "describe":
+        shapes = getattr(state["session"], "inputs", {})
+        return {"inputs": {name: list(shape) for name, shape in shapes.items()}}, {}
     if verb == "modules":
         return {"modules": sorted({name.partition(".")[0] for name in sys.modules})}, {}
     raise InputError("unknown request", got=verb)
