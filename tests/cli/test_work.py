@@ -22,7 +22,9 @@ def bert(tmp_path: Path) -> Path:
     transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxy"]
     (folder / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    transformers.BertTokenizer(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -61,3 +63,32 @@ def test_an_empty_data_file(bert: Path, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "cut").exists()
     assert not (tmp_path / "cut.journal").exists()
+
+
+def test_from_a_model_to_a_measured_artifact(bert: Path, tmp_path: Path) -> None:
+    texts, output = tmp_path / "texts.jsonl", tmp_path / "small"
+    words = "abcdefghijklmnopqrstuvwxy"
+    lines = (json.dumps({"text": " ".join(words[i : i + 5]), "label": i % 2}) for i in range(12))
+    texts.write_text("\n".join(lines))
+
+    def run(*arguments: object) -> dict[str, object]:
+        done = CliRunner().invoke(group, [*(str(a) for a in arguments), "--json"])
+        assert done.exit_code == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    run("quantize", bert, "--bits", 8, "--data", texts, "--length", 16, "-o", output)
+    assert set(run("export", output, "--to", "onnx")["parity"]) == {"onnx"}
+    assert run("verify", output)["ok"] is True
+    measured = run("measure", output, "--threads", 1, "--length", 16, "--data", texts)
+    assert measured["size_bytes"] > 0
+    direct = run("evaluate", output, "--data", texts, "--length", 16)
+    assert measured["quality"] == pytest.approx(direct["value"], abs=0.05)
+
+    # One flipped byte in the weights is found.
+    weights = next(output.rglob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = CliRunner().invoke(group, ["verify", str(output)])
+    assert done.exit_code == 1
+    assert "Traceback" not in done.output

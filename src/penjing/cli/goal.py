@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -145,7 +144,7 @@ def fit(
         within=within,
         batch=batch,
         length=length,
-        threads=threads or os.cpu_count() or 1,
+        threads=threads,
         seed=seed,
         overwrite=overwrite,
         confidence=confidence,

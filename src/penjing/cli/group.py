@@ -9,11 +9,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import click
 
-from penjing import __version__
 from penjing.errors import PenjingError, printable
 
 __all__ = ["Group"]
@@ -110,5 +110,5 @@ class Group(click.Group):
 
 def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
-        click.echo(f"penjing {__version__}")
+        click.echo(f"penjing {metadata.version('penjing')}")
         ctx.exit()

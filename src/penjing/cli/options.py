@@ -24,10 +24,8 @@ __all__ = [
     "model_options",
     "not_yet",
     "output_options",
-    "seed_option",
     "set_threads",
     "size_options",
-    "threads_option",
     "to_option",
 ]
 
@@ -137,7 +135,6 @@ def data_option(
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="Default: one for each core."
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True)
 
 size_options = _together(
     click.option(
@@ -151,7 +148,9 @@ size_options = _together(
 )
 
 
-def data_options(*, required: bool = False) -> Callable[[F], F]:
+def data_options(
+    *, required: bool = False, samples: int = 128, seed: int | None = 0
+) -> Callable[[F], F]:
     """Calibration data of a single technique."""
     return _together(
         data_option(
@@ -161,12 +160,12 @@ def data_options(*, required: bool = False) -> Callable[[F], F]:
         click.option(
             "--samples",
             type=click.IntRange(1),
-            default=128,
+            default=samples,
             show_default=True,
-            help="Calibration samples used.",
+            help="Calibration samples used, at the most.",
         ),
         size_options,
-        seed_option,
+        click.option("--seed", type=int, default=seed, show_default=seed is not None),
     )
 
 

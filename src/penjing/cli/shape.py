@@ -12,13 +12,10 @@ from penjing.cli.options import (
     TIME,
     Leaf,
     check_model,
-    data_option,
     data_options,
     json_option,
     model_options,
     output_options,
-    seed_option,
-    threads_option,
     to_option,
 )
 from penjing.cli.work import is_bare, show_file, technique
@@ -250,22 +247,16 @@ def quantize(
 
 @click.command()
 @model_options
-@data_option(required=True, help="Training inputs; labels are not used.")
 @click.option("--seconds", type=TIME, default="60s", show_default=True, help="Training time.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.")
 @click.option("--loss", type=Leaf("losses"), help="Default: what fits the output.")
-@threads_option
-@seed_option
+@data_options(required=True, samples=512)
 @output_options(journal=False)
 @to_option
 @json_option
 def recover(
     model: str,
-    data: str,
-    seconds: float,
     lr: float | None,
-    loss: str | None,
-    seed: int,
     output: Path,
     **options: Any,
 ) -> None:
@@ -274,9 +265,9 @@ def recover(
     \b
     penjing recover ./cut --data calibration.jsonl --seconds 2m -o ./recovered
     """
-    given = {"seconds": seconds, "loss": loss, "seed": seed} | ({"lr": lr} if lr else {})
+    given = {"lr": lr} if lr else {}
     technique(
-        lambda m, journal: _api().recover(m, data, **given),
+        lambda m, journal, **more: _api().recover(m, **given, **more),
         model,
         output,
         journal=None,
@@ -287,15 +278,11 @@ def recover(
 @click.command(name="apply")
 @model_options
 @click.argument("recipe", type=click.Path(path_type=Path))
-@data_option(help="Calibration data, where a step needs it.")
-@threads_option
-@seed_option
+@data_options(seed=None)  # the recipe has its own
 @output_options()
 @to_option
 @json_option
-def replay(
-    model: str, recipe: Path, data: str | None, seed: int, output: Path, **options: Any
-) -> None:
+def replay(model: str, recipe: Path, output: Path, **options: Any) -> None:
     """Replay the steps of a recipe.toml.
 
     \b
@@ -304,7 +291,7 @@ def replay(
     if not recipe.is_file():
         raise InputError("no such recipe", got=recipe, next="give a recipe.toml")
     technique(
-        lambda m, journal: _api().apply(m, recipe, data, journal=journal, seed=seed),
+        lambda m, **more: _api().apply(m, recipe, **more),
         model,
         output,
         **options,

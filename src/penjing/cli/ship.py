@@ -131,7 +131,7 @@ def report(artifact: str, as_json: bool) -> None:
     check_model(artifact)
     from penjing import api
 
-    page = Path(api.report(artifact))
+    page = api.report(Path(artifact))
     if as_json:
         show_json({"report": str(page)})
     else:

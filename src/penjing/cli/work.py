@@ -73,7 +73,7 @@ def technique(
     api.save(done, output, to=to, overwrite=overwrite)
     if journal is None:
         shutil.rmtree(kept, ignore_errors=True)
-    found = {
+    found: dict[str, Any] = {
         "output": str(output),
         "size_bytes": folder_size(output),
         "parameters_before": parameters,
