@@ -61,7 +61,7 @@ def test_layers() -> None:
                 own in TOGETHER
                 or (len(parts) > 1 and (parts[1] == "__init__" or name.split(".")[2:3] == ["__init__"]))
                 # `_name.py` is a private piece that the leaves of its package share.
-                or name.split(".")[2:3][0:1] != [] and name.split(".")[2].startswith("_")
+                or (name.split(".") + ["", ""])[2].startswith("_")
             )
             if RANK[other] >= RANK[own] and not same:
                 wrong.append(f"{'/'.join(parts)} imports {name}")

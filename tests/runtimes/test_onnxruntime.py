@@ -40,7 +40,8 @@ def test_steps_through_the_cache_equal_one_pass(decoder: tuple[Model, runtime.Se
         logits, past = session.step(batch, past)
         got.append(logits)
     assert np.abs(np.concatenate(got, axis=1) - wanted).max() < 1e-4
-    assert past is not None and all(x.shape == (3, 2, 10, 8) for x in past.values())
+    assert past is not None
+    assert all(x.shape == (3, 2, 10, 8) for x in past.values())
 
 
 def test_greedy_generation_is_torchs(decoder: tuple[Model, runtime.Session]) -> None:
