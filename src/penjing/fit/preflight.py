@@ -1,0 +1,316 @@
+"""Before the work: what machine this is, which number formats are faster on it, and the cost.
+
+A format's time is measured on a chain of distinct linear layers x @ W1 @ W2 @ ... that
+alternate between [in, out] and [out, in], written by the same code that exports a model and
+run by the same runtimes. Speed-ups are against float32 in the same runtime.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from penjing.errors import PenjingError, UsageError
+from penjing.fit.space import FORMATS, Format
+from penjing.measure import physical_cores
+from penjing.planes import IntegerPlanes, Scheme
+from penjing.quantizers import rtn
+from penjing.recipe import ActivationRange
+from penjing.registry import lookup
+from penjing.writers._onnx_blocks import place
+from penjing.writers._onnx_edit import Graph
+from penjing.writers._onnx_integer import Layer, place_matrices
+from penjing.writers._onnx_uses import Use
+
+__all__ = ["Cost", "Machine", "Speed", "formats", "machine", "predict"]
+
+# Inputs of the chain are normal with variance 1; 4 sigma either side are representable.
+_RANGE = ActivationRange(8 / 255, 128)
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process may use.
+
+    Attributes:
+        cores: physical cores.
+        memory_bytes: free for new allocations.
+        disk_bytes: free in the folder asked about.
+        flags: of the processor, those that low-bit arithmetic depends on.
+    """
+
+    processor: str
+    cores: int
+    memory_bytes: int
+    disk_bytes: int
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One linear layer [inputs] -> [outputs] on `tokens` rows, in one format and runtime.
+
+    Attributes:
+        microseconds: median of one layer; None where the runtime cannot run the format.
+        speedup: float32's time in the same runtime over this one; None as above.
+    """
+
+    runtime: str
+    format: str
+    tokens: int
+    inputs: int
+    outputs: int
+    microseconds: float | None
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a fit is predicted to take."""
+
+    memory_bytes: int
+    disk_bytes: int
+    minutes: float
+
+
+def machine(folder: Path = Path()) -> Machine:
+    """This machine, and the disk that holds `folder`."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    found: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    flags = set(found.get("flags", found.get("Features", "")).split())
+    return Machine(
+        processor=found.get("model name", platform.processor() or platform.machine()),
+        cores=physical_cores(),
+        memory_bytes=min(psutil.virtual_memory().available, _allowance()),
+        disk_bytes=shutil.disk_usage(folder).free,
+        flags=tuple(flag for flag in _FLAGS if flag in flags),
+    )
+
+
+def _allowance() -> int:
+    """Bytes left in this process's control group; very many where there is no limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 1 << 62
+    return max(int(limit) - used, 0) if limit.isdigit() else 1 << 62
+
+
+def formats(
+    shapes: Sequence[tuple[int, int, int]],
+    runtimes: Sequence[str] = ("onnxruntime",),
+    *,
+    threads: int | None = None,
+    seconds: float = 10.0,
+) -> list[Speed]:
+    """Measure every format of `penjing.fit.space.FORMATS` on linear layers.
+
+    Args:
+        shapes: (tokens, in, out) of typical layers.
+        runtimes: `onnxruntime`, `openvino`.
+        threads: None for the physical cores.
+        seconds: about how long it may take; each format is run three times at least.
+
+    Returns:
+        By shape, runtime and format.
+
+    Raises:
+        UsageError: a size below 1, an unknown runtime, or one that is not installed.
+    """
+    for shape in shapes:
+        if min(shape) < 1:
+            raise UsageError("shape of a layer", got=shape, allowed="positive sizes")
+    end = time.monotonic() + seconds
+    left = len(shapes) * len(runtimes)
+    speeds = []
+    for shape in shapes:
+        for runtime in runtimes:
+            share = (end - time.monotonic()) / left
+            left -= 1
+            measured = _measure(shape, runtime, threads or physical_cores(), share)
+            plain = measured["fp32"]
+            for name, taken in measured.items():
+                speedup = plain / taken if plain and taken else None
+                speeds.append(Speed(runtime, name, *shape, taken, speedup))
+    return speeds
+
+
+def _measure(
+    shape: tuple[int, int, int], runtime: str, threads: int, seconds: float
+) -> dict[str, float | None]:
+    """Microseconds of a layer by format, the formats interleaved."""
+    end = time.monotonic() + seconds
+    tokens, inputs, outputs = shape
+    opened = lookup("runtimes", runtime, "open")
+    file = lookup("runtimes", runtime, "file")
+    random = np.random.default_rng(0)
+    weights = _weights(inputs, outputs, random)
+    sessions = {}
+    with tempfile.TemporaryDirectory() as work:
+        for name, form in FORMATS.items():
+            path = Path(work) / name / file
+            path.parent.mkdir()
+            try:
+                _write(weights, form, runtime, path)
+                sessions[name] = opened(path, threads=threads)
+            except PenjingError:
+                # A format this runtime lacks is a finding; a runtime that is not there is not.
+                if name == "fp32":
+                    raise
+        batch = {"x": random.standard_normal((tokens, inputs), np.float32)}
+        calls: dict[str, list[float]] = {name: [] for name in sessions}
+        rounds = 0
+        while rounds < 3 or time.monotonic() < end:
+            for name, session in sessions.items():
+                session.run(batch)
+                start = time.perf_counter()
+                session.run(batch)
+                calls[name].append(time.perf_counter() - start)
+            rounds += 1
+    return {
+        name: 1e6 * float(np.median(calls[name])) / len(weights) if name in calls else None
+        for name in FORMATS
+    }
+
+
+def _weights(inputs: int, outputs: int, random: np.random.Generator) -> list[np.ndarray]:
+    """An even number of distinct weights [out, in], [in, out], ...; about 2 M numbers in all."""
+    pairs = max(1, min(4, 1_000_000 // (inputs * outputs)))
+    return [
+        random.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
+        for _ in range(pairs)
+        for shape in ((outputs, inputs), (inputs, outputs))
+    ]
+
+
+def _planes(weight: np.ndarray, form: Format) -> IntegerPlanes | None:
+    if form.options is None:
+        return None
+    options = {k: v for k, v in form.options if k in ("bits", "group", "symmetric")}
+    return rtn.fit(torch.from_numpy(weight), Scheme(**options))
+
+
+def _range(form: Format) -> ActivationRange | None:
+    return _RANGE if "activations" in dict(form.options or ()) else None
+
+
+def _write(weights: list[np.ndarray], form: Format, runtime: str, path: Path) -> None:
+    planes = [_planes(weight, form) for weight in weights]
+    # The float graph holds what the integers stand for, as an edited model's does.
+    values = [
+        weight if part is None else part.dequantize().numpy()
+        for weight, part in zip(weights, planes, strict=True)
+    ]
+    proto = _chain(values)
+    if runtime == "openvino":
+        from penjing.writers import openvino as writer
+
+        ov = writer.require()
+        source = path.parent / "float.onnx"
+        onnx.save(proto, source)
+        graph = ov.convert_model(source)
+        if form.options is not None:
+            parts = zip(values, planes, strict=True)
+            found = [writer.Weight(f"{i}", v, p, _range(form)) for i, (v, p) in enumerate(parts)]
+            writer.compress(graph, found)
+        path.mkdir()
+        ov.save_model(graph, path / "model.xml", compress_to_fp16=False)
+        return
+    graph = Graph(proto)
+    layers = []
+    for index, part in enumerate(planes):
+        if part is None:
+            continue
+        node = next(n for n in graph.nodes if f"w{index}" in n.input)
+        use = Use(node, 1, True, "")
+        found_range = _range(form)
+        if found_range is None:
+            place(graph, f"w{index}", part, [use])
+        else:
+            layers.append(Layer(f"w{index}", use, part, found_range))
+    place_matrices(graph, layers)
+    onnx.save(graph.finish(), path)
+
+
+def _chain(weights: list[np.ndarray]) -> onnx.ModelProto:
+    """x [tokens, in] @ W1.T @ W2.T ..., float32."""
+    names = ["x", *(f"h{i}" for i in range(1, len(weights))), "output"]
+    nodes = [
+        helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]], f"product{i}")
+        for i in range(len(weights))
+    ]
+    ends = [("x", weights[0].shape[1]), ("output", weights[-1].shape[0])]
+    first, last = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", width])
+        for name, width in ends
+    )
+    stored = [
+        numpy_helper.from_array(np.ascontiguousarray(w.T), f"w{i}") for i, w in enumerate(weights)
+    ]
+    graph = helper.make_graph(nodes, "chain", [first], [last], stored)
+    opset = [helper.make_opsetid("", 21)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=10)
+
+
+def predict(
+    *,
+    parameters: int,
+    widest: int,
+    multiplications: float,
+    samples: int,
+    evaluations: int,
+    exports: int,
+    speeds: Sequence[Speed],
+) -> Cost:
+    """What a fit is predicted to take, before any of it is done.
+
+        memory   0.6 GB for the libraries + 5 float32 copies of the weights (original, edited,
+                 candidate, graph, file) + 3 float64 matrices of the widest layer (Gram
+                 matrix, factor, work)
+        disk     float32 original and artifact, and every export, at 4 bytes a weight
+        minutes  samples x evaluations at the float32 speed measured in `speeds`, doubled for
+                 what is not a matrix product, + 4 s and 100 ns a weight for each export
+
+    Args:
+        parameters: weights of the network.
+        widest: most inputs of a linear layer.
+        multiplications: of one sample.
+        samples, evaluations: how often the network runs over how much data.
+        exports: files written and measured.
+        speeds: from `formats`.
+
+    Raises:
+        UsageError: no float32 speed among `speeds`.
+    """
+    rates = [
+        s.tokens * s.inputs * s.outputs / (s.microseconds * 1e-6)
+        for s in speeds
+        if s.format == "fp32" and s.microseconds
+    ]
+    if not rates:
+        raise UsageError("no float32 speed to predict from", next="measure with preflight.formats")
+    running = 2 * multiplications * samples * evaluations / float(np.median(rates))
+    writing = exports * (4.0 + 100e-9 * parameters)
+    return Cost(
+        memory_bytes=600_000_000 + 5 * 4 * parameters + 3 * 8 * widest * widest,
+        disk_bytes=4 * parameters * (2 + exports),
+        minutes=(running + writing) / 60,
+    )
