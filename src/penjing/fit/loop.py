@@ -168,7 +168,7 @@ def _divide(
         notes.append(f"evaluated on {most} of {len(prepared)} samples, spread evenly")
         prepared = prepared.subset(i * len(prepared) // most for i in range(most))
     small = model.interface == "causal"
-    edits, search = (64, 16) if small else (128, 192)
+    edits, search = (64, 16) if small else (96, 96)
     some = tuned.subset(range(min(len(tuned), 512)))
     size = 8 if small else 16
     everything = list(encode(some, model, length=settings.length, batch=size))

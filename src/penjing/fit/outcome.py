@@ -1,0 +1,136 @@
+"""The outcome of a fit: results.json, the report and the artifact folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from penjing.apply import Done
+from penjing.errors import InputError
+from penjing.files import write_json
+from penjing.fit.bench import FILES, Bench, Trial
+from penjing.fit.budget import Budget
+from penjing.fit.predict import Prediction
+from penjing.fit.space import Choice
+from penjing.fit.survey import Survey
+from penjing.model import Model
+from penjing.recipe import Recipe
+from penjing.report import render
+from penjing.result import Point, Result, Unit
+from penjing.tasks import Task
+from penjing.writers.artifact import save
+
+__all__ = ["Made", "result_of", "write"]
+
+
+@dataclass
+class Made:
+    """A candidate and how it came out."""
+
+    choice: Choice
+    said: Prediction
+    trial: Trial
+    recipe: Recipe
+    done: list[Done] = field(default_factory=list)
+
+
+def result_of(
+    model: Model,
+    best: Made,
+    front: list[Made],
+    budget: Budget,
+    task: Task,
+    bench: Bench,
+    found: Survey,
+) -> Result:
+    """results.json of the best candidate, with every measured point."""
+    over = budget.excess(best.trial.measured, best.trial.drop)
+    was = best.trial.baseline
+    points = [Point(was.size_bytes, was.latency_ms.median, was.quality, "", True, "original")]
+    for made in front:
+        now = made.trial.measured
+        # Latency against the original of the same run, so that points of all runs compare.
+        latency = was.latency_ms.median / made.trial.ratio
+        points.append(
+            Point(now.size_bytes, latency, now.quality, made.recipe.to_toml(), True,
+                  made.choice.describe())
+        )  # fmt: skip
+    return Result(
+        task=type(task).__name__.lower(),
+        metric=task.metric,
+        runtime=best.trial.exported.runtime,
+        threads=bench.threads,
+        before=was,
+        after=best.trial.measured,
+        drop=best.trial.drop,
+        budget=budget.to_json(),
+        met=not over,
+        why="; ".join(text for _, text in over.values()) or None,
+        front=tuple(points),
+        units=tuple(_units(model, best, found)),
+        notes=tuple(bench.notes),
+        seed=bench.seed,
+        versions=_versions(),
+        higher_is_better=task.higher_is_better,
+    )
+
+
+def _units(model: Model, best: Made, found: Survey) -> Iterator[Unit]:
+    choice = best.choice
+    for i, block in enumerate(model.blocks):
+        alone = found.cuts.get(str(i))
+        why = f"cutting it alone costs {alone:.4f} of output error" if alone is not None else ""
+        if i in choice.cut:
+            yield Unit(block, "cut", why + "; a linear patch stands in" * (alone is not None))
+        else:
+            error = found.formats.get(choice.formats[i], {}).get(str(i))
+            if error is not None:
+                why += f"; {choice.formats[i]} costs {error:.5f}"
+            width = f", {choice.widths[i]:.0%} of the hidden units" if choice.widths[i] < 1 else ""
+            yield Unit(block, f"{choice.formats[i]}{width}", why)
+    if choice.table != "fp32":
+        error = found.tables.get(choice.table, 0.0)
+        yield Unit("embeddings", f"{choice.table[1:]} bits", f"costs {error:.5f} of output error")
+    rest = found.rest.get(choice.rest)
+    if rest is not None:
+        yield Unit("outside the blocks", choice.rest, f"costs {rest:.5f} of output error")
+    for step, edits in itertools.groupby(best.done, key=lambda d: d.step):
+        if step == "recover":
+            yield Unit("all weights", "recover", next(iter(edits)).why)
+
+
+def _versions() -> dict[str, str]:
+    names = ("penjing", "torch", "transformers", "onnx", "onnxruntime", "openvino")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(best: Made, result: Result, output: Path, overwrite: bool, command: str) -> None:
+    """The artifact folder: weights, the exported file, results and report."""
+    exported = best.trial.exported
+
+    def extra(folder: Path) -> None:
+        name = FILES[exported.runtime][1]
+        for path in exported.folder.iterdir():
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            else:
+                shutil.copy2(path, folder / path.name)
+        if not (folder / name).exists():
+            raise InputError("the exported file is gone", got=exported.folder / name)
+        write_json(folder / "results.json", result.to_json())
+        page = render(result, title=output.name, recipe_toml=best.recipe.to_toml(), command=command)
+        (folder / "report.html").write_text(page, encoding="utf-8")
+
+    metrics = {"quality": result.after.quality, "size_bytes": result.after.size_bytes}
+    save(exported.model, output, recipe=best.recipe, extra=extra, metrics=metrics,
+         overwrite=overwrite)  # fmt: skip
