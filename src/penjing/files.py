@@ -17,7 +17,9 @@ from typing import Any
 
 from penjing.errors import InputError
 
-__all__ = ["check_output", "read_json", "sha256", "sync", "whole_file", "whole_folder", "write_json"]
+__all__ = [
+    "check_output", "read_json", "sha256", "sync", "whole_file", "whole_folder", "write_json",
+]  # fmt: skip
 
 
 def sha256(path: Path) -> str:
@@ -68,11 +70,9 @@ def _disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:
-            raise
         raise InputError(
             f"cannot write {output}",
-            got=error.strerror,
+            got=error.strerror or error,
             next="free disk space or choose another -o; nothing was left behind",
         ) from error
 

@@ -143,7 +143,7 @@ class Model:
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, kind: str) -> Tensor:
-    """[batch, length, width] to [batch, width]: `mean` over unmasked tokens, or `cls`, the first."""
+    """[batch, length, width] to [batch, width]: `mean` of unmasked tokens, or `cls`, the first."""
     if kind == "cls":
         return hidden[:, 0].float()
     kept = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [batch, length, 1]

@@ -19,7 +19,7 @@ from penjing.errors import InputError
 if TYPE_CHECKING:
     from penjing.planes import IntegerPlanes
 
-__all__ = ["ActivationRange", "Slice", "Edit", "Kind", "Patch", "Recipe", "Step"]
+__all__ = ["ActivationRange", "Edit", "Kind", "Patch", "Recipe", "Slice", "Step"]
 
 Kind = Literal["mask", "weight", "slice", "drop", "patch", "fold", "quantize", "activation"]
 

@@ -52,6 +52,7 @@ class Settings:
         seed: of splits and bootstrap.
         tries: candidates made at the most.
         recover: seconds of distillation of a candidate, 0 for none.
+        patience: seconds after which a found artifact is good enough.
         command: as typed, for the report.
     """
 
@@ -63,6 +64,7 @@ class Settings:
     seed: int = 0
     tries: int = 4
     recover: float = 20.0
+    patience: float = 200.0
     command: str = ""
 
 
@@ -249,20 +251,31 @@ def _search(
     runtime: str,
     start: float,
 ) -> list[Made]:
-    """Make and measure candidates until one meets the budget."""
+    """Make and measure candidates until one meets the budget and nothing better is in sight."""
     made: list[Made] = []
     failed: set[Choice] = set()
+    good: list[Choice] = []
+    ceiling = float("inf")
     slowest = 0.0
     for number in range(settings.tries):
         spent = time.monotonic() - start
         if made and budget.within is not None and spent + slowest > budget.within:
             bench.notes.append(f"stopped after {spent:.0f} s, --within is {budget.within:.0f} s")
             break
+        if good and spent + slowest > settings.patience:
+            break
         began = time.monotonic()
-        left = [c for c in candidates(predictor, budget, formats_for(model)) if c[0] not in failed]
+        left = [
+            (c, p)
+            for c, p in candidates(predictor, budget, formats_for(model))
+            if c not in failed and p.error < 0.9 * ceiling
+        ]
         if not left:
             break
         choice, said = left[0]
+        best = min((predictor(c).gain(predictor.plain) for c in good), default=float("inf"))
+        if said.gain(predictor.plain) > 0.95 * best:
+            break
         failed.add(choice)
         one = _make(model, data, bench, choice, said, settings, runtime, number)
         slowest = max(slowest, time.monotonic() - began)
@@ -271,14 +284,14 @@ def _search(
         made.append(one)
         measured = one.trial.measured
         over = budget.excess(measured, one.trial.drop)
-        if not over:
-            break
-        predictor.correct(choice, measured.size_bytes, measured.latency_ms.median / 1e3)
-        if "drop" in over and one.trial.drop is not None:
+        good += [] if over else [choice]
+        was = one.trial.baseline.latency_ms.median / 1e3
+        predictor.correct(choice, measured.size_bytes, was / one.trial.ratio)
+        if one.trial.drop is not None:
             ratio = one.trial.drop.value / max(said.drop, 1e-4)
-            predictor.slope *= min(4.0, max(1.5, ratio))
-            # What was tried at this depth failed: only less error can help.
-            failed |= {c for c, p in left if p.error >= 0.9 * said.error}
+            predictor.slope *= min(4.0, max(1.5, ratio)) if "drop" in over else 0.7
+        if "drop" in over:
+            ceiling = min(ceiling, said.error)  # only less error can help
     return made
 
 

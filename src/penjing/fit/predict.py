@@ -33,6 +33,10 @@ class Prediction:
     error: float
     drop: float
 
+    def gain(self, plain: Prediction) -> float:
+        """Size and latency as fractions of the plain network's, added: less is better."""
+        return self.size / plain.size + self.latency / plain.latency
+
 
 def stored(weights: int, inputs: int, name: str) -> float:
     """Bytes of a layer's weights in a format: codes, float32 scales, integer zero points."""
@@ -84,6 +88,12 @@ class Predictor:
         # A twentieth stands for what has no weights outside the blocks.
         self._share = [0.95 * c / everything for c in computed]
         self._share_rest = 0.95 * head / everything + 0.05
+
+    @property
+    def plain(self) -> Prediction:
+        """The unedited network."""
+        count = len(self.model.blocks)
+        return self(Choice((), (1.0,) * count, ("fp32",) * count, "fp32", "fp32"))
 
     def block_size(self, index: int, width: float, name: str) -> float:
         """Bytes of one block."""

@@ -38,7 +38,7 @@ __all__ = ["WIDTHS", "Depth", "Survey", "cache_folder", "survey"]
 # Kept fractions of hidden units; the middle one is measured, the others follow its curve.
 WIDTHS = (1.0, 0.75, 0.5)
 _MEASURED = 0.5
-_BEAM = 3
+_BEAM = 2
 
 
 @dataclass
@@ -116,7 +116,7 @@ def survey(
         found.complete = True
     before = len(found.ladder)
     with _fast(model):
-        _climb(model, calibration, search, drop_of, found, limit, start + seconds)
+        _climb(model, calibration, search, drop_of, found, limit, time.monotonic() + seconds)
     if len(found.ladder) > before or not path.exists():
         found.seconds += time.monotonic() - start
         whole_file(path, lambda p: _write(p, found), overwrite=True)
