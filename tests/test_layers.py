@@ -18,7 +18,7 @@ LAYERS = [
     ["linalg", "grids", "masks", "meter", "statistics", "progress"],
     ["criteria", "quantizers", "losses", "neurons"],
     ["graph", "data", "weightfiles", "packed"],
-    ["edits"],
+    ["edits", "calls"],
     ["calibrate", "tasks"],
     ["steps", "readers", "writers", "runtimes"],
     ["load"],

@@ -1,9 +1,8 @@
 """Calibration: hidden states block by block, and statistics of every layer's input.
 
-Two streams can run side by side: the edited network, whose later blocks are calibrated on the
-already edited earlier ones, and the original. Where blocks form a chain (each takes the last
-one's output and nothing that changes), a block is entered with the cached hidden states;
-otherwise the network is run again up to that block.
+A later block is calibrated on the already edited earlier ones. Where blocks form a chain (each
+takes the last one's output and nothing else that a block made), a block is entered with the
+cached hidden states; otherwise the network is run again up to that block.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penjing.calls import Call, record
 from penjing.errors import InputError
 from penjing.graph import is_weighted
 from penjing.linalg import Gram
@@ -31,7 +31,7 @@ class LayerStats:
         gram: [in, in] mean outer product, float64; None where it was not asked for.
         norm: [in] root mean square of each input.
         low, high: range of all values seen.
-        count: input vectors seen.
+        count: input vectors seen; 0 where the layer was never run.
     """
 
     gram: Tensor | None = None
@@ -67,66 +67,6 @@ class _Stop(Exception):
     pass
 
 
-@dataclass
-class _Call:
-    """One recorded call of a block."""
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    named: bool
-
-    @torch.no_grad()
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        if self.named:
-            output = block(*self.args, **(self.kwargs | {"hidden_states": hidden}))
-        else:
-            output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-    def first(self, batch: int, length: int) -> _Call:
-        """The call on the first samples and positions, for probing.
-
-        Of the other arguments, a dimension as large as the batch or the length is cut with it.
-        """
-        shape = self.hidden.shape
-
-        def cut(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(cut(v) for v in value)
-            if not isinstance(value, Tensor):
-                return value
-            if value.ndim and value.shape[0] == shape[0]:
-                value = value[:batch]
-            for dim in range(1, value.ndim):
-                if value.shape[dim] == shape[1] and (dim == 1 or value.ndim == 4):
-                    value = value.narrow(dim, 0, min(length, shape[1]))
-            return value
-
-        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
-        return _Call(cut(self.hidden), tuple(cut(a) for a in self.args), kwargs, self.named)
-
-    def double(self) -> _Call:
-        """The call with every float tensor in float64."""
-
-        def widen(value: Any) -> Any:
-            if isinstance(value, tuple | list):
-                return type(value)(widen(v) for v in value)
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            return value.double() if floating else value
-
-        kwargs = {name: widen(value) for name, value in self.kwargs.items()}
-        return _Call(widen(self.hidden), tuple(widen(a) for a in self.args), kwargs, self.named)
-
-
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    if args:
-        return _Call(args[0], args[1:], kwargs, named=False)
-    return _Call(
-        kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}, True
-    )
-
-
 class Stream:
     """Hidden states of a set of calibration batches on their way through the blocks.
 
@@ -141,7 +81,7 @@ class Stream:
         self.model, self.batches = model, list(batches)
         self.front: list[str] = []
         self.chained = False
-        self._calls: list[list[_Call]] = []  # [batch][block]; hidden only of the entered block
+        self._calls: list[list[Call]] = []  # [batch][block]; hidden only of the entered block
         self._entered = 0
         self._mask: Tensor | None = None
         self._probe()
@@ -152,28 +92,41 @@ class Stream:
         seen_front: dict[str, None] = {}
         inside = False
         for batch in self.batches:
-            calls: list[_Call] = []
+            calls: list[Call] = []
             last: list[Tensor] = []
+            made: list[Tensor] = []  # what blocks give besides the hidden state
             handles = []
 
             def enter(
                 _: nn.Module,
                 args: Any,
                 kwargs: Any,
-                calls: list[_Call] = calls,
+                calls: list[Call] = calls,
                 last: list[Tensor] = last,
+                made: list[Tensor] = made,
             ) -> None:
                 nonlocal chained, inside
                 inside = True
-                call = _call(args, kwargs)
+                call = record(args, kwargs)
+                others = [*call.args, *call.kwargs.values()]
                 if last and call.hidden is not last[0]:
                     chained = False
+                if any(a is b for a in others for b in made):
+                    chained = False
                 if calls:  # only the first block's hidden states are kept
-                    call.hidden = calls[0].hidden[:0]
+                    call.free()
                 calls.append(call)
 
-            def leave(_: nn.Module, args: Any, output: Any, last: list[Tensor] = last) -> None:
-                last[:] = [output[0] if isinstance(output, tuple) else output]
+            def leave(
+                _: nn.Module,
+                args: Any,
+                output: Any,
+                last: list[Tensor] = last,
+                made: list[Tensor] = made,
+            ) -> None:
+                parts = output if isinstance(output, tuple) else (output,)
+                last[:] = parts[:1]
+                made += [part for part in parts[1:] if isinstance(part, Tensor)]
 
             for block in blocks:
                 # Prepended, so that a patch's own hook does not hide the chain.
@@ -215,14 +168,14 @@ class Stream:
                 call = calls[self._entered]
                 with torch.no_grad():
                     calls[self._entered + 1].hidden = call.run(block, call.hidden)
-                call.hidden = call.hidden[:0]
+                call.free()
             self._entered += 1
 
-    def _capture(self, batch: Batch, index: int) -> Iterator[_Call]:
-        found: list[_Call] = []
+    def _capture(self, batch: Batch, index: int) -> Iterator[Call]:
+        found: list[Call] = []
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            found.append(_call(args, kwargs))
+            found.append(record(args, kwargs))
             raise _Stop
 
         block = self.model.module.get_submodule(self.model.blocks[index])
@@ -236,13 +189,13 @@ class Stream:
             handle.remove()
         yield from found
 
-    def calls(self) -> Iterator[_Call]:
+    def calls(self) -> Iterator[Call]:
         """The recorded calls of the entered block, one a batch."""
         for calls, batch in zip(self._calls, self.batches, strict=True):
             self._mask = batch.get("attention_mask")
             yield calls[self._entered if self.chained else 0]
 
-    def walk(self) -> Iterator[tuple[int, nn.Module, list[_Call], list[Tensor]]]:
+    def walk(self) -> Iterator[tuple[int, nn.Module, list[Call], list[Tensor]]]:
         """Every block in order: index, module, its calls (with inputs) and its outputs."""
         for index, path in enumerate(self.model.blocks):
             self.enter(index)
@@ -252,7 +205,8 @@ class Stream:
             yield index, block, calls, outputs
             if self.chained and index + 1 < len(self.model.blocks):
                 for own, output in zip(self._calls, outputs, strict=True):
-                    own[index].hidden, own[index + 1].hidden = output[:0], output
+                    own[index].free()
+                    own[index + 1].hidden = output
                 self._entered = index + 1
 
     def rows(self, number: int, hidden: Tensor) -> Tensor:
@@ -268,7 +222,7 @@ class Stream:
             for call in self.calls():
                 yield call.run(block, call.hidden)
 
-    def sample(self) -> _Call:
+    def sample(self) -> Call:
         """The first call of the entered block."""
         return next(self.calls())
 
@@ -324,6 +278,8 @@ def _update(
     grams: dict[str, Gram],
     needs: frozenset[str],
 ) -> None:
+    if not x.numel():  # an expert that no token was sent to
+        return
     low, high = float(x.amin()), float(x.amax())
     if not (torch.isfinite(torch.tensor([low, high])).all()):
         raise InputError(
@@ -332,15 +288,12 @@ def _update(
         )
     stats.low = min(stats.low, low)
     stats.high = max(stats.high, high)
-    if "gram" not in needs:
-        return
-    vectors = _vectors(layer, x)
-    if vectors is None:
-        return
-    if name not in grams:
-        grams[name] = Gram(vectors.shape[1])
-    grams[name].add(vectors)
-    stats.count += len(vectors)
+    vectors = _vectors(layer, x) if "gram" in needs else None
+    stats.count += len(x) if vectors is None else len(vectors)
+    if vectors is not None:
+        if name not in grams:
+            grams[name] = Gram(vectors.shape[1])
+        grams[name].add(vectors)
 
 
 def _vectors(layer: nn.Module, x: Tensor) -> Tensor | None:

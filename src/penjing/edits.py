@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from penjing.errors import InputError
-from penjing.graph import find_blocks
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange, Edit, Patch, Slice
@@ -46,10 +45,14 @@ def perform(model: Model, edit: Edit) -> None:
                 parameter.copy_(value.dequantize())
                 model.planes[edit.path] = value
             elif edit.kind == "mask" and isinstance(value, Tensor):
+                _refuse_quantized(model, "mask", [edit.path])
                 parameter.mul_(value)
                 model.masks[edit.path] = value & model.masks.get(edit.path, value)
             elif isinstance(value, Tensor):
+                _refuse_quantized(model, "weight", [edit.path])
                 parameter.copy_(value)
+                if edit.path in model.masks:  # what was removed stays removed
+                    parameter.mul_(model.masks[edit.path])
     elif isinstance(value, ActivationRange):
         layer = model.module.get_submodule(edit.path)
         if not hasattr(layer, "penjing_range"):
@@ -59,7 +62,23 @@ def perform(model: Model, edit: Edit) -> None:
     elif isinstance(value, Patch):
         _patch(model, edit, value)
     else:
+        touched: list[str] = []
+        if edit.kind == "slice":
+            touched = [s.path for s in value]  # type: ignore[union-attr]
+        elif edit.kind == "fold":
+            touched = [f"{edit.path}.weight"]
+        _refuse_quantized(model, edit.kind, touched)
         _restructure(model, _structural(edit))
+
+
+def _refuse_quantized(model: Model, kind: str, paths: list[str]) -> None:
+    for path in paths:
+        parameter = _parameter(model, path)
+        if any(_parameter(model, name) is parameter for name in model.planes):
+            raise InputError(
+                f"{kind} of {path}, which is quantized already",
+                next="put quantize last in the recipe, or start from an unquantized model",
+            )
 
 
 def replay(model: Model, structure: list[dict[str, Any]]) -> None:
@@ -112,6 +131,10 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
     kind, path = entry["kind"], entry["path"]
     if kind == "slice":
         slice_module(model.module, [(p, d, k) for p, d, k in entry["slices"]])
+        for name, dim, kept in entry["slices"]:
+            if (mask := model.masks.get(name)) is not None:
+                index = torch.tensor(kept, dtype=torch.long, device=mask.device)
+                model.masks[name] = mask.index_select(dim, index)
     elif kind == "patch":
         block, name = model.module.get_submodule(path), f"penjing_{entry['position']}"
         like = next(block.parameters())
@@ -134,8 +157,12 @@ def _drop(model: Model, path: str) -> None:
     units = list(container.children())
     if not isinstance(container, nn.ModuleList | nn.Sequential) or len(units) < 2:
         raise InputError("only a repeated block can be cut, and one must stay", got=path)
-    index = list(dict(container.named_children())).index(name)
-    del container[index]
+    names = [n for n, _ in container.named_children()]
+    index = names.index(name)
+    if all(n.isdigit() for n in names):
+        del container[index]
+    else:  # by index, a Sequential would rename what is left
+        delattr(container, name)
     _repair_config(model.module, len(units), index)
     for position, unit in enumerate(container.children()):
         for part in unit.modules():
@@ -146,17 +173,19 @@ def _drop(model: Model, path: str) -> None:
     def moved(key: str) -> str | None:
         head, rest = key[: len(prefix) + 1], key[len(prefix) + 1 :]
         number, dot, tail = rest.partition(".")
-        if head != f"{prefix}." or not number.isdigit() or int(number) < index:
+        if head != f"{prefix}.":
             return key
-        return None if int(number) == index else f"{prefix}.{int(number) - 1}{dot}{tail}"
+        if number == name:
+            return None
+        if not (name.isdigit() and number.isdigit()) or int(number) < index:
+            return key
+        return f"{prefix}.{int(number) - 1}{dot}{tail}"
 
     for table in (model.masks, model.planes, model.activations):
         kept = {new: v for key, v in table.items() if (new := moved(key)) is not None}
         table.clear()
         table.update(kept)  # type: ignore[arg-type]
-    model.blocks = find_blocks(model.module) or tuple(
-        new for b in model.blocks if (new := moved(b)) is not None
-    )
+    model.blocks = tuple(new for b in model.blocks if (new := moved(b)) is not None)
 
 
 def _repair_config(module: nn.Module, layers: int, index: int) -> None:
@@ -177,10 +206,13 @@ def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
     norm = cast(nn.BatchNorm2d, module.get_submodule(norm_path))
     mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     with torch.no_grad():
-        scale = norm.weight / torch.sqrt(variance + norm.eps)  # [out]
+        scale = 1 / torch.sqrt(variance + norm.eps)  # [out]
+        if norm.affine:
+            scale = norm.weight * scale
         bias = conv.bias if conv.bias is not None else torch.zeros_like(mean)
         conv.weight = nn.Parameter(conv.weight * scale.reshape(-1, 1, 1, 1))
-        conv.bias = nn.Parameter((bias - mean) * scale + norm.bias)
+        bias = (bias - mean) * scale
+        conv.bias = nn.Parameter(bias + norm.bias if norm.affine else bias)
     holder, name = parent_of(module, norm_path)
     setattr(holder, name, nn.Identity())
 
@@ -227,7 +259,11 @@ def _quantize_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
         scale = ((high - low) / 255).clamp_min(1e-12)
         zero = torch.round(-low / scale)
     grid = torch.clamp(torch.round(x / scale.to(x)) + zero.to(x), 0, 255)
-    return ((grid - zero.to(x)) * scale.to(x), *args[1:])
+    rounded = (grid - zero.to(x)) * scale.to(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        # Rounding has no slope; training goes straight through it.
+        rounded = x + (rounded - x).detach()
+    return (rounded, *args[1:])
 
 
 def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
@@ -246,7 +282,8 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
             tensors[f"{number}.value"] = value.contiguous()
         elif isinstance(value, Patch):
             entry["position"] = value.position
-            tensors |= {f"{number}.weight": value.weight, f"{number}.bias": value.bias}
+            tensors[f"{number}.weight"] = value.weight.contiguous()
+            tensors[f"{number}.bias"] = value.bias.contiguous()
         elif isinstance(value, ActivationRange):
             entry["range"] = [value.scale, value.zero_point]
         elif isinstance(value, tuple):

@@ -147,15 +147,19 @@ def _reach(
     """Bool [producer out, consumer in], or None where the noise goes anywhere else."""
     channels = layers[producer].out_features
     width = base_inputs[consumer].shape[-1]
+    length = base_outputs[producer].shape[1]
     generator = torch.Generator().manual_seed(0)
     reach = torch.zeros(channels, width, dtype=torch.bool)
     for start in range(0, channels, 256):
         chosen = torch.arange(start, min(start + 256, channels))
         # [chosen, length, channels], row c disturbed in its own channel only
         noise = torch.zeros(len(chosen), *base_outputs[producer].shape[1:], dtype=torch.float64)
-        size = base_outputs[producer].std() + 1.0
-        draw = torch.randn(len(chosen), noise.shape[1], generator=generator, dtype=torch.float64)
+        draw = torch.rand(len(chosen), length, generator=generator, dtype=torch.float64)
+        # Up and down, and past zero from wherever the channel is: a ReLU must not hide it.
+        draw = (1 + draw) * (1 - 2 * (torch.arange(length) % 2))
+        size = base_outputs[producer].abs().max().cpu() + 1.0
         noise[torch.arange(len(chosen)), :, chosen] = draw * size
+        noise = noise.to(hidden.device)
         seen: dict[str, Tensor] = {}
         handles = []
         for name, layer in layers.items():
@@ -170,10 +174,10 @@ def _reach(
         others = [n for n in seen if n not in (consumer, producer)]
         leaks = [(final - base_outputs[""]).abs().max()]
         leaks += [(seen[n] - base_inputs[n]).abs().max() for n in others]
-        if max(leaks) > _CHANGE:
+        if not all(leak <= _CHANGE for leak in leaks):  # NaN is a leak
             return None
         difference = (seen[consumer] - base_inputs[consumer]).abs()  # [chosen, length, width]
-        reach[chosen] = difference.amax(1) > _CHANGE
+        reach[chosen] = (difference.amax(1) > _CHANGE).cpu()
     # Where every channel touches everything no unit could be removed on its own.
     return None if not reach.any() or reach.all() else reach
 
