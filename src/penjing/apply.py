@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,13 @@ def apply(
     Raises:
         InputError: unusable data, or a journal of another run.
     """
-    torch.manual_seed(recipe.seed)
     result = Applied(model.copy())
-    with _journal(journal, model, recipe, batches) as log:
+    with _journal(journal, model, original or model, recipe, batches) as log:
         for number, step in enumerate(recipe.steps):
             if step.scope == "model":
                 edits = log.read(number, "whole")
                 if edits is None:
+                    _seed(recipe, number, "whole")
                     stream = Stream(result.model, batches) if batches else None
                     whole = Unit(
                         "whole", result.model, {}, stream, None, original or model, batches
@@ -90,10 +91,13 @@ def apply(
             for unit in track(units, step.name):
                 edits = log.read(number, unit.name)
                 if edits is None:
+                    _seed(recipe, number, unit.name)
                     chosen = step.layers(unit)
                     if stream is not None and unit.index is not None and chosen:
                         stream.enter(unit.index)
-                    stats = stream.collect(unit, step.needs) if stream and chosen else {}
+                    stats = {}
+                    if stream is not None and chosen:
+                        stats = stream.collect(replace(unit, layers=chosen), step.needs)
                     edits = list(step.plan(unit, stats))
                     log.write(number, unit.name, edits)
                 _make(result, step.name, edits)
@@ -103,6 +107,12 @@ def apply(
                     for later in units:
                         later.stream = stream
     return result
+
+
+def _seed(recipe: Recipe, number: int, unit: str) -> None:
+    """Each unit has its own random numbers, so that a resumed one draws the same."""
+    digest = hashlib.sha256(f"{recipe.seed} {number} {unit}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _make(result: Applied, step: str, edits: list[Edit]) -> None:
@@ -119,20 +129,29 @@ class Journal:
         if folder is None:
             return
         self._lines = folder / "journal.jsonl"
-        lines = self._lines.read_text().splitlines() if self._lines.exists() else []
+        text = self._lines.read_text("utf-8", "replace") if self._lines.exists() else ""
         entries: list[dict[str, Any]] = []
-        for line in lines:
+        for line in text.splitlines():
             try:
-                entries.append(json.loads(line))
-            except ValueError:  # the line that a kill tore; its unit is done again
+                entry = json.loads(line)
+            except ValueError:
                 break
-        if entries and entries[0].get("key") != key:
+            wanted = ("step", "unit", "file", "sha256") if entries else ("key",)
+            if not isinstance(entry, dict) or not set(wanted) <= set(entry):
+                break
+            entries.append(entry)
+        if entries and entries[0]["key"] != key:
             raise InputError(
                 "the journal is of another run (recipe, model, data or versions differ)",
                 got=folder,
                 next="remove it, or give the same options",
             )
-        self._lines.write_text("".join(json.dumps(e) + "\n" for e in entries or [{"key": key}]))
+        whole = "".join(json.dumps(e) + "\n" for e in entries or [{"key": key}])
+        if whole != text:  # the line that a kill tore goes; its unit is done again
+            beside = self._lines.with_suffix(".part")
+            beside.write_text(whole, "utf-8")
+            sync(beside)
+            beside.replace(self._lines)
         self._units = {(e["step"], e["unit"]): e for e in entries[1:]}
 
     def read(self, step: int, unit: str) -> list[Edit] | None:
@@ -140,7 +159,7 @@ class Journal:
         entry = self._units.get((step, unit))
         if entry is None or self.folder is None:
             return None
-        path = self.folder / entry["file"]
+        path = self.folder / Path(entry["file"]).name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
             return None
         with safetensors.safe_open(path, "pt") as file:
@@ -175,21 +194,43 @@ class Journal:
 
 @contextlib.contextmanager
 def _journal(
-    folder: Path | None, model: Model, recipe: Recipe, batches: Sequence[Batch]
+    folder: Path | None,
+    model: Model,
+    original: Model,
+    recipe: Recipe,
+    batches: Sequence[Batch],
 ) -> Iterator[Journal]:
     if folder is None:
         yield Journal(None, "")
         return
-    digest = hashlib.sha256(
-        f"{recipe.to_toml()}{model.source.fingerprint}{model.structure}{torch.__version__}".encode()
-    )
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(batch[name].contiguous().numpy().tobytes())
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # the kernel frees it when its process dies
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise InputError("cannot use the journal folder", got=error, next="name another") from error
+    with lock:  # the kernel frees it when its process dies
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError("another run is writing this journal", got=folder) from error
-        yield Journal(folder, digest.hexdigest())
+        try:
+            log = Journal(folder, _key(model, original, recipe, batches))
+        except OSError as error:
+            raise InputError(f"cannot use the journal {folder}", got=error) from error
+        yield log
+
+
+def _key(model: Model, original: Model, recipe: Recipe, batches: Sequence[Batch]) -> str:
+    """SHA-256 over all that decides the result."""
+    head = [recipe.to_toml(), model.source.fingerprint, original.source.fingerprint]
+    head += [str(model.structure), str(sorted(model.planes)), str(sorted(model.masks))]
+    head += [str(sorted((n, r.scale, r.zero_point) for n, r in model.activations.items()))]
+    head += [version("penjing"), torch.__version__]
+    digest = hashlib.sha256(json.dumps(head).encode())
+    # Two artifacts of one source differ in their weights only.
+    tensors = [model.module.state_dict(), *batches]
+    for group, name in ((g, n) for g in tensors for n in sorted(g)):
+        tensor = group[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

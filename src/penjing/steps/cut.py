@@ -82,6 +82,8 @@ class Cut:
             if unknown := sorted(set(self.blocks) - set(blocks)):
                 raise InputError("no such block", got=unknown[0], allowed=", ".join(blocks))
             gone = {blocks.index(b) for b in self.blocks}
+            if len(gone) == len(blocks):
+                raise InputError("all blocks are to be cut", allowed="leave at least one")
             return gone, dict.fromkeys(gone, "asked for by name")
         count = self.layers or max(1, round((self.ratio or 0) * len(blocks)))
         scores = influence(stream)
@@ -147,26 +149,36 @@ class _Sums:
 def fit_patch(
     stream: Stream, inputs: list[Tensor], outputs: list[Tensor], strength: float
 ) -> tuple[Tensor, Tensor, float, float] | None:
-    """Patch and its relative held-out error without and with it; None where it does not help."""
-    held = max(1, len(inputs) // 4) if len(inputs) > 1 else 0
-    sums = _Sums(inputs[0].shape[-1])
-    tests = []
+    """Patch and its relative held-out error without and with it; None where it does not help.
+
+    Held out is the last quarter of the batches, of a single batch the last quarter of its rows.
+    """
+    pairs = []
     for number, (source, goal) in enumerate(zip(inputs, outputs, strict=True)):
         x, y = stream.rows(number, source), stream.rows(number, goal)
         norms = y.norm(dim=1)
-        calm = norms < _MASSIVE * norms.median()
-        if number >= len(inputs) - held:
-            tests.append((x[calm], y[calm]))
-        else:
-            sums.add(x[calm], y[calm])
-    eye = torch.eye(sums.width, dtype=torch.float64)
+        calm = norms <= _MASSIVE * norms.median()
+        pairs.append((x[calm], y[calm]))
+    if len(pairs) == 1:
+        x, y = pairs[0]
+        border = len(x) - len(x) // 4
+        pairs = [(x[:border], y[:border]), (x[border:], y[border:])]
+    held = max(1, len(pairs) // 4)
+    tests = pairs[-held:]
+    sums = _Sums(inputs[0].shape[-1])
+    for x, y in pairs[:-held]:
+        sums.add(x, y)
+    if not sums.count:
+        return None
+    eye = torch.eye(sums.width, dtype=torch.float64, device=inputs[0].device)
     sum_x, sum_y, gram, cross = sums.tensors
     weight, bias = affine_ridge(sums.count, sum_x, sum_y, gram, cross, strength, eye)
-    weight, bias = weight.float(), bias.float()
+    # Contiguous, as it comes back from a journal: a layout can change the last bit of a product.
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
     total = sum(float(y.square().sum()) for _, y in tests)
     before = sum(float((x - y).square().sum()) for x, y in tests)
     after = sum(float((x @ weight.T + bias - y).square().sum()) for x, y in tests)
-    if tests and after >= before:
+    if not after < before:
         return None
     return weight, bias, before / max(total, 1e-12), after / max(total, 1e-12)
 

@@ -17,7 +17,7 @@ from penjing.errors import UsageError
 from penjing.masks import n_m, parse_pattern, unstructured
 from penjing.recipe import Edit
 from penjing.registry import choices, lookup
-from penjing.steps._select import matrix_layers
+from penjing.steps._select import canonical, matrix_layers
 
 __all__ = ["Prune"]
 
@@ -78,7 +78,7 @@ class Prune:
             gone = 1 - float(mask.float().mean())
             yield Edit(
                 "mask",
-                f"{path}.weight",
+                canonical(unit.model, f"{path}.weight"),
                 mask.reshape(weight.shape),
                 f"{how} of the connections, least important by {self.criterion}",
                 {"sparsity": gone},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import InputError, UsageError
-from penjing.planes import Scheme
+from penjing.planes import IntegerPlanes, Scheme
 from penjing.recipe import ActivationRange, Edit
 from penjing.registry import lookup
 from penjing.steps._select import canonical, selected
@@ -31,7 +31,8 @@ class Quantize:
     """Quantize weights, and activations where asked.
 
     Attributes:
-        bits: of linear and convolution weights, 2 to 8; 0 leaves them.
+        bits: of linear and convolution weights, 2 to 8; 0 leaves them. An output layer that is
+            tied to an embedding is one of them, unless `embeddings` quantized the table before.
         group: inputs that share a scale; 0 is the whole row.
         method: a name of `penjing.quantizers`, or `file.py:function`.
         symmetric: integer zero point in the middle; 8-bit activations need it.
@@ -58,9 +59,10 @@ class Quantize:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, self.embeddings):
-            if bits:
-                Scheme(bits, self.group, self.symmetric)
+        if self.bits:
+            Scheme(self.bits, self.group, self.symmetric)
+        if self.embeddings:
+            Scheme(self.embeddings, self.embedding_group, self.symmetric)
         lookup("quantizers", self.method, "fit")
         if self.activations not in (0, 8):
             raise UsageError("activations", got=self.activations, allowed="0 or 8 bits")
@@ -107,6 +109,8 @@ class Quantize:
                     raise InputError(f"the Gram matrix of {path} is not finite")
                 matrix = weight.reshape(len(weight), -1).float()  # [out, in]
                 planes = replace(fit(matrix, scheme, own), shape=tuple(weight.shape))
+                if (mask := unit.model.masks.get(name)) is not None:
+                    planes = _masked(planes, mask.reshape(matrix.shape))
                 error = float(
                     (planes.dequantize() - weight).norm() / weight.norm().clamp_min(1e-12)
                 )
@@ -115,9 +119,16 @@ class Quantize:
                     "quantize", name, planes, f"{bits} bits {where} by {self.method}",
                     {"bits": float(bits), "weight_error": error},
                 )  # fmt: skip
-            if self.activations and not table:
+            # A layer that the data never reached has no range, and needs none.
+            if self.activations and not table and (self.dynamic or own.count or path not in stats):
                 found = ActivationRange(0.0, 0) if self.dynamic else activation_range(own, path)
                 yield Edit("activation", path, found, "8-bit input")
+
+
+def _masked(planes: IntegerPlanes, mask: Tensor) -> IntegerPlanes:
+    """Removed connections [out, in] back at the zero point: error feedback fills them."""
+    zero = planes.spread(planes.zero_point).to(torch.uint8)  # [out, in]
+    return replace(planes, codes=torch.where(mask, planes.codes, zero))
 
 
 def activation_range(stats: LayerStats, path: str) -> ActivationRange:
@@ -126,8 +137,8 @@ def activation_range(stats: LayerStats, path: str) -> ActivationRange:
     Not clipped: in transformers a few large values carry the meaning. On a sentence encoder
     the full range kept a cosine of 0.995 where clipping by squared error fell to 0.87.
     """
-    low, high = min(stats.low, 0.0), max(stats.high, 0.0)
-    if low == high:
+    if not stats.count:
         raise UsageError(f"{path} saw no calibration data", next="give --data")
-    scale = (high - low) / 255
+    low, high = min(stats.low, 0.0), max(stats.high, 0.0)
+    scale = (high - low) / 255 or 1.0
     return ActivationRange(scale, round(-low / scale))

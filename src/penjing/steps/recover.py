@@ -63,8 +63,9 @@ class Recover:
         student, teacher = unit.model.copy(), unit.original
         default = "cosine" if teacher.interface == "embedding" else "kl"
         loss = lookup("losses", self.loss or default, "loss")
-        held = max(1, len(unit.batches) // 8) if len(unit.batches) > 1 else 0
-        train, test = list(unit.batches[held:]), list(unit.batches[:held])
+        batches = _at_least_two(list(unit.batches))
+        held = max(1, len(batches) // 8) if len(batches) > 1 else 0
+        train, test = batches[held:], batches[:held]
         cache: dict[int, Tensor] = {}
 
         def goal(batch: Batch) -> Tensor:
@@ -91,7 +92,9 @@ class Recover:
         after = held_out()
         if test and not after < before:
             return
-        why = f"{taken} steps of distillation; held-out loss {before:.4g} to {after:.4g}"
+        why = f"{taken} steps of distillation"
+        if test:
+            why += f"; held-out loss {before:.4g} to {after:.4g}"
         old = dict(unit.model.parameters())
         for name, parameter in trained.items():
             if not torch.equal(parameter.data, old[name].data):
@@ -138,6 +141,16 @@ class Recover:
                         if name in trained:
                             trained[name].mul_(mask)
                 step, last = step + 1, float(value.detach())
+
+
+def _at_least_two(batches: list[Batch]) -> list[Batch]:
+    """A single batch in two parts, an eighth and the rest, so that something can be held out."""
+    if len(batches) > 1:
+        return batches
+    count = len(next(iter(batches[0].values())))
+    held = max(1, count // 8)
+    parts = [slice(0, held), slice(held, count)] if count > 1 else [slice(0, count)]
+    return [{name: value[part] for name, value in batches[0].items()} for part in parts]
 
 
 def _output(model: Model, batch: Batch) -> Tensor:

@@ -69,7 +69,9 @@ class Shrink:
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """One slice and one refitted consumer for every group of the block."""
-        if unit.stream is None or unit.index is None:
+        if unit.stream is None:
+            raise UsageError("shrink needs data", next="give --data")
+        if unit.index is None:
             return
         block = unit.model.module.get_submodule(unit.name)
         for group in groups_of(unit):
@@ -77,7 +79,8 @@ class Shrink:
             if path not in self.layers(unit):
                 continue
             keep = self._keep(group)
-            if keep == len(group.units):
+            # A layer that was never run has no Gram matrix to choose by.
+            if keep == len(group.units) or stats[path].gram is None:
                 continue
             kept, weight = self._choose(
                 block.get_submodule(group.consumer), group, keep, stats[path]
@@ -100,6 +103,8 @@ class Shrink:
 
     def _keep(self, group: Group) -> int:
         ratio = self.ratio if self.heads is None or not group.is_heads else self.heads
+        if not ratio:  # rounding to `multiple` must not take any
+            return len(group.units)
         keep = round(len(group.units) * (1 - ratio))
         if not group.is_heads and len(group.units) > self.multiple:
             keep = max(1, round(keep / self.multiple)) * self.multiple
@@ -111,8 +116,7 @@ class Shrink:
         weight: Tensor = consumer.weight.detach().float()  # type: ignore[operator]
         units = [list(u) for u in group.units]
         gram = stats.gram
-        if gram is None:
-            raise UsageError("shrink needs data", next="give --data")
+        assert gram is not None
         if self.criterion == "gram":
             return greedy_obs(weight, gram, units, keep)
         scores = lookup("criteria", self.criterion, "score")(weight, stats)
@@ -159,7 +163,7 @@ def proof(
     masked, small = copy.deepcopy(block), copy.deepcopy(block)
     gone = [i for u in range(len(group.units)) if u not in set(kept) for i in group.units[u]]
     # Exact arithmetic, whatever precision the caller works in: this is a proof.
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast(unit.model.device.type, enabled=False):
         masked.get_submodule(group.consumer).weight[:, gone] = 0  # type: ignore[operator]
         slice_module(small, [(s.path, s.dim, s.kept.tolist()) for s in slices])
         assert unit.stream is not None
