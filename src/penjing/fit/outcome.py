@@ -92,8 +92,8 @@ def _units(model: Model, best: Made, found: Survey) -> Iterator[Unit]:
                 why += f"; {choice.formats[i]} costs {error:.5f}"
             width = f", {choice.widths[i]:.0%} of the hidden units" if choice.widths[i] < 1 else ""
             yield Unit(block, f"{choice.formats[i]}{width}", why)
-    if choice.table != "fp32":
-        error = found.tables.get(choice.table, 0.0)
+    if choice.table in found.tables:
+        error = found.tables[choice.table]
         yield Unit("embeddings", f"{choice.table[1:]} bits", f"costs {error:.5f} of output error")
     rest = found.rest.get(choice.rest)
     if rest is not None:

@@ -41,7 +41,7 @@ def check(model: Model) -> list[str]:
         if id(parameter) not in owners:
             lines.append(f"{name}: not the weight of a linear, embedding or convolution layer")
             continue
-        reason = problem(planes, _KINDS[type(owners[id(parameter)][1])])
+        reason = problem(planes, _kind(owners[id(parameter)][1]))
         if reason:
             lines.append(f"{name}: {reason}")
     for path in model.activations:
@@ -126,7 +126,12 @@ def _is_symmetric_8(planes: IntegerPlanes) -> bool:
 
 
 def _layers(model: Model) -> list[tuple[str, nn.Module]]:
-    return [(p, m) for p, m in model.module.named_modules() if type(m) in _KINDS]
+    return [(p, m) for p, m in model.module.named_modules() if _kind(m)]
+
+
+def _kind(module: nn.Module) -> str:
+    """Operator of a layer; many networks subclass the plain ones."""
+    return next((op for kind, op in _KINDS.items() if isinstance(module, kind)), "")
 
 
 def _canonical(model: Model, name: str) -> str | None:
