@@ -15,8 +15,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from penjing.errors import ExportError, UsageError
@@ -106,6 +108,26 @@ def float_graph(model: Model) -> onnx.ModelProto:
     if program is None:
         raise ExportError("the network cannot be traced to ONNX")
     return _plain(program.model_proto)
+
+
+def turn_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace every Transpose of a constant matrix by the turned constant.
+
+    The tracer leaves one where the matrix has another reader, as a tied table has; the weight of
+    a matrix product must be a constant to be found. The copy is for graphs to be rewritten only.
+    """
+    stored = {t.name: t for t in proto.graph.initializer if len(t.dims) == 2}
+    kept = []
+    for node in proto.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in stored:
+            array = numpy_helper.to_array(stored[node.input[0]]).T
+            turned = numpy_helper.from_array(np.ascontiguousarray(array), node.output[0])
+            proto.graph.initializer.append(turned)
+        else:
+            kept.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    return proto
 
 
 def _doubled(model: Model, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from penjing.model import Model
 from penjing.planes import IntegerPlanes
 from penjing.writers._onnx_blocks import place, problem
 from penjing.writers._onnx_edit import Graph
-from penjing.writers._onnx_graph import float_graph
+from penjing.writers._onnx_graph import float_graph, turn_constants
 from penjing.writers._onnx_integer import Layer, place_kernels, place_matrices
 from penjing.writers._onnx_uses import Use, find_uses
 
@@ -82,7 +82,7 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
             allowed="one plane of 2 to 8 bits, group 16, 32, 64, 128, 256 or the whole row",
             next="quantize with another scheme, or export to another format",
         )
-    proto = float_graph(model)
+    proto = turn_constants(float_graph(model))
     uses = find_uses(proto, model)
     graph = Graph(proto)
     matrices, kernels = [], []
