@@ -6,8 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from penjing.graph import find_blocks
 from penjing.model import Batch, Interface, Model, Source
@@ -78,7 +85,9 @@ class Basic(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.down = None
         if stride > 1 or inputs != outputs:
-            self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+            self.down = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-import networks as net
 from transformers import BartConfig, BartModel
 
+import networks as net
 from penjing.calibrate import Stream
 from penjing.graph import Group, coupled_groups, find_blocks, is_weighted
 

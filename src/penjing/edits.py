@@ -291,7 +291,17 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
         elif isinstance(value, str):
             entry["norm"] = value
         table.append(entry)
-    return tensors, json.dumps(table)
+    return _separate(tensors), json.dumps(table)
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share memory, which safetensors does not store."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return tensors
 
 
 def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
