@@ -223,6 +223,35 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     assert [numpy_helper.to_array(t).nbytes for t in codes] == [48 * 32 // 2]
 
 
+def test_a_large_tied_table_is_stored_once(tmp_path: Path) -> None:
+    """The tracer folds small transposed constants by itself, and leaves large ones."""
+    model = llama()
+    torch.manual_seed(0)
+    table = torch.randn(3000, 32)
+    model.module.resize_token_embeddings(3000)
+    with torch.no_grad():
+        model.module.model.embed_tokens.weight.copy_(table)
+    quantize(model, nn.Embedding, Scheme(8, 32, False))
+    path = tmp_path / "m.onnx"
+    wanted, got = both(model, path, text(2, 7, 48))
+    assert relative(wanted, got) < 0.02
+    assert max(t.ByteSize() for t in onnx.load(path).graph.initializer) < 3000 * 32 * 1.01
+
+
+def test_subclassed_convolutions_are_convolutions(tmp_path: Path) -> None:
+    class Same(nn.Conv2d):
+        pass
+
+    torch.manual_seed(0)
+    module = nn.Sequential(Same(3, 16, 3, padding=1), nn.ReLU(), Same(16, 8, 1)).eval()
+    source = Source("factory", "tiny", "0")
+    model = Model(module, "image", {"pixel_values": torch.randn(4, 3, 12, 12)}, source)
+    quantize(model, Same, Scheme(8, 0, False))
+    path = tmp_path / "m.onnx"
+    assert relative(*both(model, path, {"pixel_values": torch.randn(2, 3, 12, 12)})) < 1e-5
+    assert sum(".codes" in t.name for t in onnx.load(path).graph.initializer) == 2
+
+
 def test_scales_that_fit_half_precision_are_stored_so(tmp_path: Path) -> None:
     model = single(nn.Linear(32, 8), torch.randn(2, 3, 32))
     planes = rtn.fit(model.module.weight.detach(), Scheme(4, 16, True), None)
