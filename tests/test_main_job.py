@@ -139,6 +139,6 @@ def test_refusals(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not edited"):
         penjing.recover(place / "model", place / "data.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(InputError, match="empty|no samples"):
+    with pytest.raises(InputError, match=r"empty|no samples"):
         penjing.fit(place / "model", tmp_path / "empty.jsonl", tmp_path / "out", max_drop=0.1)
     assert [p.name for p in tmp_path.iterdir()] == ["empty.jsonl"]

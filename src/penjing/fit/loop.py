@@ -21,6 +21,7 @@ from penjing.evaluate import compare, evaluate, torch_predictor
 from penjing.files import check_output
 from penjing.fit.bench import Bench, Exported, runtimes_here
 from penjing.fit.budget import Budget
+from penjing.fit.check import preflight
 from penjing.fit.choose import candidates, uniform
 from penjing.fit.outcome import Made, result_of, write
 from penjing.fit.predict import Prediction, Predictor
@@ -117,6 +118,11 @@ def fit(
             settings.threads or physical_cores(), settings.confidence, settings.seed, notes=notes,
         )  # fmt: skip
         reference = torch_predictor(model)
+        with progress("preflight"):
+            notes += preflight(
+                model, folder, runtimes_here(settings.runtime), bench.threads, settings.length,
+                len(data.evaluation),
+            )  # fmt: skip
         with progress("measuring the original and plain number formats"):
             original, plain, latencies = _baselines(model, data, bench, settings)
             bench.start(original, reference)

@@ -1,0 +1,69 @@
+"""Before any work: what it will need, what there is, and which number formats are faster here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from penjing.errors import InputError
+from penjing.fit.preflight import formats, machine, predict
+from penjing.inspect import inspect
+from penjing.model import Model
+from penjing.units import format_size
+
+__all__ = ["preflight"]
+
+
+def preflight(
+    model: Model, folder: Path, runtimes: list[str], threads: int, length: int, samples: int
+) -> list[str]:
+    """Notes for the report.
+
+    Args:
+        model: the original.
+        folder: where candidates will be written.
+        runtimes, threads: that will be measured.
+        length: tokens of a text.
+        samples: of evaluation.
+
+    Raises:
+        InputError: the disk is too small for the files that a fit writes.
+    """
+    here = machine(folder)
+    shapes = [
+        (m.in_features, m.out_features)
+        for m in model.module.modules()
+        if isinstance(m, nn.Linear)
+    ] or [(256, 256)]
+    # The largest layer outside the head: a vocabulary-wide one is not typical.
+    inputs, outputs = max((s for s in shapes if max(s) < 16384), key=lambda s: s[0] * s[1])
+    tokens = 1 if model.interface == "causal" else length
+    speeds = formats([(tokens, inputs, outputs)], runtimes, threads=threads, seconds=4.0)
+    cost = predict(
+        parameters=sum(p.numel() for _, p in model.parameters()),
+        widest=max(s[0] for s in shapes),
+        multiplications=inspect(model, length=length, latency=False).totals.macs or 0,
+        samples=samples,
+        evaluations=6,
+        exports=4 * len(runtimes),
+        speeds=speeds,
+    )
+    if cost.disk_bytes > here.disk_bytes:
+        raise InputError(
+            "the disk is too small for the candidates of a fit",
+            got=f"{format_size(here.disk_bytes)} free in {folder}",
+            allowed=f"{format_size(cost.disk_bytes)} or more",
+            next="free disk space or choose another -o",
+        )
+    notes = [
+        f"predicted before the work: {format_size(cost.memory_bytes)} of memory "
+        f"({format_size(here.memory_bytes)} free), {format_size(cost.disk_bytes)} of disk, "
+        f"{cost.minutes:.1f} minutes; {here.processor}, {here.cores} cores"
+    ]
+    return notes + [
+        f"a layer of {inputs} x {outputs} on {tokens} tokens in {speed.runtime}: "
+        f"{speed.format} runs {speed.speedup:.2f}x as fast as fp32"
+        for speed in speeds
+        if speed.speedup is not None and speed.format != "fp32"
+    ]
