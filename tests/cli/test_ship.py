@@ -27,3 +27,19 @@ def test_profiles_are_not_there_yet(tmp_path: Path) -> None:
     done = CliRunner().invoke(group, ["measure", str(tmp_path), "--profile", "p.json"])
     assert done.exit_code == 2
     assert "--profile" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["measure", "verify", "report", "export"])
+def test_a_folder_that_is_no_artifact(verb: str, tmp_path: Path) -> None:
+    more = ["--to", "onnx"] if verb == "export" else []
+    done = CliRunner().invoke(group, [verb, str(tmp_path), *more])
+    assert done.exit_code == 1
+    assert "not an artifact" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_report_needs_results(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    done = CliRunner().invoke(group, ["report", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "results.json" in done.stderr

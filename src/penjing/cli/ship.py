@@ -16,9 +16,20 @@ from penjing.cli.options import (
     to_option,
 )
 from penjing.cli.show import show_json, show_pairs
-from penjing.errors import UsageError, printable
+from penjing.errors import InputError, UsageError, printable
 
 __all__ = ["export", "measure", "report", "verify"]
+
+
+def _check_artifact(artifact: str) -> Path:
+    check_model(artifact)
+    if not (Path(artifact) / "manifest.json").is_file():
+        raise InputError(
+            "not an artifact", got=artifact, allowed="a folder that penjing wrote",
+            next="penjing fit or penjing quantize make one",
+        )  # fmt: skip
+    return Path(artifact)
+
 
 artifact_argument = click.argument("artifact", metavar="ARTIFACT")
 
@@ -35,7 +46,7 @@ def export(artifact: str, to: tuple[str, ...], as_json: bool) -> None:
     """
     if not to:
         raise UsageError("export to what", allowed="--to onnx,openvino")
-    check_model(artifact)
+    _check_artifact(artifact)
     from penjing import api
     from penjing.progress import task
 
@@ -73,7 +84,7 @@ def measure(
     \b
     penjing measure ./fitted --runtime openvino --batch 8
     """
-    check_model(artifact)
+    _check_artifact(artifact)
     from penjing import api
     from penjing.progress import task as working
 
@@ -102,7 +113,7 @@ def verify(artifact: str, as_json: bool) -> int:
     \b
     penjing verify ./fitted
     """
-    check_model(artifact)
+    _check_artifact(artifact)
     from penjing import api
     from penjing.progress import task
 
@@ -128,10 +139,14 @@ def report(artifact: str, as_json: bool) -> None:
     \b
     penjing report ./fitted
     """
-    check_model(artifact)
+    folder = _check_artifact(artifact)
+    if not (folder / "results.json").is_file():
+        raise InputError(
+            "no results.json to report on", got=artifact, allowed="an artifact of penjing fit"
+        )
     from penjing import api
 
-    page = api.report(Path(artifact))
+    page = api.report(folder)
     if as_json:
         show_json({"report": str(page)})
     else:
