@@ -53,7 +53,7 @@ def _every_kind() -> list[Edit]:
 
 
 def test_every_edit_comes_back_from_bytes_bit_for_bit() -> None:
-    edits = _every_kind() + [Edit("fold", "conv", "norm", "f")]
+    edits = [*_every_kind(), Edit("fold", "conv", "norm", "f")]
     tensors, text = pack(edits)
     again = unpack(load(save(tensors)), text)
     assert [(e.kind, e.path, e.why, e.note) for e in again] == [

@@ -1,0 +1,344 @@
+"""Hidden states and statistics, against plain hooks on the whole network and numpy."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import networks as net
+from penjing.calibrate import Stream, Unit, units_of
+from penjing.calls import Call
+from penjing.edits import perform
+from penjing.errors import InputError
+from penjing.model import Batch, Model
+from penjing.recipe import Edit, Patch
+
+GRAM = frozenset({"gram"})
+
+
+def _seen(model: Model, path: str, batches: list[Batch]) -> list[Tensor]:
+    """What a module gets when the whole network runs."""
+    found: list[Tensor] = []
+    handle = model.module.get_submodule(path).register_forward_pre_hook(
+        lambda _, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model.run(batch)
+    handle.remove()
+    return found
+
+
+class Skips(nn.Module):
+    """Blocks that are no chain: each but the first takes the sum of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(net.MlpBlock(6, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x
+        for block in self.blocks:
+            total = total + block(total)
+        return total
+
+
+def _skips() -> Model:
+    torch.manual_seed(0)
+    return net.wrap(Skips(), "tensor", {"x": torch.randn(2, 5, 6)})
+
+
+class Biased(nn.Module):
+    """Like T5: the first block makes something that the others use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [nn.ModuleDict({"mlp": net.MlpBlock(6, 8)}) for _ in range(3)]
+        self.blocks = nn.ModuleList(_BiasedBlock(p["mlp"]) for p in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for block in self.blocks:
+            x, bias = block(x, bias)
+        return x
+
+
+class _BiasedBlock(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.bias = mlp, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        bias = self.bias(x) if bias is None else bias
+        return self.mlp(x + bias), bias
+
+
+def _biased() -> Model:
+    torch.manual_seed(0)
+    return net.wrap(Biased(), "tensor", {"x": torch.randn(2, 5, 6)})
+
+
+TEXTS = [net.text_batch(seed) for seed in (1, 2)]
+SIX = [{"x": torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(s))} for s in (1, 2)]
+NETWORKS: dict[str, tuple[Callable[[], Model], list[Batch], bool]] = {
+    "bert": (net.bert, TEXTS, True),
+    "llama": (net.llama, TEXTS, True),
+    "llama with a cache": (lambda: net.llama(embedding=True), TEXTS, True),
+    "vit": (net.vit, [net.vit().example], True),
+    "resnet": (net.resnet, [net.resnet().example], True),
+    "stack": (net.stack, net.arrays(2), True),
+    "skips": (_skips, SIX, False),
+    "first block's bias": (_biased, SIX, False),
+}
+
+
+def _spoil(model: Model, index: int) -> None:
+    """Any edit of a block."""
+    name, weight = next((n, p) for n, p in model.module.get_submodule(
+        model.blocks[index]).named_parameters() if p.ndim > 1)  # fmt: skip
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(index)) > 0.5
+    perform(model, Edit("mask", f"{model.blocks[index]}.{name}", mask, "t"))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_hidden_states_are_those_of_the_edited_network(name: str) -> None:
+    make, batches, chained = NETWORKS[name]
+    model = make()
+    stream = Stream(model, batches)
+    assert stream.chained is chained
+    for index, path in enumerate(model.blocks):
+        stream.enter(index)
+        calls = list(stream.calls())
+        for call, wanted in zip(calls, _seen(model, path, batches), strict=True):
+            torch.testing.assert_close(call.hidden, wanted, rtol=1e-5, atol=1e-5)
+        _spoil(model, index)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "llama with a cache", "skips"])
+def test_walk_gives_inputs_and_outputs(name: str) -> None:
+    make, batches, _ = NETWORKS[name]
+    model = make()
+    wanted = [_seen(model, b, batches) for b in model.blocks]
+    for index, _, calls, outputs in Stream(model, batches).walk():
+        for call, want in zip(calls, wanted[index], strict=True):
+            torch.testing.assert_close(call.hidden, want, rtol=1e-5, atol=1e-5)
+        if index + 1 < len(model.blocks) and name != "skips":
+            for output, want in zip(outputs, wanted[index + 1], strict=True):
+                torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_patch_does_not_break_the_chain() -> None:
+    model = net.stack()
+    eye = torch.eye(8)
+    perform(model, Edit("patch", "blocks.1", Patch(2 * eye, torch.ones(8), "before"), "t"))
+    perform(model, Edit("patch", "blocks.1", Patch(3 * eye, torch.ones(8), "after"), "t"))
+    batches = net.arrays(2)
+    stream = Stream(model, batches)
+    assert stream.chained
+    stream.enter(2)
+    for call, wanted in zip(stream.calls(), _seen(model, "blocks.2", batches), strict=True):
+        torch.testing.assert_close(call.hidden, wanted)
+
+
+def _unit(model: Model, stream: Stream, index: int) -> Unit:
+    stream.enter(index)
+    return [u for u in units_of(model, stream) if u.index == index][0]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_gram_matrices_are_of_real_tokens_only(name: str) -> None:
+    make, batches, _ = NETWORKS[name]
+    model = make()
+    stream = Stream(model, batches)
+    stats = stream.collect(_unit(model, stream, 1), GRAM)
+    assert len(stats) >= 6
+    for path, found in stats.items():
+        rows = np.concatenate(
+            [
+                x[b["attention_mask"].bool()].double().numpy()
+                for x, b in zip(_seen(model, path, batches), batches, strict=True)
+            ]
+        )
+        assert found.count == len(rows) == sum(int(b["attention_mask"].sum()) for b in batches)
+        gram = rows.T @ rows / len(rows)
+        np.testing.assert_allclose(found.gram, gram, rtol=1e-4, atol=1e-5 * np.abs(gram).max())
+        np.testing.assert_allclose(found.norm, np.sqrt((rows**2).mean(0)), rtol=1e-4, atol=1e-5)
+        assert found.low == pytest.approx(min(rows.min(), 0), rel=1e-5)
+        assert found.high == pytest.approx(max(rows.max(), 0), rel=1e-5)
+
+
+def test_ranges_alone_need_no_gram() -> None:
+    model, batches = net.stack(), net.arrays(2)
+    stream = Stream(model, batches)
+    found = stream.collect(_unit(model, stream, 0), frozenset({"range"}))["blocks.0.up"]
+    seen = torch.cat(_seen(model, "blocks.0.up", batches))
+    assert (found.gram, found.norm) == (None, None)
+    assert (found.low, found.high) == (float(seen.min()), float(seen.max()))
+    assert found.count > 0
+
+
+def test_the_gram_of_a_convolution_is_that_of_its_patches() -> None:
+    model = net.resnet()
+    stream = Stream(model, [model.example])
+    stats = stream.collect(_unit(model, stream, 2), GRAM)
+    path = "layer2.0.conv1"  # stride 2, padding 1
+    x = np.pad(_seen(model, path, [model.example])[0].numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    rows = np.array(
+        [
+            x[n, :, i : i + 3, j : j + 3].reshape(-1)
+            for n in range(2)
+            for i in range(0, 8, 2)
+            for j in range(0, 8, 2)
+        ]
+    )
+    np.testing.assert_allclose(stats[path].gram, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+    # The rows are laid out as the weight matrix is: product and convolution agree.
+    layer = model.module.get_submodule(path)
+    product = rows @ layer.weight.detach().reshape(16, -1).numpy().T
+    with torch.no_grad():
+        direct = layer(_seen(model, path, [model.example])[0]).permute(0, 2, 3, 1).reshape(-1, 16)
+    np.testing.assert_allclose(product, direct.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_convolutions_have_no_gram() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))
+    model = net.wrap(module, "tensor", {"x": torch.randn(1, 4, 5, 5)})
+    stream = Stream(model, [model.example])
+    back = list(units_of(model, stream))
+    stats = {n: s for u in back for n, s in stream.collect(u, GRAM).items()}
+    assert stats["0"].gram is None
+    assert stats["0"].count > 0
+
+
+def test_units_have_every_layer_once_in_order() -> None:
+    model = net.llama(2)
+    for stream in (None, Stream(model, TEXTS)):
+        units = list(units_of(model, stream))
+        assert [u.name for u in units] == ["front", *model.blocks, "back"]
+        assert list(units[0].layers) == ["model.embed_tokens"]
+        assert list(units[-1].layers) == ["lm_head"]
+        names = [n for u in units for n in u.layers]
+        assert len(names) == len(set(names)) == 2 + 2 * 7
+
+
+def test_front_is_what_runs_before_the_blocks() -> None:
+    model = net.stack()
+    units = list(units_of(model, Stream(model, net.arrays(1))))
+    assert list(units[0].layers) == ["inp"]
+    assert list(units[-1].layers) == ["out"]
+    stats = units[0].stream.collect(units[0], GRAM)["inp"]  # type: ignore[union-attr]
+    rows = net.arrays(1)[0]["x"].reshape(-1, 6).double().numpy()
+    np.testing.assert_allclose(stats.gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_never_runs_or_gets_nothing_has_no_statistics() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.empty, self.never = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.empty(x[:0])
+            return self.used(x)
+
+    model = net.wrap(Experts(), "tensor", {"x": torch.randn(3, 4)})
+    stream = Stream(model, [model.example])
+    stats = {n: s for u in units_of(model, stream) for n, s in stream.collect(u, GRAM).items()}
+    assert {n: s.count for n, s in stats.items()} == {"used": 3, "empty": 0, "never": 0}
+    assert stats["empty"].gram is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_activations_are_named(value: float) -> None:
+    model = net.stack()
+    batch = {"x": torch.full((1, 2, 6), value)}
+    stream = Stream(model, [batch])
+    with pytest.raises(InputError, match=r"input of blocks\.1\.up is NaN or infinite"):
+        stream.collect(_unit(model, stream, 1), GRAM)
+
+
+def test_no_data_is_refused() -> None:
+    with pytest.raises(InputError, match="no calibration data"):
+        Stream(net.stack(), [])
+
+
+def _held(width: int) -> int:
+    """Bytes of live hidden states [4, 64, width]."""
+    gc.collect()
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in gc.get_objects()
+        if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)
+    }
+    return sum(size for size in storages.values() if size == 4 * 64 * width * 4)
+
+
+@pytest.mark.parametrize("walk", [False, True])
+def test_one_hidden_state_a_batch_is_kept(walk: bool) -> None:
+    width = 37  # so that nothing else has the size
+    model = net.stack(6, width=width)
+    batches = [{"x": torch.randn(4, 64, 6)} for _ in range(3)]
+    before = _held(width)
+    stream = Stream(model, batches)
+    one = 4 * 64 * width * 4
+    assert _held(width) - before <= 3 * one
+    if walk:
+        for step in stream.walk():
+            held = _held(width) - before
+            assert held <= 6 * one  # inputs and outputs of one block
+            del step
+    else:
+        for index in range(6):
+            stream.enter(index)
+            assert _held(width) - before <= 3 * one
+
+
+def _call(hidden: Tensor, *args: Any, **kwargs: Any) -> Call:
+    return Call(hidden, args, kwargs, False)
+
+
+def test_the_first_of_a_call() -> None:
+    b, n, w = 3, 12, 12  # the width is the length: only dimension 1 is cut
+    call = _call(
+        torch.randn(b, n, w), torch.randn(b, 1, n, n), None,
+        mask=torch.randn(1, 1, n, n), padding=torch.randn(b, n),
+        position=(torch.randn(1, n, w), torch.randn(b, n, w)),
+        places=torch.arange(n), samples=torch.arange(b), other=torch.randn(7), flag=True,
+    )  # fmt: skip
+    short = call.first(1, 5)
+    assert short.hidden.shape == (1, 5, w)
+    assert short.args[0].shape == (1, 1, 5, 5)
+    assert short.args[1] is None
+    assert short.kwargs["mask"].shape == (1, 1, 5, 5)
+    assert short.kwargs["padding"].shape == (1, 5)
+    assert [p.shape for p in short.kwargs["position"]] == [(1, 5, w), (1, 5, w)]
+    assert short.kwargs["places"].tolist() == list(range(5))
+    assert short.kwargs["samples"].tolist() == [0]
+    assert short.kwargs["other"].shape == (7,)
+    assert short.kwargs["flag"] is True
+    assert short.double().hidden.dtype == torch.float64
+    assert short.double().kwargs["places"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_first_sample_runs_as_it_does_alone(name: str) -> None:
+    """Causal or short texts: the first positions do not depend on what was cut off."""
+    model = NETWORKS[name][0]()
+    length = 6 if name == "llama" else 12
+    stream = Stream(model, TEXTS[:1])
+    stream.enter(1)
+    call = next(stream.calls())
+    block = model.module.get_submodule(model.blocks[1])
+    short = call.first(1, length)
+    whole = call.run(block, call.hidden)
+    torch.testing.assert_close(short.run(block, short.hidden), whole[:1, :length])
