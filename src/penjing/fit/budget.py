@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,9 @@ class Budget:
         max_latency: seconds, median of one call.
         max_memory: bytes, peak of the process that runs it.
         within: seconds of work.
+
+    Raises:
+        UsageError: a limit that is not a finite number above 0 (a drop of 0 is allowed).
     """
 
     max_drop: float | None = None
@@ -33,10 +37,12 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and not value > 0 and name != "max_drop":
-                raise UsageError(f"--{name.replace('_', '-')}", got=value, allowed="above 0")
-        if self.max_drop is not None and self.max_drop < 0:
-            raise UsageError("--max-drop", got=self.max_drop, allowed="0 or more, e.g. 1%")
+            if value is None:
+                continue
+            real = isinstance(value, int | float) and math.isfinite(value)
+            if not real or value < 0 or (value == 0 and name != "max_drop"):
+                allowed = "0 or more, e.g. 0.01" if name == "max_drop" else "a number above 0"
+                raise UsageError(f"--{name.replace('_', '-')}", got=repr(value), allowed=allowed)
 
     def to_json(self) -> dict[str, Any]:
         """Only what was asked."""
@@ -51,6 +57,8 @@ class Budget:
         ) -> None:
             if limit is not None and value > limit:
                 text = f"{what} is {show(value)}, asked {show(limit)}"
+                if show(value) == show(limit):
+                    text += f" ({value - limit:.3g} more)"
                 found[name] = (value / limit if limit else float("inf"), text)
 
         size, latency = measured.size_bytes, measured.latency_ms.median / 1e3

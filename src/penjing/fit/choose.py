@@ -6,6 +6,7 @@ list is ordered from the one that promises most to the safest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from penjing.fit.budget import Budget
@@ -66,12 +67,15 @@ def _at_depth(
 ) -> list[Choice]:
     blocks = range(len(predictor.model.blocks))
     kept = [i for i in blocks if i not in cut]
+    # What broke the network in the survey has an infinite error; float32 never does.
     options = [
-        [(w, f) for w in WIDTHS for f in formats if predictor.block_error(i, w, f) < float("inf")]
+        [(w, f) for w in WIDTHS for f in formats if math.isfinite(predictor.block_error(i, w, f))]
+        or [(1.0, "fp32")]
         for i in kept
     ]
-    tables = [t for t in TABLES if t == "fp32" or t in predictor.survey.tables]
-    rests = list(formats)
+    found_tables = predictor.survey.tables
+    tables = [t for t in TABLES if t == "fp32" or math.isfinite(found_tables.get(t, math.inf))]
+    rests = [f for f in formats if math.isfinite(predictor.survey.rest.get(f, 0.0))] or ["fp32"]
     size0 = predictor(uniform(predictor, formats[0], "fp32")).size
     latency0 = predictor(uniform(predictor, formats[0], "fp32")).latency
     scale = predictor.corrections
@@ -102,7 +106,8 @@ def _at_depth(
         limits["latency"] = Constraint(times, budget.max_latency / scale["latency"])
     spend = sum(max(e) for e in errors)
     if budget.max_drop is not None and predictor.slope:
-        spend = min(spend, _HOPE * budget.max_drop / predictor.slope)
+        left = _HOPE * budget.max_drop - predictor.drop_of(cut)
+        spend = min(spend, max(0.0, left) / predictor.slope)
     found = []
     for share in _SHARES:
         rules = limits | {"error": Constraint(errors, share * spend)}

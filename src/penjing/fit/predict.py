@@ -20,6 +20,7 @@ from penjing.fit.space import FORMATS, TABLES, Choice
 from penjing.fit.survey import Survey
 from penjing.graph import is_weighted
 from penjing.model import Model
+from penjing.steps.quantize import _SMALL_TABLE as SMALL_TABLE
 
 __all__ = ["Prediction", "Predictor", "stored"]
 
@@ -75,7 +76,8 @@ class Predictor:
         blocks = self.model.blocks
         self._blocks = [[shape[n] for n in layers if n.startswith(f"{b}.")] for b in blocks]
         inside = {n for n in layers if any(n.startswith(f"{b}.") for b in blocks)}
-        self._tables = [shape[n] for n in layers if is_table[n]]
+        tables = {id(weights[n]): shape[n] for n in layers if is_table[n] and n not in inside}
+        self._tables = list(tables.values())
         outside = [n for n in layers if n not in inside and not is_table[n]]
         # A head tied to the table computes but stores nothing of its own.
         self._rest = [shape[n] for n in outside if id(weights[n]) not in tied]
@@ -105,7 +107,10 @@ class Predictor:
         if table is None:
             return sum(4.0 * w for w, _ in self._tables)
         bits, group = table
-        return sum(w * bits / 8 + w / min(group, i) * (4 + bits / 8) for w, i in self._tables)
+        return sum(
+            w * bits / 8 + w / min(group, i) * (4 + bits / 8) if w >= SMALL_TABLE else 4.0 * w
+            for w, i in self._tables
+        )
 
     def block_latency(self, index: int, width: float, name: str) -> float:
         """Seconds of one block."""
@@ -127,6 +132,11 @@ class Predictor:
             error += half * ((1 - width) / 0.5) ** 2
         return error
 
+    def drop_of(self, cut: tuple[int, ...]) -> float:
+        """Measured drop of a set of cut blocks; a gain by chance counts as nothing lost."""
+        depth = next((d for d in self.survey.ladder if tuple(d.cut) == cut), None)
+        return max(0.0, depth.drop) if depth else 0.0
+
     def __call__(self, choice: Choice) -> Prediction:
         """Size, latency, error and drop of a choice, corrected."""
         kept = [i for i in range(len(choice.widths)) if i not in choice.cut]
@@ -137,7 +147,7 @@ class Predictor:
         error = self.survey.tables.get(choice.table, 0.0)
         error += self.survey.rest.get(choice.rest, 0.0) + sum(self.block_error(*p) for p in parts)
         depth = next((d for d in self.survey.ladder if tuple(d.cut) == choice.cut), None)
-        drop = self.slope * error + (max(0.0, depth.drop) if depth else 0.0)
+        drop = self.slope * error + self.drop_of(choice.cut)
         return Prediction(
             size * self.corrections["size"],
             latency * self.corrections["latency"],

@@ -146,13 +146,18 @@ def _outside(model: Model) -> list[str]:
 
 
 def _renumbered(blocks: tuple[str, ...], cut: tuple[int, ...]) -> list[str]:
-    """Paths of the kept blocks after the cut ones are gone; blocks are numbered in their list."""
-    counts: dict[str, int] = {}
+    """Paths of the kept blocks after the cut ones are gone.
+
+    Blocks numbered in their list move up; blocks with names of their own keep them.
+    """
+    gone = [blocks[i].rpartition(".")[::2] for i in cut]
     paths = []
     for number, path in enumerate(blocks):
         if number in cut:
             continue
-        prefix = path.rpartition(".")[0]
-        paths.append(f"{prefix}.{counts.get(prefix, 0)}")
-        counts[prefix] = counts.get(prefix, 0) + 1
+        prefix, _, name = path.rpartition(".")
+        if name.isdigit():
+            below = sum(p == prefix and n.isdigit() and int(n) < int(name) for p, n in gone)
+            path = f"{prefix}.{int(name) - below}" if prefix else str(int(name) - below)
+        paths.append(path)
     return paths

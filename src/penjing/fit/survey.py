@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 from penjing.apply import apply
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import perform
+from penjing.errors import InputError, PenjingError
 from penjing.files import whole_file
 from penjing.fit.space import FORMATS, TABLES
 from penjing.model import Batch, Model
@@ -77,9 +79,19 @@ class Survey:
 
 
 def cache_folder() -> Path:
-    """Where surveys are kept: `$PENJING_CACHE`, or `~/.cache/penjing`."""
-    folder = Path(os.environ.get("PENJING_CACHE", Path.home() / ".cache" / "penjing"))
-    folder.mkdir(parents=True, exist_ok=True)
+    """Where surveys are kept: `$PENJING_CACHE`, or `~/.cache/penjing`.
+
+    Raises:
+        InputError: it is not there and cannot be made.
+    """
+    folder = Path(os.environ.get("PENJING_CACHE") or Path.home() / ".cache" / "penjing")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            "the cache folder cannot be made", got=f"{folder} ({error.strerror})",
+            next="set PENJING_CACHE to a folder that can be written",
+        ) from error  # fmt: skip
     return folder
 
 
@@ -92,6 +104,7 @@ def survey(
     *,
     limit: float,
     seconds: float,
+    about: str = "",
 ) -> Survey:
     """Measure every unit's options, or read an earlier survey of the same model and data.
 
@@ -103,8 +116,9 @@ def survey(
         formats: names of `FORMATS` to try.
         limit: the ladder stops where the drop is above this.
         seconds: the ladder stops growing after this.
+        about: all that `drop_of` depends on, for telling surveys apart.
     """
-    key = _key(model, calibration, search, formats)
+    key = _key(model, calibration, search, formats, about)
     path = cache_folder() / f"survey-{key}.json"
     start = time.monotonic()
     found = _read(path)
@@ -130,7 +144,10 @@ def _fast(model: Model) -> Iterator[None]:
 
 
 def error_of(model: Model, search: Sequence[Batch], reference: Sequence[Tensor]) -> float:
-    """Mean 1 - cosine of embeddings and free tensors, or mean KL of logits in nats."""
+    """Mean 1 - cosine of embeddings and free tensors, or mean KL of logits in nats.
+
+    Infinite where an output is not finite.
+    """
     logits = model.interface in ("classifier", "causal", "image")
     total, count = 0.0, 0
     for batch, wanted in zip(search, reference, strict=True):
@@ -145,7 +162,8 @@ def error_of(model: Model, search: Sequence[Batch], reference: Sequence[Tensor])
         else:
             values = 1 - torch.cosine_similarity(output, wanted)
         total, count = total + float(values.sum()), count + len(values)
-    return max(0.0, total / max(count, 1))
+    # NaN compares false: without this a broken network would look perfect.
+    return max(0.0, total / max(count, 1)) if math.isfinite(total) else math.inf
 
 
 def _singles(
@@ -226,7 +244,9 @@ def _climb(
     deadline: float,
 ) -> None:
     """Grow the ladder of cut sets: the best of a few extensions at each depth."""
-    order = sorted(found.cuts, key=lambda k: found.cuts[k])
+    order = sorted(
+        (k for k, v in found.cuts.items() if math.isfinite(v)), key=found.cuts.__getitem__
+    )
     most = len(model.blocks) - 1
     reference: list[Tensor] = []
     while len(found.ladder) < min(most, len(order)) and time.monotonic() < deadline:
@@ -243,17 +263,34 @@ def _climb(
             found.evaluations += 1
             tried.append((error_of(variant, search, reference), cut, variant))
         error, cut, variant = min(tried, key=lambda t: t[0])
-        found.ladder.append(Depth(cut, error, drop_of(variant)))
+        if not math.isfinite(error):
+            return
+        try:
+            found.ladder.append(Depth(cut, error, drop_of(variant)))
+        except PenjingError:  # outputs that no metric can be taken of: deeper is no better
+            return
 
 
 def _key(
-    model: Model, calibration: Sequence[Batch], search: Sequence[Batch], formats: Sequence[str]
+    model: Model,
+    calibration: Sequence[Batch],
+    search: Sequence[Batch],
+    formats: Sequence[str],
+    about: str,
 ) -> str:
-    text = f"1 {model.source.fingerprint} {model.structure} {torch.__version__} {formats}"
-    digest = hashlib.sha256(text.encode())
-    for batch in (*calibration, *search):
-        for name in sorted(batch):
-            digest.update(batch[name].contiguous().numpy().tobytes())
+    """Of everything a survey depends on; the weights themselves, for they may be edited."""
+    facts = [2, model.structure, model.blocks, model.interface, torch.__version__, formats, about]
+    facts += [sorted(model.activations), {n: str(FORMATS[n]) for n in formats}, str(TABLES)]
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, parameter in model.module.state_dict().items():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.cpu().contiguous().numpy().tobytes())
+    for part in (calibration, search):
+        digest.update(f"{len(part)} batches".encode())
+        for batch in part:
+            for name in sorted(batch):
+                digest.update(f"{name} {tuple(batch[name].shape)}".encode())
+                digest.update(batch[name].contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]
 
 
@@ -267,4 +304,5 @@ def _read(path: Path) -> Survey:
 
 
 def _write(path: Path, found: Survey) -> None:
-    path.write_text(json.dumps(asdict(found), allow_nan=False))
+    # Infinite errors are written as `Infinity`, which `json` reads back.
+    path.write_text(json.dumps(asdict(found)))
