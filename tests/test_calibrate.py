@@ -152,7 +152,7 @@ def test_a_patch_does_not_break_the_chain() -> None:
 
 def _unit(model: Model, stream: Stream, index: int) -> Unit:
     stream.enter(index)
-    return [u for u in units_of(model, stream) if u.index == index][0]
+    return next(u for u in units_of(model, stream) if u.index == index)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
