@@ -112,11 +112,12 @@ def run(name: str, folder: Path) -> str:
     seconds = time.monotonic() - start
     result = json.loads((out / "results.json").read_text())
     was, now, drop = result["before"], result["after"], result["drop"]
+    show = "{:.4f}".format if result["metric"] in ("kl", "cosine") else "{:.2%}".format
     row = [
         name,
         result["metric"],
         f"{was['quality']:.4g} -> {now['quality']:.4g}",
-        f"{drop['value']:.2%} [{drop['low']:.2%}, {drop['high']:.2%}], n={drop['samples']}",
+        f"{show(drop['value'])} [{show(drop['low'])}, {show(drop['high'])}], n={drop['samples']}",
         f"{was['size_bytes'] / 1e6:.1f} -> {now['size_bytes'] / 1e6:.1f} MB "
         f"({was['size_bytes'] / now['size_bytes']:.2f}x)",
         f"{was['latency_ms']['median']:.2f} -> {now['latency_ms']['median']:.2f} ms "

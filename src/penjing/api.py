@@ -112,7 +112,10 @@ def apply(
     before = None
     if any(step.name == "recover" for step in recipe.steps) and loaded.structure:
         before = original(loaded)
-    return _apply(loaded, recipe, batches, original=before, journal=journal).model
+    done = _apply(loaded, recipe, batches, original=before, journal=journal).model
+    earlier = loaded.recipe.steps if loaded.recipe else ()
+    done.recipe = Recipe((*earlier, *recipe.steps), recipe.seed)
+    return done
 
 
 def prune(
@@ -236,7 +239,9 @@ def recover(
     batches = _batches(loaded, data, options["samples"], options.get("length", 128))
     journal = options.get("journal")
     recipe = Recipe((step,), seed)
-    return _apply(loaded, recipe, batches, original=original(loaded), journal=journal).model
+    done = _apply(loaded, recipe, batches, original=original(loaded), journal=journal).model
+    done.recipe = Recipe((*(loaded.recipe.steps if loaded.recipe else ()), step), seed)
+    return done
 
 
 def _need(data: object, verb: str) -> None:
@@ -258,7 +263,7 @@ def save(
         if to:
             _export(model, folder, tuple(to))
 
-    _save(model, Path(output), recipe=recipe, extra=extra, overwrite=overwrite)
+    _save(model, Path(output), recipe=recipe or model.recipe, extra=extra, overwrite=overwrite)
 
 
 def export(artifact: Place, to: Sequence[str] = ("onnx",)) -> dict[str, float]:
@@ -398,7 +403,13 @@ def fit(
     tuned = None if calibration is None else _dataset(calibration)
     words = ["penjing", "fit", loaded.source.path]
     words += [] if isinstance(data, Dataset) else ["--data", os.fspath(data)]
+    words += ["--calibration", os.fspath(calibration)] if isinstance(calibration, str) else []
     words += [w for k, v in budget.to_json().items() for w in (f"--{k.replace('_', '-')}", f"{v}")]
+    chosen = {"metric": task if isinstance(task, str) else None, "runtime": runtime,
+              "weights": loaded.source.details.get("weights"), "threads": threads}  # fmt: skip
+    chosen |= {k: v for k, v, plain in (("batch", batch, 1), ("length", length, 128),
+               ("seed", seed, 0), ("confidence", confidence, 0.95)) if v != plain}  # fmt: skip
+    words += [w for k, v in chosen.items() if v is not None for w in (f"--{k}", f"{v}")]
     settings = Settings(
         runtime, batch, length, threads, confidence, seed, recover=recover,
         command=shlex.join([*words, "-o", place.name]),

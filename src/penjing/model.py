@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes
-from penjing.recipe import ActivationRange
+from penjing.recipe import ActivationRange, Recipe
 
 __all__ = ["Batch", "Interface", "Model", "Source", "parent_of"]
 
@@ -63,6 +63,7 @@ class Model:
         planes: quantized weights by parameter path.
         activations: 8-bit input ranges by module path.
         structure: JSON-ready structural edits in the order made; replayed by readers.
+        recipe: the steps that were applied since it was loaded.
     """
 
     module: nn.Module
@@ -76,6 +77,7 @@ class Model:
     planes: dict[str, IntegerPlanes] = field(default_factory=dict)
     activations: dict[str, ActivationRange] = field(default_factory=dict)
     structure: list[dict[str, Any]] = field(default_factory=list)
+    recipe: Recipe | None = None
 
     def run(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The network's one output tensor, float32.

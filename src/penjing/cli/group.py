@@ -1,11 +1,14 @@
 """One line for every error, and an exit status that scripts can rely on.
 
-0 done, 1 bad input, 2 usage, 3 done but over budget, 70 a defect of this program, 130 Ctrl-C.
+0 done, 1 bad input, 2 usage, 3 done but over budget, 70 a defect of this program, 130 Ctrl-C,
+143 SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ from penjing.errors import PenjingError, printable
 
 __all__ = ["Group"]
 
-DEFECT, INTERRUPTED = 70, 130
+DEFECT, INTERRUPTED, TERMINATED = 70, 130, 143
 
 
 def _debugging() -> bool:
@@ -36,6 +39,11 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     if not _debugging():
         warnings.simplefilter("ignore")
+
+
+def _terminate(*_: object) -> None:
+    """As Ctrl-C: unfinished files are removed on the way out."""
+    sys.exit(TERMINATED)
 
 
 def _fail(text: str, status: int) -> int:
@@ -73,6 +81,8 @@ class Group(click.Group):
     ) -> Any:
         """Run a verb and exit with its status."""
         _quiet_libraries()
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, _terminate)
         with warnings.catch_warnings():
             sys.exit(self._status(args, extra))
 

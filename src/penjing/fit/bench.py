@@ -5,6 +5,7 @@ Everything that a result reports passes through here and was measured on an expo
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from penjing.data import Dataset
-from penjing.errors import PenjingError
+from penjing.errors import PenjingError, UsageError
 from penjing.evaluate import Evaluation, Predictor, compare
 from penjing.export import export
 from penjing.measure import Candidate, Measured, Remote, measure_files
@@ -36,9 +37,15 @@ def runtimes_here(wanted: str | None) -> list[str]:
 
     if wanted is not None:
         lookup("runtimes", wanted, "open")
+        if wanted not in FILES:
+            raise UsageError(
+                f"fit measures exported files, and {wanted} runs none", allowed=", ".join(FILES)
+            )
+        if importlib.util.find_spec(wanted) is None:
+            raise UsageError(
+                f"runtime {wanted} is not installed", next=f"pip install 'penjing[{wanted}]'"
+            )
         return [wanted]
-    import importlib.util
-
     return [r for r in FILES if importlib.util.find_spec(r) is not None]
 
 

@@ -32,12 +32,12 @@ def preflight(
     """
     here = machine(folder)
     shapes = [
-        (m.in_features, m.out_features)
-        for m in model.module.modules()
-        if isinstance(m, nn.Linear)
+        (m.in_features, m.out_features) for m in model.module.modules() if isinstance(m, nn.Linear)
     ] or [(256, 256)]
     # The largest layer outside the head: a vocabulary-wide one is not typical.
-    inputs, outputs = max((s for s in shapes if max(s) < 16384), key=lambda s: s[0] * s[1])
+    inputs, outputs = max(
+        (s for s in shapes if max(s) < 16384), key=lambda s: s[0] * s[1], default=shapes[0]
+    )
     tokens = 1 if model.interface == "causal" else length
     speeds = formats([(tokens, inputs, outputs)], runtimes, threads=threads, seconds=4.0)
     cost = predict(

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from penjing.apply import Done, apply
-from penjing.data import Dataset, check_disjoint, encode, prepare, split
-from penjing.errors import BudgetError, InputError
-from penjing.evaluate import compare, evaluate, torch_predictor
+from penjing.data import Dataset
+from penjing.errors import BudgetError, InputError, PenjingError
+from penjing.evaluate import torch_predictor
 from penjing.files import check_output
 from penjing.fit.bench import Bench, Exported, runtimes_here
 from penjing.fit.budget import Budget
@@ -25,20 +25,17 @@ from penjing.fit.check import preflight
 from penjing.fit.choose import candidates, uniform
 from penjing.fit.outcome import Made, result_of, write
 from penjing.fit.predict import Prediction, Predictor
+from penjing.fit.samples import Samples, about, divide, drop_of
 from penjing.fit.space import FORMATS, Choice, formats_for, recipe_of
 from penjing.fit.survey import Survey, survey
 from penjing.measure import physical_cores
-from penjing.model import Batch, Model
+from penjing.model import Model
 from penjing.progress import task as progress
 from penjing.recipe import Recipe
 from penjing.result import Result
 from penjing.tasks import Task
 
 __all__ = ["Settings", "fit"]
-
-# Most evaluation samples; windows of text cost a language model far more than a sentence.
-_MOST = {"causal": 400}
-_MOST_OTHERS = 4000
 
 
 @dataclass(frozen=True)
@@ -67,17 +64,6 @@ class Settings:
     recover: float = 20.0
     patience: float = 200.0
     command: str = ""
-
-
-@dataclass
-class _Data:
-    """Calibration and evaluation, and batches of the first."""
-
-    calibration: Dataset
-    evaluation: Dataset
-    edits: list[Batch]
-    search: list[Batch]
-    everything: list[Batch]
 
 
 def fit(
@@ -111,7 +97,7 @@ def fit(
     check_output(output, overwrite)
     notes: list[str] = []
     start = time.monotonic()
-    data = _divide(model, dataset, calibration, task, settings, notes)
+    data = divide(model, dataset, calibration, task, settings.length, settings.seed, notes)
     with _workspace(output) as folder:
         bench = Bench(
             folder, data.evaluation, task, settings.batch, settings.length,
@@ -129,65 +115,28 @@ def fit(
         limit = 3 * budget.max_drop if budget.max_drop is not None else 0.1
         seconds = 0.25 * budget.within if budget.within else 90.0
         found = survey(
-            model, data.edits, data.search, _drop_of(model, data, task, settings),
-            formats_for(model), limit=limit, seconds=seconds,
+            model, data.edits, data.search,
+            drop_of(model, data, task, settings.length, settings.seed, notes), formats_for(model),
+            limit=limit, seconds=seconds, about=about(data, task, settings.length),
         )  # fmt: skip
         notes.append(f"survey: {found.evaluations} networks evaluated in {found.seconds:.0f} s")
         predictor = Predictor(model, found, latencies, _slope(found))
         made = _search(model, data, bench, predictor, budget, settings, original.runtime, start)
-        if not made:
-            raise BudgetError("no candidate could be exported", got="; ".join(notes[-3:]))
         front = [*made]
         if plain is not None and not any(m.choice == plain[0] for m in made):
-            trial = bench.trial(plain[1], reference)
-            front.append(Made(plain[0], predictor(plain[0]), trial, plain[2]))
+            with _failing(notes, "the plain version"):
+                trial = bench.trial(plain[1], reference)
+                front.append(Made(plain[0], predictor(plain[0]), trial, plain[2]))
+        if not front:
+            raise BudgetError("no candidate could be made", got="; ".join(notes[-3:]))
         best = min(front, key=lambda m: _rank(m, budget))
         result = result_of(model, best, front, budget, task, bench, found)
         write(best, result, output, overwrite, settings.command)
     return result
 
 
-def _divide(
-    model: Model,
-    dataset: Dataset,
-    calibration: Dataset | None,
-    task: Task,
-    settings: Settings,
-    notes: list[str],
-) -> _Data:
-    task.check(dataset, model)
-    prepared = prepare(dataset, model, settings.length)
-    if calibration is None:
-        if len(prepared) < 8:
-            raise InputError(
-                "too little data to split calibration off", got=len(prepared), allowed="8 or more",
-                next="give more --data, or --calibration",
-            )  # fmt: skip
-        count = max(4, min(1024, round(0.35 * len(prepared))))
-        tuned, prepared = split(prepared, count, settings.seed)
-        notes.append(
-            f"calibration data: {len(tuned)} samples split off --data; figures are on the others"
-        )
-    else:
-        tuned = prepare(calibration, model, settings.length)
-        check_disjoint(tuned, prepared)
-    most = _MOST.get(model.interface, _MOST_OTHERS)
-    if len(prepared) > most:
-        notes.append(f"evaluated on {most} of {len(prepared)} samples, spread evenly")
-        prepared = prepared.subset(i * len(prepared) // most for i in range(most))
-    small = model.interface == "causal"
-    edits, search = (64, 16) if small else (96, 96)
-    some = tuned.subset(range(min(len(tuned), 512)))
-    size = 8 if small else 16
-    everything = list(encode(some, model, length=settings.length, batch=size))
-    half = max(1, len(everything) // 2)
-    used = everything[: min(half, -(-edits // size))]
-    rest = everything[len(used) :][: -(-search // size)] or used
-    return _Data(tuned, prepared, used, rest, everything)
-
-
 def _baselines(
-    model: Model, data: _Data, bench: Bench, settings: Settings
+    model: Model, data: Samples, bench: Bench, settings: Settings
 ) -> tuple[Exported, tuple[Choice, Exported, Recipe] | None, dict[str, float]]:
     """The original's export in the best runtime, the plain low-bit one, seconds by format."""
     names = formats_for(model)
@@ -222,24 +171,6 @@ def _baselines(
     return exports[runtime, "fp32"], plain_version, latencies
 
 
-def _drop_of(model: Model, data: _Data, task: Task, settings: Settings):  # type: ignore[no-untyped-def]
-    """A function: drop of the user's metric of an edited network, on calibration data."""
-    some = data.calibration.subset(range(min(len(data.calibration), 512)))
-    if model.interface == "causal":
-        some = some.subset(range(min(len(some), 48)))
-    if task.metric in ("accuracy", "top-1", "retrieval") and some.labels is None:
-        return lambda variant: 0.0
-    original = torch_predictor(model, fast=True)
-    before = evaluate(original, model, some, task, length=settings.length, reference=original)
-
-    def drop(variant: Model) -> float:
-        predictor = torch_predictor(variant, fast=True)
-        after = evaluate(predictor, model, some, task, length=settings.length, reference=original)
-        return compare(before, after, task, seed=settings.seed).value
-
-    return drop
-
-
 def _slope(found: Survey) -> float:
     """Drop of the metric per unit of error, least squares over the ladder."""
     pairs = [(d.error, max(0.0, d.drop)) for d in found.ladder]
@@ -249,7 +180,7 @@ def _slope(found: Survey) -> float:
 
 def _search(
     model: Model,
-    data: _Data,
+    data: Samples,
     bench: Bench,
     predictor: Predictor,
     budget: Budget,
@@ -283,7 +214,9 @@ def _search(
         if said.gain(predictor.plain) > 0.95 * best:
             break
         failed.add(choice)
-        one = _make(model, data, bench, choice, said, settings, runtime, number)
+        one = None
+        with _failing(bench.notes, f"candidate {number + 1} ({choice.describe()})"):
+            one = _make(model, data, bench, choice, said, settings, runtime, number)
         slowest = max(slowest, time.monotonic() - began)
         if one is None:
             continue
@@ -303,7 +236,7 @@ def _search(
 
 def _make(
     model: Model,
-    data: _Data,
+    data: Samples,
     bench: Bench,
     choice: Choice,
     said: Prediction,
@@ -341,6 +274,15 @@ def _rank(made: Made, budget: Budget) -> tuple[float, float]:
     was, now = made.trial.baseline, made.trial.measured
     gain = now.size_bytes / was.size_bytes + 1 / max(made.trial.ratio, 1e-9)
     return max((ratio for ratio, _ in over.values()), default=0.0), gain
+
+
+@contextmanager
+def _failing(notes: list[str], what: str) -> Iterator[None]:
+    """One candidate that fails is a note of the report, not the end of a fit."""
+    try:
+        yield
+    except PenjingError as error:
+        notes.append(f"{what} failed: {error}")
 
 
 @contextmanager

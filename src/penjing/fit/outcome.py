@@ -50,7 +50,7 @@ def result_of(
     """results.json of the best candidate, with every measured point."""
     over = budget.excess(best.trial.measured, best.trial.drop)
     was = best.trial.baseline
-    points = [Point(was.size_bytes, was.latency_ms.median, was.quality, "", True, "original")]
+    points = []
     for made in front:
         now = made.trial.measured
         # Latency against the original of the same run, so that points of all runs compare.
@@ -89,7 +89,7 @@ def _units(model: Model, best: Made, found: Survey) -> Iterator[Unit]:
         else:
             error = found.formats.get(choice.formats[i], {}).get(str(i))
             if error is not None:
-                why += f"; {choice.formats[i]} costs {error:.5f}"
+                why += "; " * bool(why) + f"{choice.formats[i]} costs {error:.5f} of output error"
             width = f", {choice.widths[i]:.0%} of the hidden units" if choice.widths[i] < 1 else ""
             yield Unit(block, f"{choice.formats[i]}{width}", why)
     if choice.table in found.tables:

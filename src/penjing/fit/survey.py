@@ -9,6 +9,7 @@ The survey is kept on disk and serves every later budget.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -41,6 +42,8 @@ __all__ = ["WIDTHS", "Depth", "Survey", "cache_folder", "survey"]
 WIDTHS = (1.0, 0.75, 0.5)
 _MEASURED = 0.5
 _BEAM = 2
+# Networks with more blocks than this are measured at their lowest bits only.
+_DEEP = 12
 
 
 @dataclass
@@ -183,11 +186,18 @@ def _singles(
         variant = base.copy()
         for edit in edits:
             perform(variant, edit)
-        return error_of(variant, search, reference)
+        try:
+            return error_of(variant, search, reference)
+        finally:
+            # A module that was run refers to itself; copies would pile up until a collection.
+            del variant
+            gc.collect()
 
     steps = {
         name: step for name in formats if (step := FORMATS[name].quantize("rtn", ())) is not None
     }
+    lowest = min(steps, key=lambda name: FORMATS[name].bits)
+    least = FORMATS[lowest].bits
     stream = Stream(base, calibration)
     needs = frozenset({"gram", "range"})
     for unit in track(list(units_of(base, stream)), "survey"):
@@ -209,7 +219,14 @@ def _singles(
         stream.enter(unit.index)
         stats = stream.collect(unit, needs)
         for name, step in steps.items():
+            bits = FORMATS[name].bits
+            if len(base.blocks) > _DEEP and bits > least:
+                continue
             found.formats.setdefault(name, {})[key] = error(list(step.plan(unit, stats)))
+        for name in steps:
+            # Squared rounding error falls by four with every bit.
+            known = found.formats[lowest][key] * 4.0 ** (least - FORMATS[name].bits)
+            found.formats.setdefault(name, {}).setdefault(key, known)
         if edits := list(Shrink(1 - _MEASURED, heads=0.0).plan(unit, stats)):
             found.widths[key] = error(edits)
         if len(base.blocks) > 1 and (cut := _cut_one(stream, unit)) is not None:
