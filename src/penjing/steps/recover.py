@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
@@ -35,6 +36,7 @@ class Recover:
         lr: peak learning rate of AdamW, reached after 5 % and falling to 0 as a cosine.
         loss: a name of `penjing.losses`; by default `cosine` for embeddings, `kl` for logits.
         seed: order of the batches.
+        targets: globs of parameter paths; without any, every one that is not quantized.
     """
 
     name: ClassVar[str] = "recover"
@@ -87,7 +89,14 @@ class Recover:
                 return sum(float(compare(b)) for b in test) / max(1, len(test))
 
         before = held_out()
-        trained = {n: p for n, p in student.parameters() if n not in student.planes}
+        trained = {
+            n: p
+            for n, p in student.parameters()
+            if n not in student.planes
+            and (not self.targets or any(fnmatchcase(n, t) for t in self.targets))
+        }
+        if not trained:
+            raise UsageError("nothing to train", got=", ".join(self.targets) or "all quantized")
         taken, last = self._train(train, trained, student, compare)
         after = held_out()
         if test and not after < before:
@@ -131,7 +140,7 @@ class Recover:
                 with torch.autocast(student.device.type, torch.bfloat16):
                     value: Tensor = compare(batches[index])  # type: ignore[operator]
                 if not torch.isfinite(value):
-                    raise InputError("the loss is not finite", got=float(value), next="lower lr")
+                    raise InputError("the loss is not finite", got=float(value.detach()), next="lower lr")
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(trained.values(), 1.0)

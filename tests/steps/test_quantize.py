@@ -1,0 +1,237 @@
+"""Quantize: planes are the weights, ranges are what was seen, tied tables count once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import networks as net
+from penjing.apply import apply
+from penjing.errors import InputError, UsageError
+from penjing.model import Model
+from penjing.planes import Scheme
+from penjing.quantizers import gptq
+from penjing.recipe import Recipe
+from penjing.steps.prune import Prune
+from penjing.steps.quantize import Quantize
+
+TEXTS = [net.text_batch(seed) for seed in (1, 2)]
+
+
+def _inputs(model: Model, path: str, batches: list[net.Batch]) -> np.ndarray:
+    """Rows that a layer gets, padding left out."""
+    found = []
+
+    def see(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        mask = batch.get("attention_mask")
+        found.append(args[0][mask.bool()] if mask is not None else args[0].flatten(0, -2))
+
+    handle = model.module.get_submodule(path).register_forward_pre_hook(see)
+    with torch.no_grad():
+        for batch in batches:
+            model.run(batch)
+    handle.remove()
+    return torch.cat(found).double().numpy()
+
+
+@pytest.mark.parametrize(
+    ("make", "batches"),
+    [(net.llama, TEXTS), (net.stack, net.arrays(2)), (net.resnet, [net.resnet().example])],
+    ids=["llama", "stack", "resnet"],
+)
+@pytest.mark.parametrize("method", ["gptq", "rtn", "random"])
+def test_the_planes_are_the_weights(make: net.Any, batches: list[net.Batch], method: str) -> None:
+    model = make()
+    done = apply(model, Recipe((Quantize(4, 16, method),)), batches)
+    small = done.model
+    layers = {f"{n}.weight" for n, m in model.module.named_modules()
+              if isinstance(m, nn.Linear | nn.Conv2d)}  # fmt: skip
+    assert set(small.planes) == layers
+    for name, planes in small.planes.items():
+        weight, old = small.module.get_parameter(name), model.module.get_parameter(name)
+        codes = planes.codes[0].double().numpy()
+        assert codes.max() <= 15
+        # w = scale * code + shift, by numpy, group by group.
+        group = np.arange(codes.shape[1]) // planes.group
+        by_hand = planes.scale[0].double().numpy()[:, group] * codes
+        by_hand += planes.shift.double().numpy()[:, group]
+        np.testing.assert_allclose(
+            weight.detach().flatten(1).numpy(), by_hand, rtol=1e-5, atol=1e-6
+        )
+        assert planes.shape == tuple(old.shape)
+        error = float((weight - old).detach().norm() / old.detach().norm())
+        noted = next(d.note for d in done.done if d.path == name)["weight_error"]
+        assert noted == pytest.approx(error, rel=1e-4)
+        if method != "random":
+            assert error < 0.3
+
+
+def test_gptq_beats_rtn_beats_random_on_the_output() -> None:
+    model, batches = net.stack(), net.arrays(6)
+    with torch.no_grad():
+        wanted = model.run(batches[-1])
+        errors = [
+            float((apply(model, Recipe((Quantize(3, method=m),)), batches[:-1])
+                   .model.run(batches[-1]) - wanted).norm())
+            for m in ("gptq", "rtn", "random")
+        ]  # fmt: skip
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_later_blocks_are_calibrated_on_edited_earlier_ones() -> None:
+    """Block 1's planes are those of a Gram matrix of the quantized block 0's output."""
+    model, batches = net.stack(), net.arrays(4)
+    small = apply(model, Recipe((Quantize(2),)), batches).model
+    partly = model.copy()
+    partly.module.inp.load_state_dict(small.module.inp.state_dict())
+    partly.module.blocks[0].load_state_dict(small.module.blocks[0].state_dict())
+    weight = model.module.blocks[1].up.weight.detach()
+
+    def fit(network: Model) -> torch.Tensor:
+        rows = _inputs(network, "blocks.1.up", batches)
+        stats = type("S", (), {"gram": torch.from_numpy(rows.T @ rows / len(rows))})
+        return gptq.fit(weight, Scheme(2), stats).codes
+
+    found = small.planes["blocks.1.up.weight"].codes
+    assert torch.equal(found, fit(partly))
+    assert not torch.equal(found, fit(model))  # nor that of the original
+
+
+def test_static_ranges_cover_what_was_seen() -> None:
+    model = net.llama(2)
+    step = Quantize(8, 0, "rtn", symmetric=True, activations=8, targets=("*.down_proj",))
+    small = apply(model, Recipe((step,)), TEXTS).model
+    path = "model.layers.0.mlp.down_proj"
+    rows = _inputs(model, path, TEXTS)
+    found = small.activations[path]
+    assert found.scale == pytest.approx((rows.max() - rows.min()) / 255, rel=1e-5)
+    assert found.zero_point == round(-rows.min() / found.scale)
+    # The module computes with rounded inputs and weights.
+    layer, x = small.module.get_submodule(path), torch.from_numpy(rows).float()
+    grid = np.clip(np.rint(x.numpy() / found.scale) + found.zero_point, 0, 255)
+    rounded = (grid - found.zero_point) * found.scale
+    wanted = rounded @ layer.weight.detach().double().numpy().T
+    np.testing.assert_allclose(layer(x).detach(), wanted, rtol=1e-3, atol=1e-4)
+    assert set(small.activations) == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+
+
+def test_dynamic_ranges_need_no_data() -> None:
+    model = net.stack()
+    step = Quantize(8, 0, "rtn", symmetric=True, activations=8, dynamic=True)
+    small = apply(model, Recipe((step,))).model
+    assert {(r.scale, r.zero_point) for r in small.activations.values()} == {(0.0, 0)}
+    assert len(small.activations) == 8
+    with torch.no_grad():
+        torch.testing.assert_close(
+            small.run(model.example), model.run(model.example), rtol=0.1, atol=0.1
+        )
+
+
+def test_static_ranges_need_data() -> None:
+    step = Quantize(8, 0, "rtn", symmetric=True, activations=8)
+    with pytest.raises(UsageError, match="saw no calibration data"):
+        apply(net.stack(), Recipe((step,)))
+
+
+def test_zeros_and_layers_never_run() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.never = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(0 * x)
+
+    model = net.wrap(Idle(), "tensor", {"x": torch.randn(2, 4)})
+    step = Quantize(8, 0, "rtn", symmetric=True, activations=8)
+    small = apply(model, Recipe((step,)), [model.example]).model
+    assert set(small.activations) == {"used"}
+    assert set(small.planes) == {"used.weight", "never.weight"}
+    torch.testing.assert_close(small.run(model.example), model.run(model.example))
+
+
+def test_a_tied_table_is_quantized_once() -> None:
+    model = net.llama(2, tie_word_embeddings=True, vocab_size=600)
+    table = "model.embed_tokens.weight"
+    once = apply(model, Recipe((Quantize(4, method="rtn", embeddings=8),))).model
+    assert "lm_head.weight" not in once.planes
+    assert once.planes[table].bits == (8,)
+    assert once.tied() == [(table, "lm_head.weight")]
+    assert once.module.lm_head.weight is once.module.model.embed_tokens.weight
+    assert torch.equal(once.module.lm_head.weight, once.planes[table].dequantize())
+    # Without embeddings the head is a linear layer as any other.
+    assert apply(model, Recipe((Quantize(4, method="rtn"),))).model.planes[table].bits == (4,)
+
+
+def test_small_tables_are_left() -> None:
+    model = net.bert(2, vocab_size=600)
+    small = apply(
+        model, Recipe((Quantize(0, method="rtn", embeddings=4, embedding_group=8),))
+    ).model
+    assert set(small.planes) == {"embeddings.word_embeddings.weight"}
+    assert small.planes["embeddings.word_embeddings.weight"].group == 8
+
+
+def test_targets_and_skip() -> None:
+    step = Quantize(4, method="rtn", targets=("blocks.*",), skip=("*.0.*", "*.down"))
+    small = apply(net.stack(), Recipe((step,))).model
+    assert set(small.planes) == {"blocks.1.up.weight", "blocks.2.up.weight"}
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_pruned_connections_stay_zero(method: str) -> None:
+    recipe = Recipe((Prune(0.5, "magnitude"), Quantize(4, 4, method)))
+    small = apply(net.stack(), recipe, net.arrays(4)).model
+    assert len(small.masks) == 6
+    for name, mask in small.masks.items():
+        weight = small.module.get_parameter(name)
+        assert not weight[~mask].any()
+        assert torch.equal(weight, small.planes[name].dequantize())
+        assert weight[mask].any()
+
+
+def test_a_quantized_layer_is_not_quantized_again() -> None:
+    once = apply(net.stack(), Recipe((Quantize(4, method="rtn"),))).model
+    twice = apply(once, Recipe((Quantize(2, method="rtn"),)))
+    assert net.same(once, twice.model)
+    assert twice.done == []
+
+
+def test_refusals(tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"bits": 9}, "bits"),
+        ({"embeddings": 1}, "bits"),
+        ({"embeddings": 4, "embedding_group": -1}, "group"),
+        ({"method": "best"}, "unknown name in quantizers"),
+        ({"activations": 4}, "activations"),
+        ({"activations": 8}, "symmetric weights"),
+        ({"activations": 8, "symmetric": True, "group": 32}, "group = 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Quantize(**wrong)  # type: ignore[arg-type]
+    model = net.stack()
+    with torch.no_grad():
+        model.module.blocks[0].up.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        apply(model, Recipe((Quantize(4, method="rtn"),)))
+
+
+def test_a_method_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from penjing.quantizers import rtn\n"
+        "def fit(weight, scheme, stats=None):\n"
+        "    assert stats.gram.shape == (weight.shape[1],) * 2\n"
+        "    return rtn.fit(2 * weight, scheme)\n"
+    )
+    model = net.stack()
+    small = apply(model, Recipe((Quantize(8, method=f"{file}:fit"),)), net.arrays(1)).model
+    torch.testing.assert_close(
+        small.module.out.weight, 2 * model.module.out.weight, rtol=0.02, atol=0.02
+    )
