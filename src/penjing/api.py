@@ -72,6 +72,7 @@ def _batches(model: Model, data: Dataset | Place | None, samples: int, length: i
     """Calibration batches of at most `samples` samples, spread evenly over the data."""
     if data is None:
         return []
+    length = min(length, model.longest or length)
     dataset = prepare(_dataset(data), model, length)
     if len(dataset) > samples:
         dataset = dataset.subset(i * len(dataset) // samples for i in range(samples))
@@ -310,6 +311,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """A task's metric on data, through torch, or through an artifact's exported file."""
     loaded, dataset = _model(model), _dataset(data)
+    length = min(length, loaded.longest or length)
     measure_of = find(task, dataset, loaded)
     reference = torch_predictor(original(loaded)) if measure_of.needs_reference else None
     if runtime in (None, "torch"):
@@ -399,6 +401,7 @@ def fit(
     place = Path(output)
     check_output(place, overwrite)
     loaded = _model(model)
+    length = min(length, loaded.longest or length)
     dataset = _dataset(data)
     tuned = None if calibration is None else _dataset(calibration)
     words = ["penjing", "fit", loaded.source.path]

@@ -134,9 +134,7 @@ def _like(x: torch.Tensor, rows: int, random: torch.Generator) -> torch.Tensor:
 
 
 def _text(model: Model, rows: int, length: int, random: torch.Generator) -> Batch:
-    config = getattr(model.module, "config", None)
-    # Two less than the table: some networks start counting positions after the padding index.
-    limit = int(getattr(config, "max_position_embeddings", None) or 512) - 2
+    limit = model.longest or 510
     length = max(min(length, limit), 1)
     batch: Batch = {}
     tokens = model.example["input_ids"]

@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from penjing.errors import InputError
 
 __all__ = [
-    "check_output", "read_json", "sha256", "sync", "whole_file", "whole_folder", "write_json",
+    "check_output", "disk_errors", "read_json", "sha256", "sync", "whole_file", "whole_folder",
+    "write_json",
 ]  # fmt: skip
 
 
@@ -66,14 +69,15 @@ def check_output(output: Path, overwrite: bool = False, inputs: tuple[Path, ...]
 
 
 @contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
+def disk_errors(output: Path) -> Iterator[None]:
+    """Failures to write `output`, a full disk above all, as errors for users."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(
             f"cannot write {output}",
-            got=error.strerror or error,
-            next="free disk space or choose another -o; nothing was left behind",
+            got=getattr(error, "strerror", None) or error,
+            next="free disk space or choose another -o; the output was not made",
         ) from error
 
 
@@ -86,7 +90,7 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     output = output.absolute()
     check_output(output, overwrite)
-    with _disk_errors(output):
+    with disk_errors(output):
         beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         try:
             beside.chmod(0o755)
@@ -111,7 +115,7 @@ def whole_file(output: Path, write: Callable[[Path], None], overwrite: bool = Fa
     """Write one file through `write(path)`, whole or not at all."""
     output = output.absolute()
     check_output(output, overwrite)
-    with _disk_errors(output):
+    with disk_errors(output):
         handle, name = tempfile.mkstemp(
             prefix=f".{output.stem}.", suffix=output.suffix, dir=output.parent
         )

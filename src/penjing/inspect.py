@@ -168,6 +168,10 @@ def _is_text(model: Model) -> bool:
     return "input_ids" in model.example
 
 
+# The default, which nobody asked for by name: shorter where the network is.
+_USUAL = 128
+
+
 def sized_batch(model: Model, *, batch: int, length: int) -> Batch:
     """The model's example repeated to `batch` samples, text to `length` tokens.
 
@@ -177,9 +181,10 @@ def sized_batch(model: Model, *, batch: int, length: int) -> Batch:
     for name, number in (("batch", batch), ("length", length)):
         if number < 1:
             raise UsageError(f"--{name} is too small", got=number, allowed="1 or more")
-    config = getattr(model.module, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if _is_text(model) and isinstance(limit, int) and length > limit:
+    limit = model.longest
+    if limit is not None and length == _USUAL:
+        length = min(length, limit)
+    if _is_text(model) and limit is not None and length > limit:
         raise UsageError("the network has no such length", got=length, allowed=f"1 to {limit}")
     inputs = {}
     for name, value in model.example.items():

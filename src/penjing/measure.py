@@ -234,6 +234,7 @@ def measure_files(
         if value is not None and value < 1:
             raise UsageError(name, got=value, allowed="at least 1")
     cores = threads or physical_cores()
+    length = min(length, example.longest or length)
     text = length if "input_ids" in example.example else None
     sessions: list[Remote] = []
     try:

@@ -105,6 +105,18 @@ class Model:
         return output.float() if isinstance(output, Tensor) else output.logits.float()
 
     @property
+    def longest(self) -> int | None:
+        """Most tokens of an input, None where the configuration does not say."""
+        count = getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
+        if not isinstance(count, int):
+            return None
+        for name, table in self.module.named_modules():
+            # RoBERTa counts positions from behind the padding's.
+            if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+                return count - (0 if table.padding_idx is None else table.padding_idx + 1)
+        return count
+
+    @property
     def is_image(self) -> bool:
         """Whether the inputs are images."""
         return "pixel_values" in self.example

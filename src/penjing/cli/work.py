@@ -12,7 +12,7 @@ import click
 
 from penjing.cli.options import check_model, set_threads
 from penjing.cli.show import count, folder_size, show_json, show_pairs
-from penjing.errors import UsageError, printable
+from penjing.errors import PenjingError, UsageError, printable
 from penjing.files import check_output
 from penjing.units import format_size, format_time
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["is_bare", "show_file", "technique"]
 
-BARE = (".npy", ".npz", ".safetensors", ".pth")
+BARE = (".npy", ".npz", ".safetensors", ".pth", ".pt")
 
 
 def is_bare(model: str, output: Path) -> bool:
@@ -69,8 +69,14 @@ def technique(
     kept = journal or output.with_name(output.name + ".journal")
     loaded = api.load(model, weights=weights, allow_pickle=allow_pickle)
     parameters = sum(p.numel() for _, p in loaded.parameters())
-    done = work(loaded, journal=kept, **options)
-    api.save(done, output, to=to, overwrite=overwrite)
+    try:
+        done = work(loaded, journal=kept, **options)
+        api.save(done, output, to=to, overwrite=overwrite)
+    except PenjingError:
+        # Without a finished block there is nothing to go on from.
+        if journal is None and not any(kept.glob("*.safetensors")):
+            shutil.rmtree(kept, ignore_errors=True)
+        raise
     if journal is None:
         shutil.rmtree(kept, ignore_errors=True)
     found: dict[str, Any] = {

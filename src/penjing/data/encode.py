@@ -250,8 +250,8 @@ def _check_tokens(ids: torch.Tensor, model: Model, start: int) -> None:
             allowed=f"0 to {vocabulary - 1}",
             next="use the tokenizer that belongs to the model",
         )
-    positions = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and ids.shape[1] > positions:
+    positions = model.longest
+    if positions is not None and ids.shape[1] > positions:
         raise InputError(
             "inputs longer than the model takes",
             got=f"{ids.shape[1]} tokens",

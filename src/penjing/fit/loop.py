@@ -18,7 +18,7 @@ from penjing.apply import Done, apply
 from penjing.data import Dataset
 from penjing.errors import BudgetError, InputError, PenjingError
 from penjing.evaluate import torch_predictor
-from penjing.files import check_output
+from penjing.files import check_output, disk_errors
 from penjing.fit.bench import Bench, Exported, runtimes_here
 from penjing.fit.budget import Budget
 from penjing.fit.check import preflight
@@ -98,7 +98,7 @@ def fit(
     notes: list[str] = []
     start = time.monotonic()
     data = divide(model, dataset, calibration, task, settings.length, settings.seed, notes)
-    with _workspace(output) as folder:
+    with disk_errors(output), _workspace(output) as folder:
         bench = Bench(
             folder, data.evaluation, task, settings.batch, settings.length,
             settings.threads or physical_cores(), settings.confidence, settings.seed, notes=notes,

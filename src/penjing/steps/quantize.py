@@ -104,7 +104,10 @@ class Quantize:
             name = canonical(unit.model, f"{path}.weight")
             own = stats.get(path, LayerStats())
             if name not in unit.model.planes:
-                scheme = Scheme(bits, self.embedding_group if table else self.group, self.symmetric)
+                group = self.embedding_group if table else self.group
+                if isinstance(layer, nn.Conv1d | nn.Conv2d):
+                    group = 0  # runtimes have one scale an output channel of a convolution
+                scheme = Scheme(bits, group, self.symmetric)
                 if own.gram is not None and not torch.isfinite(own.gram).all():
                     raise InputError(f"the Gram matrix of {path} is not finite")
                 matrix = weight.reshape(len(weight), -1).float()  # [out, in]

@@ -146,6 +146,8 @@ def default_task(dataset: Dataset, model: Model) -> str:
         order = ["similarity", "retrieval"]
     else:
         order = ["classification"]
+    if order == ["classification"] and dataset.labels is not None and model.interface != "tensor":
+        return "classification"  # whose own check says what is wrong with the labels
     for name in order:
         try:
             lookup("tasks", name, "task").check(dataset, model)
