@@ -110,7 +110,7 @@ def test_the_cut_network_by_hand() -> None:
 
 
 def test_a_patch_behind_a_patch_is_fitted_on_the_cut_network() -> None:
-    """The second gap's input comes through the first gap's patch, its goal from the whole network."""
+    """The second gap is entered through the first patch; its goal is the whole network's."""
     model, batches = net.stack(5), net.arrays(8)
     applied = _cut(model, batches, 1, 3)
     hidden = _hidden(model, batches)
