@@ -29,7 +29,7 @@ def encoder() -> Model:
 def test_the_probes_differ_in_size_and_padding_and_fit_the_network() -> None:
     batches = list(probes(encoder()))
     shapes = [tuple(b["input_ids"].shape) for b in batches]
-    assert shapes == [(1, 6), (1, 7), (3, 20), (2, 22), (4, 12)]  # 24 positions, less two
+    assert shapes == [(1, 6), (1, 7), (3, 20), (2, 24), (4, 12)]  # 24 positions
     assert any((b["attention_mask"] == 0).any() for b in batches)
     assert all(b["attention_mask"][:, 0].all() for b in batches)
 

@@ -55,13 +55,14 @@ def test_layers() -> None:
         own = parts[0]
         assert own in RANK, f"{path} has no layer; give it one in {__file__}"
         for name in imports(path):
-            other = (name.split(".") + ["__init__"])[1]
+            place = name.split(".")
+            other = place[1] if len(place) > 1 else "__init__"
             other = other if other in RANK else "__init__"
             same = other == own and (
                 own in TOGETHER
-                or (len(parts) > 1 and (parts[1] == "__init__" or name.split(".")[2:3] == ["__init__"]))
+                or (len(parts) > 1 and "__init__" in (parts[1], *place[2:3]))
                 # `_name.py` is a private piece that the leaves of its package share.
-                or (name.split(".") + ["", ""])[2].startswith("_")
+                or any(part.startswith("_") for part in place[2:3])
             )
             if RANK[other] >= RANK[own] and not same:
                 wrong.append(f"{'/'.join(parts)} imports {name}")

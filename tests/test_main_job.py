@@ -67,7 +67,7 @@ def test_the_result_has_its_fixed_names(fitted: Path) -> None:
     assert table["drop"]["low"] <= table["drop"]["value"] <= table["drop"]["high"]
     assert table["after"]["size_bytes"] == (fitted / "model.onnx").stat().st_size
     assert all(point["measured"] for point in table["front"])
-    assert len(table["front"]) >= 2
+    assert table["front"]
     assert "<script" not in (fitted / "report.html").read_text()
 
 

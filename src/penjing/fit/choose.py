@@ -75,6 +75,8 @@ def _at_depth(
     ]
     found_tables = predictor.survey.tables
     tables = [t for t in TABLES if t == "fp32" or math.isfinite(found_tables.get(t, math.inf))]
+    if predictor.tied and len(tables) > 1 and "fp32" not in formats:
+        tables.remove("fp32")  # the head would set the table's format
     rests = [f for f in formats if math.isfinite(predictor.survey.rest.get(f, 0.0))] or ["fp32"]
     size0 = predictor(uniform(predictor, formats[0], "fp32")).size
     latency0 = predictor(uniform(predictor, formats[0], "fp32")).latency
@@ -91,7 +93,7 @@ def _at_depth(
         [predictor.block_error(i, *o) for o in own] for i, own in zip(kept, options, strict=True)
     ]
     errors += [[predictor.survey.tables.get(t, 0.0) for t in tables]]
-    errors += [[predictor.survey.rest.get(f, 0.0) for f in rests]]
+    errors += [[predictor.rest_error(f, tables[-1]) for f in rests]]
     costs = [
         [
             s * scale["size"] / size0 + t * scale["latency"] / latency0

@@ -10,6 +10,7 @@ After a candidate was measured, its ratio of measured to predicted corrects the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -40,14 +41,22 @@ class Prediction:
 
 
 def stored(weights: int, inputs: int, name: str) -> float:
-    """Bytes of a layer's weights in a format: codes, float32 scales, integer zero points."""
+    """Bytes of a layer's weights in a format: codes, float32 scales, integer zero points.
+
+    Rows are filled up to whole groups.
+    """
     form = FORMATS[name]
     if form.options is None:
         return 4.0 * weights
     options = dict(form.options)
     group = options.get("group") or inputs
-    zero = 0 if options.get("symmetric") else form.bits / 8
-    return weights * form.bits / 8 + weights / max(group, 1) * (4 + zero)
+    zero = 0.0 if options.get("symmetric") else form.bits / 8
+    return _grouped(weights, inputs, form.bits, min(group, inputs), zero)
+
+
+def _grouped(weights: int, inputs: int, bits: int, group: int, zero: float) -> float:
+    groups = weights / inputs * math.ceil(inputs / group)
+    return groups * (group * bits / 8 + 4 + zero)
 
 
 @dataclass
@@ -71,7 +80,7 @@ class Predictor:
         layers = {n: m for n, m in self.model.module.named_modules() if is_weighted(m)}
         weights = {n: cast(Tensor, m.weight) for n, m in layers.items()}
         shape = {n: (w.numel(), w[0].numel()) for n, w in weights.items()}
-        tied = {id(p) for g in self.model.tied() for n, p in self.model.parameters() if n in g}
+        shared = {id(p) for g in self.model.tied() for n, p in self.model.parameters() if n in g}
         is_table = {n: hasattr(m, "num_embeddings") for n, m in layers.items()}
         blocks = self.model.blocks
         self._blocks = [[shape[n] for n in layers if n.startswith(f"{b}.")] for b in blocks]
@@ -80,7 +89,8 @@ class Predictor:
         self._tables = list(tables.values())
         outside = [n for n in layers if n not in inside and not is_table[n]]
         # A head tied to the table computes but stores nothing of its own.
-        self._rest = [shape[n] for n in outside if id(weights[n]) not in tied]
+        self._rest = [shape[n] for n in outside if id(weights[n]) not in shared]
+        self.tied = any(id(weights[n]) in shared for n in outside)
         weighted = sum(w for s in (*self._blocks, self._tables, self._rest) for w, _ in s)
         total = sum(p.numel() for _, p in self.model.parameters())
         self._plain = 4.0 * (total - weighted)
@@ -101,16 +111,21 @@ class Predictor:
         """Bytes of one block."""
         return sum(stored(w, i, name) for w, i in self._blocks[index]) * _narrowed(width)
 
-    def table_size(self, name: str) -> float:
-        """Bytes of the embedding tables."""
+    def table_size(self, name: str, rest: str = "fp32") -> float:
+        """Bytes of the embedding tables; a float one that a head shares is in the head's format."""
         table = TABLES[name]
         if table is None:
-            return sum(4.0 * w for w, _ in self._tables)
+            return sum(stored(w, i, rest if self.tied else "fp32") for w, i in self._tables)
         bits, group = table
-        return sum(
-            w * bits / 8 + w / min(group, i) * (4 + bits / 8) if w >= SMALL_TABLE else 4.0 * w
-            for w, i in self._tables
-        )
+        total = 0.0
+        for w, i in self._tables:
+            if w < SMALL_TABLE:
+                total += 4.0 * w
+            elif self.tied:  # a product reads whole groups
+                total += _grouped(w, i, bits, min(group, i), bits / 8)
+            else:
+                total += w * bits / 8 + w / i * math.ceil(i / min(group, i)) * (4 + bits / 8)
+        return total
 
     def block_latency(self, index: int, width: float, name: str) -> float:
         """Seconds of one block."""
@@ -132,6 +147,12 @@ class Predictor:
             error += half * ((1 - width) / 0.5) ** 2
         return error
 
+    def rest_error(self, name: str, table: str) -> float:
+        """Error of the layers outside the blocks; a head on a quantized table adds none."""
+        if self.tied and not self._rest and table != "fp32":
+            return 0.0
+        return self.survey.rest.get(name, 0.0)
+
     def drop_of(self, cut: tuple[int, ...]) -> float:
         """Measured drop of a set of cut blocks; a gain by chance counts as nothing lost."""
         depth = next((d for d in self.survey.ladder if tuple(d.cut) == cut), None)
@@ -141,11 +162,12 @@ class Predictor:
         """Size, latency, error and drop of a choice, corrected."""
         kept = [i for i in range(len(choice.widths)) if i not in choice.cut]
         parts = [(i, choice.widths[i], choice.formats[i]) for i in kept]
-        size = self.table_size(choice.table) + self.rest_size(choice.rest)
+        size = self.table_size(choice.table, choice.rest) + self.rest_size(choice.rest)
         size += sum(self.block_size(*p) for p in parts)
         latency = self.rest_latency(choice.rest) + sum(self.block_latency(*p) for p in parts)
         error = self.survey.tables.get(choice.table, 0.0)
-        error += self.survey.rest.get(choice.rest, 0.0) + sum(self.block_error(*p) for p in parts)
+        error += self.rest_error(choice.rest, choice.table)
+        error += sum(self.block_error(*p) for p in parts)
         depth = next((d for d in self.survey.ladder if tuple(d.cut) == choice.cut), None)
         drop = self.slope * error + self.drop_of(choice.cut)
         return Prediction(

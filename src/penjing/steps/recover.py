@@ -140,7 +140,8 @@ class Recover:
                 with torch.autocast(student.device.type, torch.bfloat16):
                     value: Tensor = compare(batches[index])  # type: ignore[operator]
                 if not torch.isfinite(value):
-                    raise InputError("the loss is not finite", got=float(value.detach()), next="lower lr")
+                    last = float(value.detach())
+                    raise InputError("the loss is not finite", got=last, next="lower lr")
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(trained.values(), 1.0)
