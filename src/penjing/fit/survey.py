@@ -142,7 +142,11 @@ def survey(
 
 @contextlib.contextmanager
 def _fast(model: Model) -> Iterator[None]:
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+    # Without its cache: it would keep the weights of every variant until the survey ends.
+    with (
+        torch.no_grad(),
+        torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False),
+    ):
         yield
 
 
