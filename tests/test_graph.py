@@ -146,6 +146,7 @@ LEAKS: dict[str, tuple[Callable[[Frozen, Tensor], Tensor], int]] = {
     "norm over all": (lambda m, x: x + m.down(m.norm(m.up(x))), 10),
     "softmax over all": (lambda m, x: x + m.down(m.up(x).softmax(-1)), 10),
     "statistic of all": (lambda m, x: m.down(h := m.up(x)) * h.mean(), 10),
+    "a consumer of no effect": (lambda m, x: (m.side(h := m.up(x)), m.down(h))[1], 10),
     "NaN": (lambda m, x: m.down(m.up(x)) * float("nan"), 10),
 }
 

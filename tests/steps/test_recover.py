@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
 from penjing.apply import apply
+from penjing.calibrate import Unit
 from penjing.errors import InputError, UsageError
 from penjing.model import Model
 from penjing.recipe import Recipe
@@ -63,6 +65,18 @@ def test_masks_and_planes_stay() -> None:
     assert moved >= 6
     assert len(edited.planes) == 3
     assert all(not p.requires_grad or p.grad is None for p in model.module.parameters())
+
+
+def test_training_itself_keeps_the_masks() -> None:
+    """Not only the edit: what is judged on held-out data is the masked network."""
+    model = net.stack()
+    pruned = apply(model, Recipe((Prune(0.6, "magnitude"),))).model
+    unit = Unit("whole", pruned, {}, None, None, model, BATCHES)
+    edits = {e.path: e.value for e in _recover(20).plan(unit, {})}
+    for name, mask in pruned.masks.items():
+        value = edits[name]
+        assert isinstance(value, Tensor)
+        assert not value[~mask].any()
 
 
 def test_a_tied_mask_stays() -> None:
