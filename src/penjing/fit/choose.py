@@ -111,7 +111,8 @@ def _at_depth(
         left = _HOPE * budget.max_drop - predictor.drop_of(cut)
         spend = min(spend, max(0.0, left) / predictor.slope)
     found = []
-    for share in _SHARES:
+    # Without a bar for quality the least error within the limits is one of the answers.
+    for share in (*_SHARES, *([0.0] if budget.max_drop is None else [])):
         rules = limits | {"error": Constraint(errors, share * spend)}
         chosen = solve(costs, rules) or solve(errors, limits) or solve(costs, {})
         assert chosen is not None  # one option a unit always exists
