@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from penjing.apply import Done, apply
@@ -97,6 +97,8 @@ def fit(
     check_output(output, overwrite)
     notes: list[str] = []
     start = time.monotonic()
+    if budget.within is not None:  # the survey has a quarter of the time
+        settings = replace(settings, recover=min(settings.recover, budget.within / 4))
     data = divide(model, dataset, calibration, task, settings.length, settings.seed, notes)
     with disk_errors(output), _workspace(output) as folder:
         bench = Bench(

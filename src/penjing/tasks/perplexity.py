@@ -57,7 +57,7 @@ class Perplexity:
         # One window at a time: a batch of logits is large and its log-softmax a second copy.
         for i, logits in enumerate(output):
             kept = counted[i]
-            predicted = torch.from_numpy(logits[:-1])[kept].float()  # [tokens, vocabulary]
+            predicted = torch.from_numpy(logits[:-1][kept.numpy()]).float()  # [tokens, vocabulary]
             loss = functional.cross_entropy(predicted, ids[i, 1:][kept], reduction="none")
             records[i] = loss.double().sum().item(), kept.sum().item()
         return records
