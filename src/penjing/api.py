@@ -179,6 +179,8 @@ def cut(
     """
     if isinstance(layers, float) and 0 < layers < 1:
         layers, ratio = None, layers
+    if layers is not None and layers != int(layers):
+        raise UsageError("layers", got=layers, allowed="a whole number, or a ratio below 1")
     _need(data, "cut")
     count = None if layers is None else int(layers)
     step = Cut(count, ratio, criterion=criterion, patch=patch, seed=seed)
