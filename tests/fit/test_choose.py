@@ -111,6 +111,21 @@ def test_corrections_count(predictor: Predictor) -> None:
     for other, again in candidates(predictor, Budget(max_size=60_000), FORMATS):
         assert again.size <= 60_000
         assert again.size == predictor(other).size
+    # The room there is is used: nothing that fits has less error.
+    best = min(p.error for _, p in everything(predictor) if p.size <= 60_000)
+    assert candidates(predictor, Budget(max_size=60_000), FORMATS)[0][1].error == pytest.approx(
+        best
+    )
+
+
+def test_what_the_cut_has_spent_is_not_spent_again(predictor: Predictor) -> None:
+    """Two blocks cut cost 0.02 of 0.020625: 8 bits of the table still fit, 4 do not."""
+    predictor.survey.tables["e4"] = 9e-4
+    found = candidates(predictor, Budget(max_drop=0.0165), FORMATS)
+    deep = [choice for choice, _ in found if choice.cut == (0, 1)]
+    tables = {choice.table for choice in deep}
+    assert "e8" in tables
+    assert "e4" not in tables
 
 
 def test_out_of_reach_gives_the_nearest(predictor: Predictor) -> None:

@@ -316,5 +316,8 @@ def test_slope() -> None:
     assert _slope(Survey(ladder=ladder)) == pytest.approx(0.2)
     # A gain by chance is no reason to expect more of it.
     assert _slope(Survey(ladder=[Depth([0], 0.1, -0.5)])) == 0.05
+    # (0.2 * 0.04) / (0.01 + 0.04): the gain counts as nothing lost
+    ladder = [Depth([0], 0.1, -0.5), Depth([0, 1], 0.2, 0.04)]
+    assert _slope(Survey(ladder=ladder)) == pytest.approx(0.16)
     assert _slope(Survey()) == 1.0
     assert _slope(Survey(ladder=[Depth([0], 0.0, 0.0)])) == 1.0

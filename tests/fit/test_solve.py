@@ -83,6 +83,35 @@ def test_a_limit_met_exactly_is_met_and_one_byte_less_is_not() -> None:
     assert solve(costs, {"size": Constraint(sizes, 25_000_000)}) == (1, 0)
 
 
+def test_over_by_less_than_the_solvers_tolerance_is_over() -> None:
+    """Either 50 MB part fits alone; both are one byte of 100 MB over."""
+    sizes = [[50_000_001.0, 0.0], [50_000_000.0, 0.0]]
+    costs = [[0.0, 1.0], [0.0, 1.5]]
+    assert solve(costs, {"size": Constraint(sizes, 100_000_000)}) == (1, 0)
+    assert solve(costs, {"size": Constraint(sizes, 100_000_001)}) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_large_instances_against_dynamic_programming(seed: int) -> None:
+    """30 units of 8 options with whole sizes: best[s] over all sizes s, unit by unit."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(0, 60, (30, 8))
+    costs = 1 + (60 - sizes) / 60 + 0.1 * random.random((30, 8))
+    limit = 700
+    best = np.full(limit + 1, np.inf)
+    best[0] = 0.0
+    for own, price in zip(sizes, costs, strict=True):
+        after = np.full_like(best, np.inf)
+        for size, cost in zip(own, price, strict=True):
+            after[size:] = np.minimum(after[size:], best[: limit + 1 - size] + cost)
+        best = after
+    found = solve(costs.tolist(), {"size": Constraint(sizes.tolist(), limit)})
+    assert found is not None
+    rows = np.arange(30)
+    assert sizes[rows, found].sum() <= limit
+    assert costs[rows, found].sum() == pytest.approx(best.min(), rel=1e-9)
+
+
 def test_infinite_costs_and_amounts_are_not_allowed() -> None:
     infinite = float("inf")
     assert solve([[infinite, 5.0]], {}) == (1,)
