@@ -95,7 +95,7 @@ def test_two_lists_and_named_blocks() -> None:
     edited = applied(model, choice, [{"x0": x}])
     assert edited.blocks == ("first.0", "first.1", "second.b", "second.c")
     for path, i in zip(edited.blocks, (1, 2, 4, 5), strict=True):
-        assert round(float(edited.module.get_submodule(path)[0].bias[0]) / TAGS) == i + 1
+        assert round(edited.module.get_submodule(path)[0].bias[0].item() / TAGS) == i + 1
         assert edited.planes[f"{path}.0.weight"].bits == ((4,) if formats[i] == "w4" else (8,))
     assert "head.weight" not in edited.planes
 
