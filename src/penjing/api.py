@@ -33,7 +33,7 @@ from penjing.fit import Budget, Settings
 from penjing.fit import fit as _fit
 from penjing.inspect import inspect
 from penjing.load import load, original
-from penjing.measure import Candidate, Remote, measure_files, physical_cores
+from penjing.measure import Candidate, measure_files, physical_cores, quality
 from penjing.model import Batch, Model
 from penjing.recipe import Recipe
 from penjing.registry import lookup
@@ -68,14 +68,16 @@ def _dataset(data: Dataset | Place) -> Dataset:
     return data if isinstance(data, Dataset) else _read(data)
 
 
+def _edited(model: Model) -> bool:
+    return bool(model.structure or model.masks or model.planes)
+
+
 def _batches(model: Model, data: Dataset | Place | None, samples: int, length: int) -> list[Batch]:
     """Calibration batches of at most `samples` samples, spread evenly over the data."""
     if data is None:
         return []
-    length = min(length, model.longest or length)
-    dataset = prepare(_dataset(data), model, length)
-    if len(dataset) > samples:
-        dataset = dataset.subset(i * len(dataset) // samples for i in range(samples))
+    length = model.at_most(length)
+    dataset = prepare(_dataset(data), model, length).spread(samples)
     return list(encode(dataset, model, length=length, batch=8))
 
 
@@ -110,9 +112,8 @@ def apply(
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     batches = _batches(loaded, data, samples, length)
-    before = None
-    if any(step.name == "recover" for step in recipe.steps) and loaded.structure:
-        before = original(loaded)
+    distils = any(step.name == "recover" for step in recipe.steps)
+    before = original(loaded) if distils and _edited(loaded) else None
     done = _apply(loaded, recipe, batches, original=before, journal=journal).model
     earlier = loaded.recipe.steps if loaded.recipe else ()
     done.recipe = Recipe((*earlier, *recipe.steps), recipe.seed)
@@ -235,16 +236,10 @@ def recover(
     """A copy trained toward the original's outputs; see `penjing.steps.recover`."""
     loaded = _model(model)
     _need(data, "recover")
-    if not loaded.structure and not loaded.masks and not loaded.planes:
+    if not _edited(loaded):
         raise UsageError("nothing to recover: the model is not edited", next="edit it first")
     step = Recover(seconds=seconds, lr=lr, loss=loss, seed=seed)
-    options = {"samples": 512, **options}
-    batches = _batches(loaded, data, options["samples"], options.get("length", 128))
-    journal = options.get("journal")
-    recipe = Recipe((step,), seed)
-    done = _apply(loaded, recipe, batches, original=original(loaded), journal=journal).model
-    done.recipe = Recipe((*(loaded.recipe.steps if loaded.recipe else ()), step), seed)
-    return done
+    return apply(loaded, Recipe((step,), seed), data, **{"samples": 512, **options})
 
 
 def _need(data: object, verb: str) -> None:
@@ -313,7 +308,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """A task's metric on data, through torch, or through an artifact's exported file."""
     loaded, dataset = _model(model), _dataset(data)
-    length = min(length, loaded.longest or length)
+    length = loaded.at_most(length)
     measure_of = find(task, dataset, loaded)
     reference = torch_predictor(original(loaded)) if measure_of.needs_reference else None
     if runtime in (None, "torch"):
@@ -323,15 +318,10 @@ def evaluate(
         if isinstance(model, Model):
             raise UsageError("an exported file is evaluated from its artifact's path")
         name, path = _exported(Path(model), runtime)
-        with Remote(path, name, threads=physical_cores()) as session:
-            found = _evaluate(_through(session), loaded, dataset, measure_of, length=length,
-                              batch=batch, reference=reference)  # fmt: skip
+        found = quality(Candidate(path, name, loaded.parameter_count), loaded, dataset, measure_of,
+                        length=length, batch=batch, reference=reference)  # fmt: skip
     return {"metric": measure_of.metric, "value": found.value, "samples": found.samples,
             "runtime": runtime or "torch"}  # fmt: skip
-
-
-def _through(session: Remote) -> Any:
-    return lambda batch: session.run({name: tensor.numpy() for name, tensor in batch.items()})
 
 
 def measure(
@@ -347,17 +337,16 @@ def measure(
     """Size, latency, throughput, memory, and quality on data, of an artifact's exported file."""
     model = load(os.fspath(artifact))
     name, path = _exported(Path(artifact), runtime)
-    parameters = sum(p.numel() for _, p in model.parameters())
     found = measure_files(
-        [Candidate(path, name, parameters)], model, length=length, user_batch=batch,
+        [Candidate(path, name, model.parameter_count)], model, length=length, user_batch=batch,
         threads=threads,
     )[0].measurement  # fmt: skip
     table: dict[str, Any] = {"runtime": name, "threads": threads or physical_cores()}
     table |= asdict(found)
     if data is not None:
-        quality = evaluate(artifact, data, task=task, runtime=name, length=length)
-        table |= {"metric": quality["metric"], "quality": quality["value"]}
-        table["samples"] = quality["samples"]
+        scored = evaluate(artifact, data, task=task, runtime=name, length=length)
+        table |= {"metric": scored["metric"], "quality": scored["value"]}
+        table["samples"] = scored["samples"]
     return table
 
 
@@ -380,7 +369,6 @@ def fit(
     seed: int = 0,
     overwrite: bool = False,
     confidence: float = 0.95,
-    progress: bool = True,
     recover: float = 20.0,
 ) -> Result:
     """The smallest and fastest artifact within a budget, every number measured by running it.
@@ -403,7 +391,7 @@ def fit(
     place = Path(output)
     check_output(place, overwrite)
     loaded = _model(model)
-    length = min(length, loaded.longest or length)
+    length = loaded.at_most(length)
     dataset = _dataset(data)
     tuned = None if calibration is None else _dataset(calibration)
     words = ["penjing", "fit", loaded.source.path]

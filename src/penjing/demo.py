@@ -44,14 +44,13 @@ def bbc_news() -> Path:
         # Some documents are there twice: a copy would find its twin.
         documents.setdefault(file.read_text(errors="replace"), file.parent.name)
     lines = [json.dumps({"text": text, "label": label}) for text, label in documents.items()]
-    whole_file(path, lambda p: (p.write_text("\n".join(lines) + "\n"), None)[1], overwrite=True)
+    whole_file(path, lambda p: p.write_text("\n".join(lines) + "\n"), overwrite=True)
     return path
 
 
-def demo(output: Path, *, overwrite: bool = False, progress: bool = True) -> Result:
+def demo(output: Path, *, overwrite: bool = False) -> Result:
     """Fit MiniLM to a drop of at most one percentage point and write the artifact."""
     check_output(output, overwrite)
     return fit(
-        minilm(), bbc_news(), output, task="retrieval", max_drop=0.01, overwrite=overwrite,
-        progress=progress,
+        minilm(), bbc_news(), output, task="retrieval", max_drop=0.01, overwrite=overwrite
     )  # fmt: skip

@@ -111,7 +111,7 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def whole_file(output: Path, write: Callable[[Path], None], overwrite: bool = False) -> None:
+def whole_file(output: Path, write: Callable[[Path], object], overwrite: bool = False) -> None:
     """Write one file through `write(path)`, whole or not at all."""
     output = output.absolute()
     check_output(output, overwrite)

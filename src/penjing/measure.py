@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 import psutil
 
+from penjing.data import Dataset
 from penjing.errors import InputError, UsageError
+from penjing.evaluate import Evaluation, Predictor, evaluate
 from penjing.model import Model
 from penjing.result import Latency, Measurement
 from penjing.runtimes._remote import Remote
+from penjing.tasks import Task
 
 __all__ = [
     "Candidate",
@@ -234,7 +237,7 @@ def measure_files(
         if value is not None and value < 1:
             raise UsageError(name, got=value, allowed="at least 1")
     cores = threads or physical_cores()
-    length = min(length, example.longest or length)
+    length = example.at_most(length)
     text = length if "input_ids" in example.example else None
     sessions: list[Remote] = []
     try:
@@ -289,14 +292,14 @@ def median_ratio(before: Measured, after: Measured) -> float:
 def quality(
     file: Candidate,
     model: Model,
-    dataset: Any,
-    task: Any,
+    dataset: Dataset,
+    task: Task,
     *,
     length: int = 128,
     batch: int = 32,
     threads: int | None = None,
-    reference: Any = None,
-) -> Any:
+    reference: Predictor | None = None,
+) -> Evaluation:
     """`penjing.evaluate.evaluate` through the exported file, in a fresh process.
 
     Args:
@@ -304,11 +307,7 @@ def quality(
         model: tells how the data is encoded.
         dataset, task, length, batch, reference: as `evaluate` takes them.
 
-    Returns:
-        Evaluation.
     """
-    from penjing.evaluate import evaluate
-
     with Remote(file.path, file.runtime, threads=threads or physical_cores()) as session:
 
         def predict(inputs: Mapping[str, Any]) -> np.ndarray:

@@ -116,6 +116,10 @@ class Model:
                 return count - (0 if table.padding_idx is None else table.padding_idx + 1)
         return count
 
+    def at_most(self, length: int) -> int:
+        """`length` tokens, or as many as the network takes."""
+        return min(length, self.longest or length)
+
     @property
     def is_image(self) -> bool:
         """Whether the inputs are images."""
@@ -131,6 +135,11 @@ class Model:
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters, a tied one once under its first name."""
         return self.module.named_parameters(remove_duplicate=True)
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights of the network, tied ones once."""
+        return sum(p.numel() for _, p in self.parameters())
 
     def tied(self) -> list[tuple[str, ...]]:
         """Groups of parameter names that share one tensor."""

@@ -62,7 +62,7 @@ def demo(output: Path, overwrite: bool, as_json: bool) -> int:
     check_output(output, overwrite)
     from penjing.demo import demo as run
 
-    return _finish(run(output, overwrite=overwrite, progress=not as_json), output, as_json)
+    return _finish(run(output, overwrite=overwrite), output, as_json)
 
 
 @click.command()
@@ -148,7 +148,6 @@ def fit(
         seed=seed,
         overwrite=overwrite,
         confidence=confidence,
-        progress=not as_json,
     )
     return _finish(result, output, as_json)
 

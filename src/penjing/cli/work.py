@@ -68,7 +68,7 @@ def technique(
     begin = time.monotonic()
     kept = journal or output.with_name(output.name + ".journal")
     loaded = api.load(model, weights=weights, allow_pickle=allow_pickle)
-    parameters = sum(p.numel() for _, p in loaded.parameters())
+    parameters = loaded.parameter_count
     try:
         done = work(loaded, journal=kept, **options)
         api.save(done, output, to=to, overwrite=overwrite)
@@ -83,7 +83,7 @@ def technique(
         "output": str(output),
         "size_bytes": folder_size(output),
         "parameters_before": parameters,
-        "parameters": sum(p.numel() for _, p in done.parameters()),
+        "parameters": done.parameter_count,
         "stored_bits_per_weight": done.stored_bits(),
         "zeros": int(sum(mask.numel() - int(mask.sum()) for mask in done.masks.values())),
         "seconds": round(time.monotonic() - begin, 3),

@@ -54,9 +54,7 @@ def read(
         raise UsageError("limit of samples", got=limit, allowed="1 or more")
     place = Path(path)
     dataset = _read(place, text, label)
-    if limit is None or limit >= len(dataset):
-        return dataset
-    return dataset.subset(i * len(dataset) // limit for i in range(limit))
+    return dataset if limit is None else dataset.spread(limit)
 
 
 def _read(path: Path, text: str, label: str) -> Dataset:

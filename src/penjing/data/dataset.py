@@ -61,6 +61,12 @@ class Dataset:
         samples = tuple(self.samples[i] for i in chosen)
         return dataclasses.replace(self, samples=samples, labels=labels)
 
+    def spread(self, count: int) -> Dataset:
+        """At most `count` samples, spread evenly: files are often sorted by class."""
+        if count >= len(self):
+            return self
+        return self.subset(i * len(self) // count for i in range(count))
+
     def digests(self) -> tuple[str, ...]:
         """SHA-256 of each sample's content, labels left out.
 

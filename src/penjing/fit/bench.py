@@ -8,23 +8,21 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from penjing.data import Dataset
 from penjing.errors import PenjingError, UsageError
 from penjing.evaluate import Evaluation, Predictor, compare
-from penjing.export import export
-from penjing.measure import Candidate, Measured, Remote, measure_files
+from penjing.export import TARGETS, export
+from penjing.measure import Candidate, Measured, measure_files, median_ratio, quality
 from penjing.model import Model
+from penjing.registry import lookup
 from penjing.result import Drop, Measurement
 from penjing.tasks import Task
 
 __all__ = ["Bench", "Exported", "Trial", "runtimes_here"]
 
-# Writer and file of each runtime.
-FILES = {"onnxruntime": ("onnx", "model.onnx"), "openvino": ("openvino", "openvino")}
+# The writer whose files a runtime runs.
+WRITERS = {runtime: target for target, runtime in TARGETS.items()}
 
 
 def runtimes_here(wanted: str | None) -> list[str]:
@@ -33,20 +31,18 @@ def runtimes_here(wanted: str | None) -> list[str]:
     Raises:
         UsageError: the runtime asked for is unknown or not installed.
     """
-    from penjing.registry import lookup
-
     if wanted is not None:
         lookup("runtimes", wanted, "open")
-        if wanted not in FILES:
+        if wanted not in WRITERS:
             raise UsageError(
-                f"fit measures exported files, and {wanted} runs none", allowed=", ".join(FILES)
+                f"fit measures exported files, and {wanted} runs none", allowed=", ".join(WRITERS)
             )
         if importlib.util.find_spec(wanted) is None:
             raise UsageError(
                 f"runtime {wanted} is not installed", next=f"pip install 'penjing[{wanted}]'"
             )
         return [wanted]
-    return [r for r in FILES if importlib.util.find_spec(r) is not None]
+    return [r for r in WRITERS if importlib.util.find_spec(r) is not None]
 
 
 @dataclass
@@ -62,7 +58,8 @@ class Exported:
     @property
     def file(self) -> Candidate:
         """What `measure` takes."""
-        return Candidate(self.folder / FILES[self.runtime][1], self.runtime, self.parameters)
+        path = self.folder / str(lookup("runtimes", self.runtime, "file"))
+        return Candidate(path, self.runtime, self.parameters)
 
 
 @dataclass
@@ -94,7 +91,6 @@ class Bench:
     threads: int
     confidence: float
     seed: int
-    user_batch: int | None = None
     notes: list[str] = field(default_factory=list)
     before: Evaluation | None = None
     original: Exported | None = None
@@ -103,13 +99,12 @@ class Bench:
         """Export with parity; None, and a note, where this runtime cannot have it."""
         folder = self.folder / f"{name}-{runtime}"
         folder.mkdir()
-        parameters = sum(p.numel() for _, p in model.parameters())
         try:
-            export(model, folder, (FILES[runtime][0],))
+            export(model, folder, (WRITERS[runtime],))
         except PenjingError as error:
             self.notes.append(f"{name} in {runtime}: {error}")
             return None
-        return Exported(name, folder, runtime, parameters, model)
+        return Exported(name, folder, runtime, model.parameter_count, model)
 
     def time(self, exports: list[Exported], seconds: float = 8.0) -> list[Measured]:
         """Latency, memory and size of several files, interleaved."""
@@ -118,30 +113,18 @@ class Bench:
             exports[0].model,
             batch=self.batch,
             length=self.length,
-            user_batch=self.user_batch,
             threads=self.threads,
             seconds=seconds,
         )
 
     def evaluate(self, exported: Exported, reference: Predictor | None) -> Evaluation | None:
         """The user's metric through the exported file, in a process of its own."""
-        from penjing.evaluate import evaluate
-
         if self.dataset is None:
             return None
-        with Remote(exported.file.path, exported.runtime, threads=self.threads) as session:
-
-            def predict(batch: dict[str, torch.Tensor]) -> Any:
-                return session.run({name: tensor.numpy() for name, tensor in batch.items()})
-
-            return evaluate(
-                predict,
-                exported.model,
-                self.dataset,
-                self.task,
-                length=self.length,
-                reference=predict if reference is None else reference,
-            )
+        return quality(
+            exported.file, exported.model, self.dataset, self.task, length=self.length,
+            threads=self.threads, reference=reference,
+        )  # fmt: skip
 
     def start(self, original: Exported, reference: Predictor) -> None:
         """Evaluate the original's export; every drop is against it."""
@@ -158,11 +141,10 @@ class Bench:
             drop = compare(
                 self.before, after, self.task, confidence=self.confidence, seed=self.seed
             )
-        ratios = [a / b for a, b in zip(was.rounds_ms, now.rounds_ms, strict=True)]
         return Trial(
             exported,
             replace(now.measurement, quality=after.value if after else None),
             drop,
             replace(was.measurement, quality=self.before.value if self.before else None),
-            sorted(ratios)[len(ratios) // 2],
+            median_ratio(was, now),
         )

@@ -41,7 +41,7 @@ def preflight(
     tokens = 1 if model.interface == "causal" else length
     speeds = formats([(tokens, inputs, outputs)], runtimes, threads=threads, seconds=4.0)
     cost = predict(
-        parameters=sum(p.numel() for _, p in model.parameters()),
+        parameters=model.parameter_count,
         widest=max(s[0] for s in shapes),
         multiplications=inspect(model, length=length, latency=False).totals.macs or 0,
         samples=samples,

@@ -7,7 +7,7 @@ list is ordered from the one that promises most to the safest.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from penjing.fit.budget import Budget
 from penjing.fit.predict import Prediction, Predictor
@@ -78,25 +78,22 @@ def _at_depth(
     if predictor.tied and len(tables) > 1 and "fp32" not in formats:
         tables.remove("fp32")  # the head would set the table's format
     rests = [f for f in formats if math.isfinite(predictor.survey.rest.get(f, 0.0))] or ["fp32"]
-    size0 = predictor(uniform(predictor, formats[0], "fp32")).size
-    latency0 = predictor(uniform(predictor, formats[0], "fp32")).latency
+    whole = predictor(uniform(predictor, formats[0], "fp32"))
     scale = predictor.corrections
-    sizes = [
-        [predictor.block_size(i, *o) for o in own] for i, own in zip(kept, options, strict=True)
-    ]
+
+    def by_block(figure: Callable[[int, float, str], float]) -> list[list[float]]:
+        return [[figure(i, *o) for o in own] for i, own in zip(kept, options, strict=True)]
+
+    sizes = by_block(predictor.block_size)
     sizes += [[predictor.table_size(t) for t in tables], [predictor.rest_size(f) for f in rests]]
-    times = [
-        [predictor.block_latency(i, *o) for o in own] for i, own in zip(kept, options, strict=True)
-    ]
+    times = by_block(predictor.block_latency)
     times += [[0.0] * len(tables), [predictor.rest_latency(f) for f in rests]]
-    errors = [
-        [predictor.block_error(i, *o) for o in own] for i, own in zip(kept, options, strict=True)
-    ]
+    errors = by_block(predictor.block_error)
     errors += [[predictor.survey.tables.get(t, 0.0) for t in tables]]
     errors += [[predictor.rest_error(f, tables[-1]) for f in rests]]
     costs = [
         [
-            s * scale["size"] / size0 + t * scale["latency"] / latency0
+            s * scale["size"] / whole.size + t * scale["latency"] / whole.latency
             for s, t in zip(a, b, strict=True)
         ]
         for a, b in zip(sizes, times, strict=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from penjing.apply import Done
 from penjing.errors import InputError
 from penjing.files import write_json
-from penjing.fit.bench import FILES, Bench, Trial
+from penjing.fit.bench import Bench, Trial
 from penjing.fit.budget import Budget
 from penjing.fit.predict import Prediction
 from penjing.fit.space import Choice
@@ -119,14 +119,9 @@ def write(best: Made, result: Result, output: Path, overwrite: bool, command: st
     exported = best.trial.exported
 
     def extra(folder: Path) -> None:
-        name = FILES[exported.runtime][1]
-        for path in exported.folder.iterdir():
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copy2(path, folder / path.name)
-        if not (folder / name).exists():
-            raise InputError("the exported file is gone", got=exported.folder / name)
+        if not exported.file.path.exists():
+            raise InputError("the exported file is gone", got=exported.file.path)
+        shutil.copytree(exported.folder, folder, dirs_exist_ok=True)
         write_json(folder / "results.json", result.to_json())
         page = render(result, title=output.name, recipe_toml=best.recipe.to_toml(), command=command)
         (folder / "report.html").write_text(page, encoding="utf-8")

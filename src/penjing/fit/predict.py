@@ -17,11 +17,11 @@ from typing import cast
 
 from torch import Tensor
 
-from penjing.fit.space import FORMATS, TABLES, Choice
-from penjing.fit.survey import Survey
+from penjing.fit.space import FORMATS, TABLES, Choice, outside_blocks
+from penjing.fit.survey import Depth, Survey
 from penjing.graph import is_weighted
 from penjing.model import Model
-from penjing.steps.quantize import _SMALL_TABLE as SMALL_TABLE
+from penjing.steps.quantize import SMALL_TABLE
 
 __all__ = ["Prediction", "Predictor", "stored"]
 
@@ -87,12 +87,12 @@ class Predictor:
         inside = {n for n in layers if any(n.startswith(f"{b}.") for b in blocks)}
         tables = {id(weights[n]): shape[n] for n in layers if is_table[n] and n not in inside}
         self._tables = list(tables.values())
-        outside = [n for n in layers if n not in inside and not is_table[n]]
+        outside = outside_blocks(self.model)
         # A head tied to the table computes but stores nothing of its own.
         self._rest = [shape[n] for n in outside if id(weights[n]) not in shared]
         self.tied = any(id(weights[n]) in shared for n in outside)
         weighted = sum(w for s in (*self._blocks, self._tables, self._rest) for w, _ in s)
-        total = sum(p.numel() for _, p in self.model.parameters())
+        total = self.model.parameter_count
         self._plain = 4.0 * (total - weighted)
         computed = [sum(w for w, _ in b) for b in self._blocks]
         head = sum(shape[n][0] for n in outside)
@@ -155,8 +155,11 @@ class Predictor:
 
     def drop_of(self, cut: tuple[int, ...]) -> float:
         """Measured drop of a set of cut blocks; a gain by chance counts as nothing lost."""
-        depth = next((d for d in self.survey.ladder if tuple(d.cut) == cut), None)
+        depth = self._depth(cut)
         return max(0.0, depth.drop) if depth else 0.0
+
+    def _depth(self, cut: tuple[int, ...]) -> Depth | None:
+        return next((d for d in self.survey.ladder if tuple(d.cut) == cut), None)
 
     def __call__(self, choice: Choice) -> Prediction:
         """Size, latency, error and drop of a choice, corrected."""
@@ -168,7 +171,7 @@ class Predictor:
         error = self.survey.tables.get(choice.table, 0.0)
         error += self.rest_error(choice.rest, choice.table)
         error += sum(self.block_error(*p) for p in parts)
-        depth = next((d for d in self.survey.ladder if tuple(d.cut) == choice.cut), None)
+        depth = self._depth(choice.cut)
         drop = self.slope * error + self.drop_of(choice.cut)
         return Prediction(
             size * self.corrections["size"],

@@ -74,7 +74,7 @@ def divide(
     most = _MOST.get(model.interface, _MOST_OTHERS)
     if len(prepared) > most:
         notes.append(f"evaluated on {most} of {len(prepared)} samples, spread evenly")
-        prepared = prepared.subset(i * len(prepared) // most for i in range(most))
+        prepared = prepared.spread(most)
     small = model.interface == "causal"
     edits, search = (32, 8) if small else (96, 96)
     # In random order: files are often sorted by class, and the first would all be of one.

@@ -18,7 +18,7 @@ from penjing.steps.quantize import Quantize
 from penjing.steps.recover import Recover
 from penjing.steps.shrink import Shrink
 
-__all__ = ["FORMATS", "Choice", "Format", "formats_for", "recipe_of"]
+__all__ = ["FORMATS", "Choice", "Format", "formats_for", "outside_blocks", "recipe_of"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def recipe_of(
     groups: dict[str, list[str]] = {}
     for i in kept:
         groups.setdefault(choice.formats[i], []).append(f"{paths[i]}.*")
-    outside = tuple(_outside(model))
+    outside = tuple(outside_blocks(model))
     if outside:
         groups.setdefault(choice.rest, []).extend(outside)
     if (table := TABLES[choice.table]) is not None:
@@ -134,7 +134,7 @@ def recipe_of(
     return Recipe(tuple(structural), seed), Recipe(tuple(numbers), seed)
 
 
-def _outside(model: Model) -> list[str]:
+def outside_blocks(model: Model) -> list[str]:
     """Weighted layers outside the blocks, embeddings left out."""
     return [
         name

@@ -125,15 +125,17 @@ def survey(
     path = cache_folder() / f"survey-{key}.json"
     start = time.monotonic()
     found = _read(path)
+    reference: list[Tensor] = []  # the original's outputs, run when they are first needed
     if not found.complete:
         found = Survey()
         with _fast(model):
-            reference = [model.run(b) for b in search]
+            reference += (model.run(b) for b in search)
             _singles(model, calibration, search, reference, formats, found)
         found.complete = True
     before = len(found.ladder)
     with _fast(model):
-        _climb(model, calibration, search, drop_of, found, limit, time.monotonic() + seconds)
+        deadline = time.monotonic() + seconds
+        _climb(model, calibration, search, reference, drop_of, found, limit, deadline)
     if len(found.ladder) > before or not path.exists():
         found.seconds += time.monotonic() - start
         whole_file(path, lambda p: _write(p, found), overwrite=True)
@@ -259,6 +261,7 @@ def _climb(
     model: Model,
     calibration: Sequence[Batch],
     search: Sequence[Batch],
+    reference: Sequence[Tensor],
     drop_of: Callable[[Model], float],
     found: Survey,
     limit: float,
@@ -269,7 +272,6 @@ def _climb(
         (k for k, v in found.cuts.items() if math.isfinite(v)), key=found.cuts.__getitem__
     )
     most = len(model.blocks) - 1
-    reference: list[Tensor] = []
     while len(found.ladder) < min(most, len(order)) and time.monotonic() < deadline:
         if found.ladder and found.ladder[-1].drop > limit:
             return

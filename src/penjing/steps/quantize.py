@@ -20,10 +20,10 @@ from penjing.recipe import ActivationRange, Edit
 from penjing.registry import lookup
 from penjing.steps._select import canonical, selected
 
-__all__ = ["Quantize", "activation_range"]
+__all__ = ["SMALL_TABLE", "Quantize", "activation_range"]
 
 # Tables smaller than this (token types and the like) cost more in metadata than they save.
-_SMALL_TABLE = 16384
+SMALL_TABLE = 16384
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Quantize:
         return self.embeddings if isinstance(layer, nn.Embedding) else self.bits
 
     def _least(self, layer: nn.Module) -> int:
-        return _SMALL_TABLE if isinstance(layer, nn.Embedding) else 0
+        return SMALL_TABLE if isinstance(layer, nn.Embedding) else 0
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """Planes for every layer, ranges for every layer input."""
