@@ -110,24 +110,28 @@ def float_graph(model: Model) -> onnx.ModelProto:
     return _plain(program.model_proto)
 
 
-def turn_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace every Transpose of a constant matrix by the turned constant.
+def turn_constants(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Replace every Transpose of a constant matrix by the turned constant; give the nodes taken.
 
     The tracer leaves one where the matrix has another reader, as a tied table has; the weight of
-    a matrix product must be a constant to be found. The copy is for graphs to be rewritten only.
+    a matrix product must be a constant to be found. What nobody rewrote is to be put back: the
+    copy doubles the bytes of the table.
     """
     stored = {t.name: t for t in proto.graph.initializer if len(t.dims) == 2}
-    kept = []
-    for node in proto.graph.node:
+    kept, taken = [], []
+    for node in list(proto.graph.node):
         if node.op_type == "Transpose" and node.input[0] in stored:
             array = numpy_helper.to_array(stored[node.input[0]]).T
             turned = numpy_helper.from_array(np.ascontiguousarray(array), node.output[0])
             proto.graph.initializer.append(turned)
+            twin = onnx.NodeProto()
+            twin.CopyFrom(node)
+            taken.append(twin)
         else:
             kept.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(kept)
-    return proto
+    return taken
 
 
 def _doubled(model: Model, name: str) -> Tensor:

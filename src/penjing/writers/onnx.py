@@ -82,7 +82,8 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
             allowed="one plane of 2 to 8 bits, group 16, 32, 64, 128, 256 or the whole row",
             next="quantize with another scheme, or export to another format",
         )
-    proto = turn_constants(float_graph(model))
+    proto = float_graph(model)
+    turned = turn_constants(proto)
     uses = find_uses(proto, model)
     graph = Graph(proto)
     matrices, kernels = [], []
@@ -99,6 +100,10 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
         place(graph, name, planes, rest)
     place_matrices(graph, matrices)
     place_kernels(graph, kernels)
+    for node in turned:
+        if graph.readers(node.input[0]) and graph.readers(node.output[0]):
+            graph.nodes.insert(0, node)
+            del graph.constants[node.output[0]]
     _unfuse_residuals(graph)
     return graph.finish()
 
