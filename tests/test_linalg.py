@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from penjing.errors import InputError
-from penjing.linalg import Gram, affine_ridge, damped_cholesky, inverse_cholesky_upper, ridge
+from penjing.linalg import (
+    Cross,
+    Gram,
+    affine_ridge,
+    asymmetric_target,
+    damped_cholesky,
+    inverse_cholesky_upper,
+    ridge,
+)
 
 
 def samples(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -148,3 +156,22 @@ def test_affine_ridge_with_a_constant_input() -> None:
     np.testing.assert_allclose(bias.numpy(), [-15], atol=1e-6)
     with pytest.raises(InputError, match="no calibration data"):
         affine_ridge(0, *sums(x, y)[1:])
+
+
+def test_the_asymmetric_target_is_least_squares_on_the_edited_inputs() -> None:
+    generator = np.random.default_rng(5)
+    was = generator.standard_normal((200, 6))
+    now = was + 0.3 * generator.standard_normal((200, 6))
+    weight = generator.standard_normal((4, 6))
+    gram, cross = Gram(6), Cross(6)
+    gram.add(torch.from_numpy(now))
+    for part in (slice(0, 70), slice(70, 200)):
+        cross.add(torch.from_numpy(was[part]), torch.from_numpy(now[part]))
+    wanted = np.linalg.lstsq(now, was @ weight.T, rcond=None)[0].T  # [out, in]
+    tensor = torch.from_numpy(weight)
+    found = asymmetric_target(tensor, gram.matrix, cross.matrix, 1.0, damping=1e-9)
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
+    half = asymmetric_target(tensor, gram.matrix, cross.matrix, 0.5, damping=1e-9)
+    np.testing.assert_allclose(half.numpy(), (weight + wanted) / 2, atol=1e-5)
+    same = asymmetric_target(tensor, gram.matrix, gram.matrix, 1.0)
+    np.testing.assert_allclose(same.numpy(), weight, atol=1e-6)

@@ -87,20 +87,34 @@ def apply(
                 _make(result, step.name, edits)
                 continue
             stream = Stream(result.model, batches) if batches and step.needs else None
+            reference = None
+            if stream is not None and "cross" in step.needs:
+                reference = Stream(result.model.copy(), batches)
             units = list(units_of(result.model, stream))
             for unit in track(units, step.name):
                 edits = log.read(number, unit.name)
-                if edits is None:
+                if edits is not None:
+                    _make(result, step.name, edits)
+                else:
                     _seed(recipe, number, unit.name)
                     chosen = step.layers(unit)
-                    if stream is not None and unit.index is not None and chosen:
-                        stream.enter(unit.index)
-                    stats = {}
-                    if stream is not None and chosen:
-                        stats = stream.collect(replace(unit, layers=chosen), step.needs)
-                    edits = list(step.plan(unit, stats))
+                    unit.reference = reference
+                    for own in (stream, reference):
+                        if own is not None and unit.index is not None and chosen:
+                            own.enter(unit.index)
+                    edits = []
+                    if getattr(step, "staged", False):
+                        # Its later layers are calibrated on its earlier edits.
+                        for edit in step.plan(unit, {}):
+                            _make(result, step.name, [edit])
+                            edits.append(edit)
+                    else:
+                        stats = {}
+                        if stream is not None and chosen:
+                            stats = stream.collect(replace(unit, layers=chosen), step.needs)
+                        edits += step.plan(unit, stats)
+                        _make(result, step.name, edits)
                     log.write(number, unit.name, edits)
-                _make(result, step.name, edits)
                 if edits and unit.name == "front" and stream is not None:
                     # What enters the first block has changed.
                     stream = Stream(result.model, batches)

@@ -7,6 +7,8 @@ cached hidden states; otherwise the network is run again up to that block.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,11 @@ from torch import Tensor, nn
 from penjing.calls import Call, record
 from penjing.errors import InputError
 from penjing.graph import is_weighted
-from penjing.linalg import Gram
+from penjing.linalg import Cross, Gram
 from penjing.model import Batch, Model
+
+# Most stages of a block that is calibrated layer by layer.
+_STAGES = 8
 
 __all__ = ["LayerStats", "Stream", "Unit", "units_of"]
 
@@ -29,6 +34,7 @@ class LayerStats:
 
     Attributes:
         gram: [in, in] mean outer product, float64; None where it was not asked for.
+        cross: [in, in] mean outer product of the reference's inputs (rows) and these (columns).
         norm: [in] root mean square of each input.
         low, high: range of all values seen.
         count: input vectors seen; 0 where the layer was never run.
@@ -36,6 +42,7 @@ class LayerStats:
 
     gram: Tensor | None = None
     norm: Tensor | None = None
+    cross: Tensor | None = None
     low: float = 0.0
     high: float = 0.0
     count: int = 0
@@ -51,6 +58,7 @@ class Unit:
         stream: gives the block's inputs; None without data.
         index: position among the blocks, None for `front`, `back` and the whole network.
         original: the network before any edit, for steps that plan the whole network.
+        reference: inputs of the same block in the network as it was before this step.
         batches: calibration batches, likewise.
     """
 
@@ -61,6 +69,7 @@ class Unit:
     index: int | None
     original: Model | None = None
     batches: Sequence[Batch] = ()
+    reference: Stream | None = None
 
 
 class _Stop(Exception):
@@ -226,42 +235,119 @@ class Stream:
         """The first call of the entered block."""
         return next(self.calls())
 
-    def collect(self, unit: Unit, needs: frozenset[str]) -> dict[str, LayerStats]:
+    def stages(self, unit: Unit) -> list[dict[str, nn.Module]]:
+        """A block's layers in the order they run, those that read the same input together.
+
+        One stage where the order is not that of a chain: a layer runs more than once, or there
+        are more than `_STAGES` of them (experts).
+        """
+        if unit.index is None or len(unit.layers) < 2:
+            return [unit.layers]
+        order: list[str] = []
+        inputs: list[Tensor] = []
+        handles = []
+        for name, layer in unit.layers.items():
+
+            def see(_: nn.Module, args: Any, name: str = name) -> None:
+                order.append(name)
+                inputs.append(args[0])
+
+            handles.append(layer.register_forward_pre_hook(see, prepend=True))
+        try:
+            call = self.sample()
+            call.run(self.model.module.get_submodule(unit.name), call.hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        stages: list[dict[str, nn.Module]] = []
+        for place, name in enumerate(order):
+            if not place or inputs[place] is not inputs[place - 1]:
+                stages.append({})
+            stages[-1][name] = unit.layers[name]
+        if len(order) != len(set(order)) or len(stages) > _STAGES:
+            return [unit.layers]
+        if unseen := {n: m for n, m in unit.layers.items() if n not in order}:
+            stages.append(unseen)
+        return stages
+
+    def collect(
+        self, unit: Unit, needs: frozenset[str], reference: Stream | None = None
+    ) -> dict[str, LayerStats]:
         """Statistics of the inputs of a unit's layers; embeddings have none.
+
+        Args:
+            unit: the entered block, or what stands outside the blocks.
+            needs: any of `gram`, `range`, `cross`.
+            reference: the same batches on their way through the network before the edits; a
+                layer whose input has another width there has no `cross`.
 
         Raises:
             InputError: an activation is NaN or infinite.
         """
-        stats: dict[str, LayerStats] = {}
+        names = [n for n, m in unit.layers.items() if not isinstance(m, nn.Embedding)]
+        stats = {name: LayerStats() for name in names}
         grams: dict[str, Gram] = {}
-        handles = []
-        for name, layer in unit.layers.items():
-            if isinstance(layer, nn.Embedding):
-                continue
-            stats[name] = LayerStats()
+        crosses: dict[str, Cross] = {}
+        other = reference if "cross" in needs else None
+        twins = {}
+        if other is not None:
+            modules = dict(other.model.module.named_modules())
+            twins = {n: modules[n] for n in names if n in modules}
+        seen: dict[str, list[Tensor]] = {}
 
-            def see(module: nn.Module, args: Any, name: str = name) -> None:
-                x = _unpadded(args[0], self._mask) if isinstance(module, nn.Linear) else args[0]
-                _update(name, module, x, stats[name], grams, needs)
+        def note(module: nn.Module, args: Any, name: str) -> None:
+            if (rows := _vectors(module, _rows_of(module, args[0], self._mask))) is not None:
+                seen.setdefault(name, []).append(rows)
 
-            # Appended, so that the hook sees what the layer sees.
-            handles.append(layer.register_forward_pre_hook(see))
+        def see(module: nn.Module, args: Any, name: str) -> None:
+            x = _rows_of(module, args[0], self._mask)
+            rows = _update(name, module, x, stats[name], grams, needs)
+            if rows is not None and (before := seen.get(name)):
+                was = before.pop(0)
+                if was.shape == rows.shape:
+                    crosses.setdefault(name, Cross(rows.shape[1])).add(was, rows)
+
+        # Appended, so that the hook sees what the layer sees.
+        handles = [
+            unit.layers[n].register_forward_pre_hook(functools.partial(see, name=n)) for n in names
+        ]
+        handles += [
+            m.register_forward_pre_hook(functools.partial(note, name=n)) for n, m in twins.items()
+        ]
         try:
             with torch.no_grad():
                 if unit.index is not None:
                     block = self.model.module.get_submodule(unit.name)
-                    for call in self.calls():
+                    pairs: Iterator[tuple[Call, Call | None]] = (
+                        zip(self.calls(), itertools.repeat(None))
+                        if other is None
+                        else zip(self.calls(), other.calls(), strict=True)
+                    )
+                    for call, was in pairs:
+                        seen.clear()
+                        if other is not None and was is not None:
+                            was.run(other.model.module.get_submodule(unit.name), was.hidden)
                         call.run(block, call.hidden)
                 else:
                     for batch in self.batches:
+                        seen.clear()
                         self._mask = batch.get("attention_mask")
+                        if other is not None:
+                            other.model.run(batch)
                         self.model.run(batch)
         finally:
             for handle in handles:
                 handle.remove()
         for name, gram in grams.items():
             stats[name].gram, stats[name].norm = gram.matrix, gram.norm
+        for name, cross in crosses.items():
+            if cross.count == grams[name].count:  # every row had its pair
+                stats[name].cross = cross.matrix
         return stats
+
+
+def _rows_of(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    return _unpadded(x, mask) if isinstance(module, nn.Linear) else x
 
 
 def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -277,9 +363,9 @@ def _update(
     stats: LayerStats,
     grams: dict[str, Gram],
     needs: frozenset[str],
-) -> None:
+) -> Tensor | None:
     if not x.numel():  # an expert that no token was sent to
-        return
+        return None
     low, high = float(x.amin()), float(x.amax())
     if not (torch.isfinite(torch.tensor([low, high])).all()):
         raise InputError(
@@ -294,6 +380,7 @@ def _update(
         if name not in grams:
             grams[name] = Gram(vectors.shape[1])
         grams[name].add(vectors)
+    return vectors
 
 
 def _vectors(layer: nn.Module, x: Tensor) -> Tensor | None:

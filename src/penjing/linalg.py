@@ -16,7 +16,15 @@ from torch import Tensor
 
 from penjing.errors import InputError
 
-__all__ = ["Gram", "affine_ridge", "damped_cholesky", "inverse_cholesky_upper", "ridge"]
+__all__ = [
+    "Cross",
+    "Gram",
+    "affine_ridge",
+    "asymmetric_target",
+    "damped_cholesky",
+    "inverse_cholesky_upper",
+    "ridge",
+]
 
 # Tokens multiplied in float32 before the float64 sum: relative rounding stays near 1e-6.
 _CHUNK = 2048
@@ -101,6 +109,67 @@ class Gram:
             raise InputError(
                 "no calibration data reached a layer", next="give more, or other, samples"
             )
+
+
+class Cross:
+    """The mean of y^T x over all pairs of tokens added, float64; sums as `Gram`.
+
+    Args:
+        width: of y and of x.
+
+    Attributes:
+        count: pairs added.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self._sum = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add pairs of rows y, x [tokens, width]."""
+        _check_finite("a layer's input", y)
+        for start in range(0, len(x), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            product = y[rows].float().T @ x[rows].float()
+            if not bool(torch.isfinite(product).all()):
+                product = y[rows].double().T @ x[rows].double()
+            self._sum += product
+        self.count += len(x)
+
+    @property
+    def matrix(self) -> Tensor:
+        """[width, width] float64: sum of y^T x / count."""
+        return self._sum / self.count
+
+
+def asymmetric_target(
+    weight: Tensor, gram: Tensor, cross: Tensor, alpha: float = 0.5, damping: float = 0.01
+) -> Tensor:
+    """The weight that on the edited network's inputs gives what the original gave on its own.
+
+        W* = W + alpha W (C - H) (H + lambda I)^-1
+
+    With alpha = 1 this is the least-squares solution (GPTAQ, arXiv 2504.02692); half of the way
+    generalises better from small calibration sets.
+
+    Args:
+        weight: [out, in].
+        gram: H [in, in], of the edited network's inputs.
+        cross: C [in, in], original's inputs by edited ones.
+        alpha: how far to go, 0 to 1.
+        damping: lambda as a fraction of the mean diagonal.
+
+    Returns:
+        float32 [out, in].
+
+    Raises:
+        InputError: as `damped_cholesky`.
+    """
+    lower, _, dead = _factor(gram, damping)
+    change = (weight.double() @ (cross - gram)).T  # [in, out]
+    change[dead] = 0
+    solved: Tensor = torch.cholesky_solve(change, lower)
+    return (weight.double() + alpha * solved.T).float()
 
 
 def _factor(matrix: Tensor, damping: float) -> tuple[Tensor, float, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from penjing.errors import InputError, UsageError
 
-__all__ = ["attribute_of", "choices", "lookup"]
+__all__ = ["attribute_of", "choices", "constant", "lookup"]
 
 
 def choices(family: str) -> tuple[str, ...]:
@@ -44,6 +44,17 @@ def lookup(family: str, name: Any, attribute: str) -> Any:
         )
     module = importlib.import_module(f"penjing.{family}.{str(name).replace('-', '_')}")
     return getattr(module, attribute)
+
+
+def constant(family: str, name: Any, attribute: str, default: Any) -> Any:
+    """A constant that leaf `name` declares beside its function; `default` where it does not.
+
+    A user's own function declares nothing.
+    """
+    if callable(name) or ":" in str(name):
+        return default
+    module = importlib.import_module(f"penjing.{family}.{str(name).replace('-', '_')}")
+    return getattr(module, attribute, default)
 
 
 def attribute_of(spec: str) -> Any:

@@ -87,20 +87,38 @@ def test_gptq_beats_rtn_beats_random_on_the_output() -> None:
 def test_later_blocks_are_calibrated_on_edited_earlier_ones() -> None:
     """Block 1's planes are those of a Gram matrix of the quantized block 0's output."""
     model, batches = net.stack(), net.arrays(4)
-    small = apply(model, Recipe((Quantize(2),)), batches).model
+    small = apply(model, Recipe((Quantize(2, alpha=0.0),)), batches).model
     partly = model.copy()
     partly.module.inp.load_state_dict(small.module.inp.state_dict())
     partly.module.blocks[0].load_state_dict(small.module.blocks[0].state_dict())
-    weight = model.module.blocks[1].up.weight.detach()
 
-    def fit(network: Model) -> torch.Tensor:
-        rows = _inputs(network, "blocks.1.up", batches)
+    def fit(network: Model, layer: str) -> torch.Tensor:
+        rows = _inputs(network, layer, batches)
         stats = type("S", (), {"gram": torch.from_numpy(rows.T @ rows / len(rows))})
+        weight = model.module.get_submodule(layer).weight.detach()
         return gptq.fit(weight, Scheme(2), stats).codes
 
     found = small.planes["blocks.1.up.weight"].codes
-    assert torch.equal(found, fit(partly))
-    assert not torch.equal(found, fit(model))  # nor that of the original
+    assert torch.equal(found, fit(partly, "blocks.1.up"))
+    assert not torch.equal(found, fit(model, "blocks.1.up"))  # nor that of the original
+    # Within a block likewise: `down` reads what the quantized `up` gives.
+    found = small.planes["blocks.1.down.weight"].codes
+    assert not torch.equal(found, fit(partly, "blocks.1.down"))
+    partly.module.blocks[1].up.load_state_dict(small.module.blocks[1].up.state_dict())
+    assert torch.equal(found, fit(partly, "blocks.1.down"))
+
+
+def test_a_layer_makes_up_for_what_was_lost_before_it() -> None:
+    """With alpha the outputs come nearer to the original's, on data that nothing was fitted to."""
+    model = net.stack()
+    batches = net.arrays(80)
+    errors = []
+    for alpha in (0.0, 0.5):
+        small = apply(model, Recipe((Quantize(2, alpha=alpha),)), batches[:-2]).model
+        with torch.no_grad():
+            gaps = [float((small.run(b) - model.run(b)).norm()) for b in batches[-2:]]
+        errors.append(sum(gaps))
+    assert errors[1] < errors[0]
 
 
 def test_static_ranges_cover_what_was_seen() -> None:
@@ -231,7 +249,7 @@ def test_a_method_of_ones_own(tmp_path: Path) -> None:
         "    return rtn.fit(2 * weight, scheme)\n"
     )
     model = net.stack()
-    small = apply(model, Recipe((Quantize(8, method=f"{file}:fit"),)), net.arrays(1)).model
+    small = apply(model, Recipe((Quantize(8, method=f"{file}:fit", alpha=0.0),)), net.arrays(1)).model
     torch.testing.assert_close(
         small.module.out.weight, 2 * model.module.out.weight, rtol=0.02, atol=0.02
     )

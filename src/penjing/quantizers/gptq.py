@@ -20,7 +20,10 @@ from penjing import grids, linalg
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes, Scheme
 
-__all__ = ["fit"]
+__all__ = ["families", "fit", "needs"]
+
+needs = frozenset({"gram"})
+families = frozenset({"integer"})
 
 
 def fit(

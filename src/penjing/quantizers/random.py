@@ -10,7 +10,10 @@ from torch import Tensor
 from penjing import grids
 from penjing.planes import IntegerPlanes, Scheme
 
-__all__ = ["fit"]
+__all__ = ["families", "fit", "needs"]
+
+needs: frozenset[str] = frozenset()
+families = frozenset({"integer"})
 
 
 def fit(weight: Tensor, scheme: Scheme, stats: Any = None) -> IntegerPlanes:

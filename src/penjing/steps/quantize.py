@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import InputError, UsageError
+from penjing.linalg import asymmetric_target
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.recipe import ActivationRange, Edit
-from penjing.registry import lookup
+from penjing.registry import constant, lookup
 from penjing.steps._select import canonical, selected
 
 __all__ = ["SMALL_TABLE", "Quantize", "activation_range"]
@@ -42,10 +43,12 @@ class Quantize:
         embedding_group: entries that share a scale in an embedding row; 0 is the whole row.
         targets: globs of layer paths; without any, every layer.
         skip: globs of layer paths that stay as they are.
+        alpha: how far a layer makes up for what was lost before it, 0 to 1.
     """
 
     name: ClassVar[str] = "quantize"
     scope: ClassVar[str] = "block"
+    staged: ClassVar[bool] = True
 
     bits: int = 8
     group: int = 0
@@ -57,6 +60,7 @@ class Quantize:
     embedding_group: int = 0
     targets: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    alpha: float = 0.5
 
     def __post_init__(self) -> None:
         if self.bits:
@@ -64,6 +68,8 @@ class Quantize:
         if self.embeddings:
             Scheme(self.embeddings, self.embedding_group, self.symmetric)
         lookup("quantizers", self.method, "fit")
+        if not 0 <= self.alpha <= 1:
+            raise UsageError("alpha", got=self.alpha, allowed="0 to 1")
         if self.activations not in (0, 8):
             raise UsageError("activations", got=self.activations, allowed="0 or 8 bits")
         if self.activations and (self.bits != 8 or self.group or not self.symmetric):
@@ -74,7 +80,10 @@ class Quantize:
     @property
     def needs(self) -> frozenset[str]:
         """Gram matrices unless the method is blind; ranges for static activations."""
-        gram = set() if self.method in ("rtn", "random") or not self.bits else {"gram"}
+        wanted = constant("quantizers", self.method, "needs", frozenset({"gram"}))
+        gram = set(wanted) if self.bits else set()
+        if "gram" in gram and self.alpha:
+            gram.add("cross")
         static = {"range"} if self.activations and not self.dynamic else set()
         return frozenset(gram | static)
 
@@ -95,37 +104,58 @@ class Quantize:
         return SMALL_TABLE if isinstance(layer, nn.Embedding) else 0
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
-        """Planes for every layer, ranges for every layer input."""
-        fit = lookup("quantizers", self.method, "fit")
-        for path, layer in self.layers(unit).items():
+        """Planes for every layer, ranges for every layer input.
+
+        Without `stats` they are taken here, stage by stage: the output projection of an
+        attention is calibrated on quantized queries, keys and values.
+        """
+        chosen = replace(unit, layers=self.layers(unit))
+        if stats or unit.stream is None or not self.needs:
+            yield from self._plan(chosen, stats)
+            return
+        for layers in unit.stream.stages(chosen):
+            stage = replace(chosen, layers=layers)
+            found = unit.stream.collect(stage, self.needs, unit.reference)
+            yield from self._plan(stage, found)
+
+    def _plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
+        for path, layer in unit.layers.items():
             table = isinstance(layer, nn.Embedding)
-            bits = self._bits(layer)
-            weight: Tensor = layer.weight.detach()  # type: ignore[operator]
             name = canonical(unit.model, f"{path}.weight")
             own = stats.get(path, LayerStats())
             if name not in unit.model.planes:
-                group = self.embedding_group if table else self.group
-                if isinstance(layer, nn.Conv1d | nn.Conv2d):
-                    group = 0  # runtimes have one scale an output channel of a convolution
-                scheme = Scheme(bits, group, self.symmetric)
-                if own.gram is not None and not torch.isfinite(own.gram).all():
-                    raise InputError(f"the Gram matrix of {path} is not finite")
-                matrix = weight.reshape(len(weight), -1).float()  # [out, in]
-                planes = replace(fit(matrix, scheme, own), shape=tuple(weight.shape))
-                if (mask := unit.model.masks.get(name)) is not None:
-                    planes = _masked(planes, mask.reshape(matrix.shape))
-                error = float(
-                    (planes.dequantize() - weight).norm() / weight.norm().clamp_min(1e-12)
-                )
-                where = f"group {scheme.group}" if scheme.group else "per channel"
-                yield Edit(
-                    "quantize", name, planes, f"{bits} bits {where} by {self.method}",
-                    {"bits": float(bits), "weight_error": error},
-                )  # fmt: skip
+                yield self._quantized(unit, path, layer, name, own)
             # A layer that the data never reached has no range, and needs none.
             if self.activations and not table and (self.dynamic or own.count or path not in stats):
                 found = ActivationRange(0.0, 0) if self.dynamic else activation_range(own, path)
                 yield Edit("activation", path, found, "8-bit input")
+
+    def _quantized(
+        self, unit: Unit, path: str, layer: nn.Module, name: str, own: LayerStats
+    ) -> Edit:
+        table = isinstance(layer, nn.Embedding)
+        bits = self._bits(layer)
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+        group = self.embedding_group if table else self.group
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
+            group = 0  # runtimes have one scale an output channel of a convolution
+        scheme = Scheme(bits, group, self.symmetric)
+        if own.gram is not None and not torch.isfinite(own.gram).all():
+            raise InputError(f"the Gram matrix of {path} is not finite")
+        matrix = weight.reshape(len(weight), -1).float()  # [out, in]
+        target = matrix
+        if own.gram is not None and own.cross is not None and self.alpha:
+            target = asymmetric_target(matrix, own.gram, own.cross, self.alpha)
+        fit = lookup("quantizers", self.method, "fit")
+        planes = replace(fit(target, scheme, own), shape=tuple(weight.shape))
+        if (mask := unit.model.masks.get(name)) is not None:
+            planes = _masked(planes, mask.reshape(matrix.shape))
+        error = float((planes.dequantize() - weight).norm() / weight.norm().clamp_min(1e-12))
+        where = f"group {scheme.group}" if scheme.group else "per channel"
+        return Edit(
+            "quantize", name, planes, f"{bits} bits {where} by {self.method}",
+            {"bits": float(bits), "weight_error": error},
+        )  # fmt: skip
 
 
 def _masked(planes: IntegerPlanes, mask: Tensor) -> IntegerPlanes:
