@@ -11,7 +11,8 @@ ROOT = Path(penjing.__file__).parent
 # only where the package is listed in TOGETHER.
 LAYERS = [
     ["errors"],
-    ["units", "registry", "files"],
+    ["units", "registry", "files", "packing", "scales", "codebooks"],
+    ["scheme", "stored"],
     ["planes", "result"],
     ["recipe"],
     ["model"],

@@ -76,7 +76,7 @@ def test_zero_points_of_one_plane() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"bits": (9,)},
+        {"bits": (17,)},
         {"bits": (4, 4)},
         {"scale": torch.ones(1, 2, 1)},
         {"shift": torch.ones(2, 1)},

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from penjing.errors import InputError
-from penjing.planes import IntegerPlanes, Scheme
+from penjing.planes import IntegerPlanes, Scheme, round_scales
 
 __all__ = ["Grid", "check_weight", "min_max", "mse", "to_planes"]
 
@@ -33,6 +33,9 @@ class Grid:
     zero_point: Tensor
     scheme: Scheme
     group: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", round_scales(self.scale, self.scheme.scale_bits))
 
     @property
     def shift(self) -> Tensor:
@@ -137,6 +140,15 @@ def mse(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, steps:
 
 def to_planes(codes: Tensor, grid: Grid) -> IntegerPlanes:
     """One plane of `codes` uint8 [out, in] on `grid`."""
+    scheme = grid.scheme
+    half = (float(2 ** (scheme.bits - 1)),)
     return IntegerPlanes(
-        codes.unsqueeze(0), (grid.scheme.bits,), grid.scale.unsqueeze(0), grid.shift, grid.group
+        codes.unsqueeze(0),
+        (scheme.bits,),
+        grid.scale.unsqueeze(0),
+        grid.shift,
+        grid.group,
+        scale_bits=scheme.scale_bits,
+        offset="centre" if scheme.symmetric else "zero",
+        centre=half if scheme.symmetric else (),
     )

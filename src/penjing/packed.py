@@ -9,6 +9,7 @@ are packed, least significant first.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from penjing.planes import IntegerPlanes
 
-__all__ = ["FLOATS", "keys", "pack", "restored", "unpack"]
+__all__ = ["FLOATS", "keys", "pack", "plain", "restored", "unpack"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,8 +28,14 @@ def restored(planes: IntegerPlanes, dtype: torch.dtype) -> Tensor:
     return planes.dequantize().double().clamp(limits.min, limits.max).to(dtype)
 
 
+def plain(planes: IntegerPlanes) -> IntegerPlanes:
+    """The same weight with its shift as floats, as a bare file stores it."""
+    return replace(planes, offset="float", centre=(), scale_bits=32, nested_scales={})
+
+
 def pack(planes: IntegerPlanes, tensor: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of one weight; one plane is stored to broadcast where it can."""
+    planes = plain(planes)
     rows, groups = planes.shift.shape
     description = planes.describe() | {
         "matrix": list(planes.shape),

@@ -1,98 +1,45 @@
 """IntegerPlanes: the one formula for every quantized weight.
 
-    w[o, i] = sum over k of scale[k, o, g(i)] * codes[k, o, i] + shift[o, g(i)]
+    w[o, i] = sum over k of scale[k, o, g(i)] * z[k, o, i] + shift[o, g(i)]
 
-with g(i) = i // group. Integer quantization is one plane of b bits; `shift` is
--scale * zero_point. Codes are unsigned and bit-packed little end first, row by row.
-A convolution's weight [out, in, h, w] is stored as the matrix [out, in * h * w].
+with g(i) = i // group and integers z. Without tables z[k, o, i] = codes[k, o, i], unsigned.
+With tables a code looks up a vector of `dim` integers, z[k, o, dim * j + d] =
+tables[k, codes[k, o, j], d]; with `window` L the entry is made of L codes, the newest lowest:
+sum over l < L of codes[k, o, j - l] * 2**(bits * l), codes before the row being 0.
+
+Integer quantization is one plane of b bits with shift = -scale * zero_point; binary codes are
+planes of one bit; ternary codes planes of three values. A convolution's weight [out, in, h, w]
+is the matrix [out, in * h * w].
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from penjing.errors import InputError, UsageError
+from penjing import codebooks, scales
+from penjing.errors import InputError
+from penjing.packing import is_width, pack_bits, row_bytes, unpack_bits, values
+from penjing.scales import centred, round_scales
+from penjing.scheme import Scheme
+from penjing.stored import fields
 
-__all__ = ["IntegerPlanes", "Scheme", "pack_bits", "unpack_bits"]
+__all__ = [
+    "IntegerPlanes",
+    "Scheme",
+    "centred",
+    "pack_bits",
+    "round_scales",
+    "unpack_bits",
+]
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a weight [out, in] is to be quantized to one plane of integers.
-
-    Attributes:
-        bits: 2 to 8.
-        group: consecutive inputs that share a scale; 0 is the whole row.
-        symmetric: the zero point is fixed at 2**(bits - 1).
-
-    Raises:
-        UsageError: a value outside these ranges.
-    """
-
-    bits: int
-    group: int = 0
-    symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        if type(self.bits) is not int or not 2 <= self.bits <= 8:
-            raise UsageError("bits", got=repr(self.bits), allowed="a whole number from 2 to 8")
-        if type(self.group) is not int or self.group < 0:
-            raise UsageError(
-                "group", got=repr(self.group), allowed="a whole number; 0 is the whole row"
-            )
-        if type(self.symmetric) is not bool:
-            raise UsageError("symmetric", got=repr(self.symmetric), allowed="true or false")
-
-    def group_of(self, inputs: int) -> int:
-        """Inputs that share a scale in a weight of `inputs` columns, at least 1."""
-        return min(self.group or inputs, inputs) or 1
-
-    @property
-    def levels(self) -> int:
-        """The largest code, 2**bits - 1."""
-        return int(2**self.bits - 1)
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned codes into bytes, least significant bits first.
-
-    Args:
-        codes: uint8 [rows, n], each below 2**bits.
-        bits: 1 to 8.
-
-    Returns:
-        uint8 [rows, ceil(n * bits / 8)].
-    """
-    rows, n = codes.shape
-    if bits == 8:
-        return codes.contiguous()
-    shifts = torch.arange(bits, dtype=torch.uint8)
-    stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, n * bits)  # [rows, n * bits]
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8))
-    return _joined(stream.reshape(rows, stream.shape[1] // 8, 8))
-
-
-def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Inverse of `pack_bits`: uint8 [rows, ceil(n * bits / 8)] to uint8 [rows, n]."""
-    if bits == 8:
-        return packed
-    rows = packed.shape[0]
-    shifts = torch.arange(8, dtype=torch.uint8)
-    stream = ((packed.unsqueeze(-1) >> shifts) & 1).reshape(rows, packed.shape[1] * 8)
-    return _joined(stream[:, : n * bits].reshape(rows, n, bits))
-
-
-def _joined(bits: Tensor) -> Tensor:
-    """uint8 [rows, n, bits] of 0 and 1, least significant first, to uint8 [rows, n]."""
-    total = torch.zeros(bits.shape[:-1], dtype=torch.uint8)
-    # A sum over the last dimension would be in int64, eight times the memory.
-    for place in range(bits.shape[-1]):
-        total |= bits[..., place] << place
-    return total
+_MOST_DIM = 64
+_MOST_WINDOW_BITS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,105 +47,324 @@ class IntegerPlanes:
     """A weight as a sum of scaled integer planes.
 
     Attributes:
-        codes: uint8 [planes, out, in], plane k below 2**bits[k].
-        bits: bits of each plane.
+        codes: [planes, out, n] uint8, or int32 where a plane has more than 8 bits; plane k below
+            2**bits[k] (3 for 1.6 bits); n = ceil(in / dim), or in without tables.
+        bits: bits of a code of each plane: 1.6, or 1 to 16.
         scale: float32 [planes, out, groups].
         shift: float32 [out, groups].
         group: consecutive inputs that share a scale; the last group may be shorter.
         shape: shape of the weight this stands for; shape[0] is out.
+        tables: int8 or int16 [planes, entries, dim], or None.
+        table_names: a name of `penjing.codebooks` for a plane whose table is not stored, else "".
+        window: codes that make one entry of a table.
+        scale_bits: 32, 16 or 8, of a stored scale; the values here are rounded to it already.
+        offset: how the shift is stored: `float` as a scale; `zero`, an integer zero point of
+            bits[0] bits, shift = -scale * zero, one plane; `centre`, not at all.
+        centre: with offset `centre` one number a plane, see `centred`.
+        nested_scales: (scale [k, out, groups], shift [out, groups]) fitted to the first k planes
+            alone.
+
+    Raises:
+        InputError: parts that do not fit each other.
     """
 
     codes: Tensor
-    bits: tuple[int, ...]
+    bits: tuple[int | float, ...]
     scale: Tensor
     shift: Tensor
     group: int
     shape: tuple[int, ...] = field(default=())
+    tables: Tensor | None = field(default=None, kw_only=True)
+    table_names: tuple[str, ...] = field(default=(), kw_only=True)
+    window: int = field(default=1, kw_only=True)
+    scale_bits: int = field(default=32, kw_only=True)
+    offset: str = field(default="float", kw_only=True)
+    centre: tuple[float, ...] = field(default=(), kw_only=True)
+    nested_scales: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 3 or self.group < 1:
             got = f"codes {tuple(self.codes.shape)}, group {self.group}"
             raise InputError(
-                "integer planes", got=got, allowed="codes [planes, out, in], group >= 1"
+                "integer planes", got=got, allowed="codes [planes, out, n], group >= 1"
             )
-        planes, out, inputs = self.codes.shape
-        groups = -(-inputs // self.group)
+        planes, out, n = self.codes.shape
+        if self.codes.dtype not in (torch.uint8, torch.int32):
+            raise InputError(
+                "codes of integer planes", got=self.codes.dtype, allowed="uint8, int32"
+            )
+        if len(self.bits) != planes or not planes or not all(is_width(b) for b in self.bits):
+            raise InputError(
+                "bits of integer planes", got=self.bits, allowed=f"{planes} of 1.6 or 1..16"
+            )
+        self._check_tables()
         if not self.shape:
-            object.__setattr__(self, "shape", (out, inputs))
-        wanted = {"scale": (planes, out, groups), "shift": (out, groups)}
-        for name, shape in wanted.items():
-            if tuple(getattr(self, name).shape) != shape:
+            object.__setattr__(self, "shape", (out, n * self.dim))
+        if self.shape[0] != out or -(-self.inputs // self.dim) != n:
+            raise InputError("shape of integer planes", got=self.shape, allowed=(out, n * self.dim))
+        object.__setattr__(self, "shift", self._checked(self.scale, self.shift))
+        nested = {}
+        for k, (scale, shift) in self.nested_scales.items():
+            if not 1 <= k < planes:
+                raise InputError("nested integer planes", got=k, allowed=f"1 to {planes - 1}")
+            nested[k] = (scale, self._checked(scale, shift, k))
+        object.__setattr__(self, "nested_scales", nested)
+
+    def _check_tables(self) -> None:
+        planes = len(self.bits)
+        if self.tables is None:
+            if self.table_names or self.window != 1:
+                raise InputError("integer planes without tables", got="table names or a window")
+            return
+        size, dtypes = tuple(self.tables.shape), (torch.int8, torch.int16)
+        if len(size) != 3 or size[0] != planes or self.tables.dtype not in dtypes:
+            raise InputError(
+                "tables of integer planes", got=f"{self.tables.dtype} {size}",
+                allowed=f"int8 or int16 [{planes}, entries, dim]",
+            )  # fmt: skip
+        if not self.table_names:
+            object.__setattr__(self, "table_names", ("",) * planes)
+        widths = {b * self.window for b in self.bits}
+        narrow = self.window == 1 or (
+            size[2] == 1 and all(type(w) is int and w <= _MOST_WINDOW_BITS for w in widths)
+        )
+        if not (1 <= size[2] <= _MOST_DIM and self.window >= 1 and narrow):
+            raise InputError("window of integer planes", got=(self.window, size[2]))
+        if len(self.table_names) != planes:
+            raise InputError("table names", got=self.table_names, allowed=f"{planes}")
+        for k, name in enumerate(self.table_names):
+            if name and not torch.equal(codebooks.table(name), self._table(k)):
                 raise InputError(
-                    f"{name} of integer planes", got=tuple(getattr(self, name).shape), allowed=shape
+                    "table of integer planes", got="others", allowed=f"those of {name}"
                 )
-        if len(self.bits) != planes or not all(1 <= b <= 8 for b in self.bits):
-            raise InputError("bits of integer planes", got=self.bits, allowed=f"{planes} of 1..8")
+
+    def _checked(self, scale: Tensor, shift: Tensor, planes: int = 0) -> Tensor:
+        """The shift exactly as reading it back gives it."""
+        planes, out = planes or len(self.bits), self.shape[0]
+        groups = -(-self.inputs // self.group)
+        for name, tensor, shape in (
+            ("scale", scale, (planes, out, groups)),
+            ("shift", shift, (out, groups)),
+        ):
+            if tuple(tensor.shape) != shape:
+                raise InputError(
+                    f"{name} of integer planes", got=tuple(tensor.shape), allowed=shape
+                )
+        rounded = {"scale": (scale, round_scales(scale, self.scale_bits))}
+        if self.offset == "float":
+            exact = shift
+            rounded["shift"] = (shift, round_scales(shift, self.scale_bits, signed=True))
+        elif self.offset == "zero" and len(self.bits) == 1 and self.tables is None:
+            zero = _zeros(scale[0], shift)
+            if zero.numel() and not 0 <= float(zero.min()) <= float(zero.max()) < values(
+                self.bits[0]
+            ):
+                raise InputError("zero points of integer planes", got="beyond the codes")
+            exact = -scale[0] * zero
+        elif self.offset == "centre" and len(self.centre) == len(self.bits):
+            exact = centred(scale, self.centre[:planes])
+        else:
+            got = f"{self.offset} with {len(self.bits)} planes, centre {self.centre}"
+            raise InputError("offset of integer planes", got=got, allowed="float, zero, centre")
+        if self.scale_bits != 32 and not all(torch.equal(*pair) for pair in rounded.values()):
+            raise InputError(
+                "integer planes", got=f"scales or shifts that {self.scale_bits} bits do not hold",
+                next="round them with round_scales before the codes are chosen",
+            )  # fmt: skip
+        if exact is not shift and not torch.equal(exact, shift):
+            off = (exact - shift).abs() > 1e-3 * scale.abs().amax(0)
+            if bool(off.any()):
+                raise InputError("shift of integer planes", got=f"not of offset {self.offset}")
+        return exact
+
+    @property
+    def dim(self) -> int:
+        """Weights that one code stands for."""
+        return 1 if self.tables is None else int(self.tables.shape[2])
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the weight as a matrix."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is one plane of unsigned integers, without a table."""
+        return len(self.bits) == 1 and self.tables is None and self.bits[0] in range(1, 9)
+
+    def _entries(self, k: int) -> int:
+        """Entries of plane k's table that its codes can reach."""
+        reach = values(self.bits[k]) ** self.window
+        return int(min(reach, 0 if self.tables is None else self.tables.shape[1]))
+
+    def _table(self, k: int) -> Tensor:
+        """Plane k's table [entries, dim], without the rows that only fill it up."""
+        assert self.tables is not None
+        return self.tables[k, : self._entries(k)]
+
+    def _same_tables(self) -> list[str | int]:
+        """For each plane the name of its table, or the plane whose table it is."""
+        found: list[str | int] = []
+        for k, name in enumerate(self.table_names):
+            own = self._table(k)
+            first = (j for j in range(k) if not self.table_names[j])
+            found.append(name or next((j for j in first if torch.equal(self._table(j), own)), k))
+        return found
+
+    @property
+    def _stored_scales(self) -> list[tuple[str, Tensor]]:
+        """Scales as they are stored: planes that all have the same share one."""
+        parts = {"scale": (self.scale, self.shift)}
+        parts |= {f"scale_{k}": pair for k, pair in self.nested_scales.items()}
+        found = []
+        for name, (scale, shift) in parts.items():
+            found.append((name, scale[:1] if _is_shared(scale) else scale))
+            if self.offset == "float":
+                found.append((name.replace("scale", "shift"), shift.unsqueeze(0)))
+        return found
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of packed codes, scales and shifts as `tensors` stores them."""
-        _, out, inputs = self.codes.shape
-        codes = sum(out * -(-inputs * bits // 8) for bits in self.bits)
-        return codes + 4 * (self.scale.numel() + self.shift.numel())
+        """Bytes of everything `tensors` stores."""
+        out, n = self.codes.shape[1:]
+        total = sum(out * row_bytes(n, bits) for bits in self.bits)
+        for _, scale in self._stored_scales:
+            total += scales.scale_bytes((*scale.shape,), self.scale_bits)
+        if self.offset == "zero":
+            total += row_bytes(self.shift.numel(), self.bits[0])
+        if self.tables is not None:
+            size = self.dim * self.tables.element_size()
+            own = [k for k, at in enumerate(self._same_tables()) if at == k]
+            total += sum(self._entries(k) * size for k in own)
+        return total
+
+    @property
+    def stored_bits(self) -> float:
+        """Stored bits a weight, everything counted."""
+        return 8 * self.stored_bytes / max(math.prod(self.shape), 1)
 
     @property
     def zero_point(self) -> Tensor:
-        """Integer zero points [out, groups] of a single plane: round(-shift / scale)."""
-        return torch.round(-self.shift / self.scale[0])
+        """Integer zero points [out, groups] of a single plane: round(-shift / scale).
+
+        Raises:
+            InputError: several planes, or a table: there is no such integer.
+        """
+        if not self.is_integer:
+            raise InputError("zero points", got=self.kind, allowed="one plane of integers")
+        return _zeros(self.scale[0], self.shift)
+
+    @property
+    def kind(self) -> str:
+        """In a few words what this is, for messages."""
+        count = f"{len(self.bits)} plane{'s' * (len(self.bits) > 1)}"
+        widths = "+".join(f"{b:g}" for b in self.bits)
+        return f"{count} of {widths} bits" + ("" if self.tables is None else " with tables")
 
     def spread(self, per_group: Tensor) -> Tensor:
         """Repeat [..., groups] along the inputs of each group: [..., in]."""
-        return per_group.repeat_interleave(self.group, dim=-1)[..., : self.codes.shape[-1]]
+        return per_group.repeat_interleave(self.group, dim=-1)[..., : self.inputs]
+
+    def integers(self, k: int) -> Tensor:
+        """The integers z [out, in] of plane k, before its scale."""
+        codes = self.codes[k]
+        if self.tables is None:
+            return codes
+        entries = codes.long()
+        width = int(self.bits[k])
+        for late in range(1, self.window):
+            past = torch.nn.functional.pad(codes, (late, 0))[:, : codes.shape[1]]
+            entries += past.long() << (width * late)
+        return self.tables[k][entries].flatten(1)[:, : self.inputs]
 
     def dequantize(self) -> Tensor:
         """The float32 weight, in its original shape."""
         weight = self.spread(self.shift).clone()  # [out, in]
-        for codes, scale in zip(self.codes, self.scale, strict=True):
-            weight += self.spread(scale) * codes
+        for k, scale in enumerate(self.scale):
+            weight += self.spread(scale) * self.integers(k)
         return weight.reshape(self.shape)
+
+    def nested(self, k: int) -> IntegerPlanes:
+        """The first k planes, with the scales that were fitted to them where there are such.
+
+        Raises:
+            InputError: fewer than k planes.
+        """
+        if not 1 <= k <= len(self.bits):
+            raise InputError("planes", got=k, allowed=f"1 to {len(self.bits)}")
+        centre, names = self.centre[:k], self.table_names[:k]
+        if k in self.nested_scales:
+            scale, shift = self.nested_scales[k]
+        else:
+            scale, shift = self.scale[:k], self.shift
+            if self.offset == "centre":
+                shift = centred(scale, centre)
+        return replace(
+            self,
+            codes=self.codes[:k],
+            bits=self.bits[:k],
+            scale=scale,
+            shift=shift,
+            tables=None if self.tables is None else self.tables[:k],
+            table_names=names,
+            centre=centre,
+            nested_scales={j: pair for j, pair in self.nested_scales.items() if j < k},
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Packed tensors as they are stored; `from_tensors` is the inverse."""
-        packed = {
-            f"codes{k}": pack_bits(c, b)
-            for k, (c, b) in enumerate(zip(self.codes, self.bits, strict=True))
+        stored = {
+            f"codes{k}": pack_bits(codes, bits)
+            for k, (codes, bits) in enumerate(zip(self.codes, self.bits, strict=True))
         }
-        return packed | {"scale": self.scale, "shift": self.shift}
+        for name, scale in self._stored_scales:
+            own = scales.store(name, scale, self.scale_bits, signed=name.startswith("shift"))
+            # A shift has no planes: [out, groups].
+            whole = name.startswith("shift")
+            stored |= {n: t.squeeze(0) if whole and n == name else t for n, t in own.items()}
+        if self.offset == "zero":
+            zero = self.zero_point.reshape(1, -1).to(self.codes.dtype)
+            stored["zero"] = pack_bits(zero, self.bits[0])
+        if self.tables is not None:
+            for k, at in enumerate(self._same_tables()):
+                if at == k:
+                    stored[f"table{k}"] = self._table(k).contiguous()
+        return stored
 
     def describe(self) -> dict[str, object]:
-        """What `from_tensors` needs besides the tensors, JSON-ready."""
-        return {"bits": list(self.bits), "group": self.group, "shape": list(self.shape)}
+        """What `from_tensors` needs besides the tensors, JSON-ready; defaults are left out."""
+        found: dict[str, Any] = {
+            "bits": list(self.bits), "group": self.group, "shape": list(self.shape),
+        }  # fmt: skip
+        if self.scale_bits != 32:
+            found["scale_bits"] = self.scale_bits
+        if self.offset != "float":
+            found["offset"] = self.offset
+        if self.centre:
+            found["centre"] = list(self.centre)
+        if self.tables is not None:
+            found |= {"tables": self._same_tables(), "dim": self.dim}
+        if self.window != 1:
+            found["window"] = self.window
+        if self.nested_scales:
+            found["nested"] = sorted(self.nested_scales)
+        return found
 
     @staticmethod
-    def from_tensors(tensors: dict[str, Tensor], description: dict[str, object]) -> IntegerPlanes:
+    def from_tensors(
+        tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+    ) -> IntegerPlanes:
         """Unpack what `tensors` and `describe` gave.
 
         Raises:
             InputError: tensors that are missing or do not fit the description.
         """
-        bits = tuple(int(b) for b in description["bits"])  # type: ignore[attr-defined]
-        shape = tuple(int(n) for n in description["shape"])  # type: ignore[attr-defined]
-        group = int(description["group"])  # type: ignore[call-overload]
-        inputs = math.prod(shape[1:])
-        if (
-            not bits
-            or group < 1
-            or not shape
-            or min(shape) < 0
-            or not set(bits) <= set(range(1, 9))
-        ):
-            raise InputError("description of integer planes", got=description)
-        codes = []
-        for k, b in enumerate(bits):
-            packed = tensors.get(f"codes{k}")
-            # Checked before anything is unpacked: a description must not size an allocation.
-            size = (shape[0], -(-inputs * b // 8))
-            if packed is None or packed.dtype != torch.uint8 or tuple(packed.shape) != size:
-                got = "none" if packed is None else f"{packed.dtype} {tuple(packed.shape)}"
-                raise InputError(f"codes {k} of integer planes", got=got, allowed=f"uint8 {size}")
-            codes.append(unpack_bits(packed, b, inputs))
-        if missing := {"scale", "shift"} - set(tensors):
-            raise InputError("integer planes without", got=", ".join(sorted(missing)))
-        return IntegerPlanes(
-            torch.stack(codes), bits, tensors["scale"], tensors["shift"], group, shape
-        )
+        return IntegerPlanes(**fields(tensors, description))
+
+
+def _zeros(scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0.0, torch.round(-shift / scale))
+
+
+def _is_shared(scale: Tensor) -> bool:
+    return len(scale) > 1 and bool((scale == scale[:1]).all())

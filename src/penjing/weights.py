@@ -154,7 +154,7 @@ def quantize_file(
     for name in edited:
         tensor = loaded.tensors[name]
         matrix = _matrix(tensor, _SHORT)  # [out, in]
-        planes = fit(_single(matrix, name, path), scheme, None)
+        planes = packed.plain(fit(_single(matrix, name, path), scheme, None))
         back = packed.restored(planes, tensor.dtype).reshape(tensor.shape)
         error = float((back.double() - tensor.double()).norm())
         entries.append(

@@ -349,6 +349,7 @@ def test_what_cannot_be_expressed_is_refused_by_name() -> None:
         codes=single_plane.codes.repeat(2, 1, 1),
         bits=(4, 4),
         scale=single_plane.scale.repeat(2, 1, 1),
+        offset="float",
     )
     model.planes[name] = two
     with pytest.raises(UsageError, match=r"output\.dense\.weight: 2 planes"):
