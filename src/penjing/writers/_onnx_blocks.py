@@ -48,13 +48,13 @@ class Blocks:
 
 def problem(planes: IntegerPlanes, kind: str) -> str:
     """Why this cannot be stored for a node of `kind`; empty when it can."""
-    if len(planes.bits) != 1:
-        return f"{len(planes.bits)} planes; onnxruntime has operators for one plane"
+    if not planes.is_integer:
+        return f"{planes.kind}; onnxruntime has operators for one plane of 2 to 8 bits"
     scale, zero = planes.scale[0].numpy(), planes.zero_point.numpy()
     off = np.abs(planes.shift.numpy() + scale * zero) > 1e-3 * np.abs(scale)
     if off.any() or zero.min() < 0 or zero.max() >= 2 ** _width(planes):
         return "zero points that are not whole numbers in the range of the codes"
-    whole = planes.group >= planes.codes.shape[-1]
+    whole = planes.group >= planes.inputs
     if kind == "Conv":
         return "" if whole else f"groups of {planes.group}; a convolution has one scale a channel"
     if not whole and planes.group not in _GROUPS:

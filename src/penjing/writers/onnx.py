@@ -125,7 +125,8 @@ def _is_symmetric_8(planes: IntegerPlanes) -> bool:
 
     return (
         planes.bits == (8,)
-        and planes.group >= planes.codes.shape[-1]
+        and planes.tables is None
+        and planes.group >= planes.inputs
         and bool((planes.zero_point == 128).all())
     )
 

@@ -79,10 +79,15 @@ def write(model: Model, folder: Path) -> None:
 
     Raises:
         UsageError: OpenVINO is not installed, or the network is a causal decoder
-            (its KV cache is not written yet).
+            (its KV cache is not written yet), or a weight is made of table entries.
         ExportError: a quantized weight is not in the float graph.
     """
     ov = require()
+    for name, planes in model.planes.items():
+        if planes.tables is not None or max(planes.bits) > 8:
+            raise UsageError(
+                f"{name} for OpenVINO", got=planes.kind, allowed="planes of at most 8 bits"
+            )
     if model.interface == "causal":
         raise UsageError(
             "OpenVINO export of a decoder with KV cache is not there yet",
