@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from penjing.apply import apply
 from penjing.calibrate import Stream, Unit, units_of
-from penjing.edits import perform
 from penjing.errors import InputError, PenjingError
 from penjing.files import whole_file
 from penjing.fit.space import FORMATS, TABLES
+from penjing.fit.variant import Suffixes, variant
 from penjing.model import Batch, Model
 from penjing.progress import track
 from penjing.recipe import Edit, Patch, Recipe
@@ -42,6 +42,8 @@ __all__ = ["WIDTHS", "Depth", "Survey", "cache_folder", "survey"]
 WIDTHS = (1.0, 0.75, 0.5)
 _MEASURED = 0.5
 _BEAM = 2
+# Outputs compared at once.
+_ROWS = 64
 # Networks with more blocks than this are measured at their lowest bits only.
 _DEEP = 12
 
@@ -157,20 +159,31 @@ def error_of(model: Model, search: Sequence[Batch], reference: Sequence[Tensor])
 
     Infinite where an output is not finite.
     """
-    logits = model.interface in ("classifier", "causal", "image")
+    return _distance(model.interface, search, reference, (model.run(b) for b in search))
+
+
+def _distance(
+    interface: str,
+    search: Sequence[Batch],
+    reference: Sequence[Tensor],
+    outputs: Iterable[Tensor],
+) -> float:
+    logits = interface in ("classifier", "causal", "image")
     total, count = 0.0, 0
-    for batch, wanted in zip(search, reference, strict=True):
-        output = model.run(batch)
-        if model.interface == "causal":
+    for batch, wanted, output in zip(search, reference, outputs, strict=True):
+        if interface == "causal":
             kept = batch["attention_mask"].bool()
             output, wanted = output[kept], wanted[kept]
-        output, wanted = output.flatten(1).float(), wanted.flatten(1).float()
-        if logits:
-            p, q = wanted.log_softmax(-1), output.log_softmax(-1)
-            values = (p.exp() * (p - q)).sum(-1)
-        else:
-            values = 1 - torch.cosine_similarity(output, wanted)
-        total, count = total + float(values.sum()), count + len(values)
+        # A few rows at a time: a vocabulary-wide batch and its copies do not fit a cache.
+        wanted, output = wanted.flatten(1), output.flatten(1)
+        for a, b in zip(torch.split(wanted, _ROWS), torch.split(output, _ROWS), strict=True):
+            a, b = a.float(), b.float()
+            if logits:
+                p, q = a.log_softmax(-1), b.log_softmax(-1)
+                values = (p.exp() * (p - q)).sum(-1)
+            else:
+                values = 1 - torch.cosine_similarity(b, a)
+            total, count = total + float(values.sum()), count + len(values)
     # NaN compares false: without this a broken network would look perfect.
     return max(0.0, total / max(count, 1)) if math.isfinite(total) else math.inf
 
@@ -187,17 +200,12 @@ def _singles(
     if has_norms(model):  # numbers are tried on what will be quantized
         base = apply(model, Recipe((Fold(),))).model
 
+    suffixes = Suffixes(base, search)
+
     def error(edits: Sequence[Edit]) -> float:
         found.evaluations += 1
-        variant = base.copy()
-        for edit in edits:
-            perform(variant, edit)
-        try:
-            return error_of(variant, search, reference)
-        finally:
-            # A module that was run refers to itself; copies would pile up until a collection.
-            del variant
-            gc.collect()
+        outputs = suffixes.outputs(variant(base, edits), edits)
+        return _distance(model.interface, search, reference, outputs)
 
     steps = {
         name: step for name in formats if (step := FORMATS[name].quantize("rtn", ())) is not None
@@ -207,6 +215,9 @@ def _singles(
     stream = Stream(base, calibration)
     needs = frozenset({"gram", "range"})
     for unit in track(list(units_of(base, stream)), "survey"):
+        # A module that was run refers to itself: copies stay until a collection.
+        gc.collect()
+        suffixes.enter(unit)
         if unit.index is None:
             stats = stream.collect(unit, frozenset({"range"})) if unit.layers else {}
             for name, step in steps.items():
