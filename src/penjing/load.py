@@ -19,7 +19,11 @@ _ACCEPTED = (
 
 
 def load(
-    path: str | Path, *, weights: str | Path | None = None, allow_pickle: bool = False
+    path: str | Path,
+    *,
+    weights: str | Path | None = None,
+    allow_pickle: bool = False,
+    planes: int | None = None,
 ) -> Model:
     """Read a model; float32, in eval mode, every tensor from its file.
 
@@ -28,12 +32,15 @@ def load(
             `package.module:function`, a bare weight file, or a Penjing artifact.
         weights: the weight file of a factory, or `own` when the function loads them itself.
         allow_pickle: accept `pytorch_model.bin`; it is read weights-only even so.
+        planes: of an artifact with nested codes, use only the first so many planes.
 
     Raises:
         InputError: nothing there, an unknown kind, or anything wrong with the model.
-        UsageError: `weights` for something that has its own.
+        UsageError: `weights` for something that has its own, `planes` for something without.
     """
     place = Path(path).expanduser()
+    if planes is not None and not artifact.recognises(place):
+        raise UsageError("planes are only in an artifact", got=path)
     if factory.recognises(place):
         return _with_blocks(factory.read(place, weights=weights))
     if weights is not None:
@@ -45,7 +52,7 @@ def load(
     if not there:
         raise InputError("no such file or folder", got=path, next=f"check the path; {_ACCEPTED}")
     if artifact.recognises(place):
-        return artifact.read(place, build=build)
+        return artifact.read(place, build=build, planes=planes)
     for reader in (huggingface, gguf, bare):
         if reader.recognises(place):
             return _with_blocks(reader.read(place, allow_pickle=allow_pickle))

@@ -27,12 +27,11 @@ from penjing.errors import InputError
 from penjing.packing import is_width, pack_bits, row_bytes, unpack_bits, values
 from penjing.scales import centred, round_scales
 from penjing.scheme import Scheme
-from penjing.stored import fields
+from penjing.stored import fields, places, scale_parts
 
 __all__ = [
     "IntegerPlanes",
     "Scheme",
-    "centred",
     "pack_bits",
     "round_scales",
     "unpack_bits",
@@ -202,39 +201,26 @@ class IntegerPlanes:
         assert self.tables is not None
         return self.tables[k, : self._entries(k)]
 
-    def _same_tables(self) -> list[str | int]:
-        """For each plane the name of its table, or the plane whose table it is."""
-        found: list[str | int] = []
-        for k, name in enumerate(self.table_names):
-            own = self._table(k)
-            first = (j for j in range(k) if not self.table_names[j])
-            found.append(name or next((j for j in first if torch.equal(self._table(j), own)), k))
-        return found
+    def _places(self) -> list[str | int]:
+        tables = [self._table(k) for k in range(len(self.bits))]
+        return places(tables, self.table_names)
 
-    @property
-    def _stored_scales(self) -> list[tuple[str, Tensor]]:
-        """Scales as they are stored: planes that all have the same share one."""
-        parts = {"scale": (self.scale, self.shift)}
-        parts |= {f"scale_{k}": pair for k, pair in self.nested_scales.items()}
-        found = []
-        for name, (scale, shift) in parts.items():
-            found.append((name, scale[:1] if _is_shared(scale) else scale))
-            if self.offset == "float":
-                found.append((name.replace("scale", "shift"), shift.unsqueeze(0)))
-        return found
+    def _parts(self) -> dict[str, Tensor]:
+        pairs = {0: (self.scale, self.shift), **self.nested_scales}
+        return scale_parts(pairs, shifts=self.offset == "float")
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of everything `tensors` stores."""
         out, n = self.codes.shape[1:]
         total = sum(out * row_bytes(n, bits) for bits in self.bits)
-        for _, scale in self._stored_scales:
-            total += scales.scale_bytes((*scale.shape,), self.scale_bits)
+        for scale in self._parts().values():
+            total += scales.scale_bytes(scale.shape, self.scale_bits)
         if self.offset == "zero":
             total += row_bytes(self.shift.numel(), self.bits[0])
         if self.tables is not None:
             size = self.dim * self.tables.element_size()
-            own = [k for k, at in enumerate(self._same_tables()) if at == k]
+            own = [k for k, at in enumerate(self._places()) if at == k]
             total += sum(self._entries(k) * size for k in own)
         return total
 
@@ -292,7 +278,7 @@ class IntegerPlanes:
         """
         if not 1 <= k <= len(self.bits):
             raise InputError("planes", got=k, allowed=f"1 to {len(self.bits)}")
-        centre, names = self.centre[:k], self.table_names[:k]
+        centre = self.centre[:k]
         if k in self.nested_scales:
             scale, shift = self.nested_scales[k]
         else:
@@ -306,7 +292,7 @@ class IntegerPlanes:
             scale=scale,
             shift=shift,
             tables=None if self.tables is None else self.tables[:k],
-            table_names=names,
+            table_names=self.table_names[:k],
             centre=centre,
             nested_scales={j: pair for j, pair in self.nested_scales.items() if j < k},
         )
@@ -317,18 +303,18 @@ class IntegerPlanes:
             f"codes{k}": pack_bits(codes, bits)
             for k, (codes, bits) in enumerate(zip(self.codes, self.bits, strict=True))
         }
-        for name, scale in self._stored_scales:
-            own = scales.store(name, scale, self.scale_bits, signed=name.startswith("shift"))
+        for name, scale in self._parts().items():
+            signed = name.startswith("shift")
+            own = scales.store(name, scale, self.scale_bits, signed=signed)
             # A shift has no planes: [out, groups].
-            whole = name.startswith("shift")
-            stored |= {n: t.squeeze(0) if whole and n == name else t for n, t in own.items()}
+            stored |= {n: t.squeeze(0) if signed and n == name else t for n, t in own.items()}
         if self.offset == "zero":
             zero = self.zero_point.reshape(1, -1).to(self.codes.dtype)
             stored["zero"] = pack_bits(zero, self.bits[0])
         if self.tables is not None:
-            for k, at in enumerate(self._same_tables()):
+            for k, at in enumerate(self._places()):
                 if at == k:
-                    stored[f"table{k}"] = self._table(k).contiguous()
+                    stored[f"table{k}"] = self._table(k).clone()
         return stored
 
     def describe(self) -> dict[str, object]:
@@ -336,19 +322,12 @@ class IntegerPlanes:
         found: dict[str, Any] = {
             "bits": list(self.bits), "group": self.group, "shape": list(self.shape),
         }  # fmt: skip
-        if self.scale_bits != 32:
-            found["scale_bits"] = self.scale_bits
-        if self.offset != "float":
-            found["offset"] = self.offset
-        if self.centre:
-            found["centre"] = list(self.centre)
         if self.tables is not None:
-            found |= {"tables": self._same_tables(), "dim": self.dim}
-        if self.window != 1:
-            found["window"] = self.window
-        if self.nested_scales:
-            found["nested"] = sorted(self.nested_scales)
-        return found
+            found |= {"tables": self._places(), "dim": self.dim}
+        usual = {"scale_bits": 32, "offset": "float", "centre": [], "window": 1, "nested": []}
+        own = [self.scale_bits, self.offset, list(self.centre), self.window]
+        pairs = zip(usual.items(), [*own, sorted(self.nested_scales)], strict=True)
+        return found | {name: value for (name, default), value in pairs if value != default}
 
     @staticmethod
     def from_tensors(
@@ -364,7 +343,3 @@ class IntegerPlanes:
 
 def _zeros(scale: Tensor, shift: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, torch.round(-shift / scale))
-
-
-def _is_shared(scale: Tensor) -> bool:
-    return len(scale) > 1 and bool((scale == scale[:1]).all())

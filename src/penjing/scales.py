@@ -9,17 +9,27 @@ float32 and rounding twice changes nothing. Signed numbers (shifts) have codes -
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from penjing.errors import InputError, UsageError
 
-__all__ = ["WIDTHS", "centred", "read", "round_scales", "scale_bytes", "store"]
+__all__ = [
+    "RUN",
+    "WIDTHS",
+    "centred",
+    "codes_of",
+    "read",
+    "round_scales",
+    "scale_bytes",
+    "steps_of",
+    "store",
+]
 
 WIDTHS = (32, 16, 8)
-_RUN = 64
+RUN = 64
 _HALF = torch.finfo(torch.float16)
 # The least float16 above zero: a scale of zero would lose its group.
 _LEAST_HALF = 2.0**-24
@@ -100,8 +110,8 @@ def _codes(scale: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def _runs(flat: Tensor) -> Tensor:
     """[..., n] to [..., ceil(n / 64), 64], filled up with zeros."""
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % _RUN))
-    return padded.reshape(*flat.shape[:-1], padded.shape[-1] // _RUN, _RUN)
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[-1] % RUN))
+    return padded.reshape(*flat.shape[:-1], padded.shape[-1] // RUN, RUN)
 
 
 def _values(codes: Tensor, step: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -109,11 +119,11 @@ def _values(codes: Tensor, step: Tensor, shape: torch.Size | tuple[int, ...]) ->
     return (codes * step).flatten(-2)[..., :count].reshape(shape)
 
 
-def scale_bytes(shape: tuple[int, ...], bits: int) -> int:
+def scale_bytes(shape: Sequence[int], bits: int) -> int:
     """Bytes of stored scales [planes, out, groups]."""
     planes, out, groups = shape
     if bits == 8:
-        return planes * (out * groups + 2 * -(-out * groups // _RUN))
+        return planes * (out * groups + 2 * -(-out * groups // RUN))
     return planes * out * groups * bits // 8
 
 
@@ -123,16 +133,26 @@ def store(name: str, scale: Tensor, bits: int, *, signed: bool = False) -> dict[
         return {name: scale}
     if bits == 16:
         return {name: scale.half()}
-    planes, out, groups = scale.shape
-    if not scale.numel():
-        runs = scale.new_empty(planes, 0)
-        return {name: scale.to(torch.uint8), f"{name}_step": runs.bfloat16()}
-    codes, step = _codes(scale, signed)
-    whole = codes.flatten(-2)[:, : out * groups].reshape(scale.shape)
     return {
-        name: whole.to(torch.int8 if signed else torch.uint8),
-        f"{name}_step": step.squeeze(-1).bfloat16(),
+        name: codes_of(scale, signed=signed),
+        f"{name}_step": steps_of(scale, signed=signed),
     }
+
+
+def codes_of(scale: Tensor, *, signed: bool = False) -> Tensor:
+    """8-bit codes of rounded scales [planes, out, groups]: uint8, or int8 where `signed`."""
+    kind = torch.int8 if signed else torch.uint8
+    if not scale.numel():
+        return scale.to(kind)
+    codes, _ = _codes(scale, signed)
+    return codes.flatten(-2)[:, : scale[0].numel()].reshape(scale.shape).to(kind)
+
+
+def steps_of(scale: Tensor, *, signed: bool = False) -> Tensor:
+    """The bfloat16 steps [planes, runs] of rounded scales [planes, out, groups]."""
+    if not scale.numel():
+        return torch.empty(len(scale), 0, dtype=torch.bfloat16)
+    return _codes(scale, signed)[1].squeeze(-1).bfloat16()
 
 
 def read(
@@ -157,7 +177,7 @@ def read(
             raise InputError(f"{name} of integer planes", got=stored.dtype, allowed="floats")
         return stored.float()
     step = tensors.get(f"{name}_step")
-    runs = (shape[0], -(-shape[1] * shape[2] // _RUN))
+    runs = (shape[0], -(-shape[1] * shape[2] // RUN))
     if stored.is_floating_point() or step is None or tuple(step.shape) != runs:
         got = "none" if step is None else tuple(step.shape)
         raise InputError(f"{name}_step of integer planes", got=got, allowed=runs)

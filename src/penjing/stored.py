@@ -24,9 +24,41 @@ from penjing import codebooks, scales
 from penjing.errors import InputError
 from penjing.packing import TERNARY, is_width, row_bytes, unpack_bits, values
 
-__all__ = ["fields", "names"]
+__all__ = ["fields", "is_shared", "names", "places", "scale_parts"]
 
 _MOST_PLANES = 16
+
+
+def is_shared(scale: Tensor) -> bool:
+    """Whether several planes [planes, out, groups] all have the same scales."""
+    return len(scale) > 1 and bool((scale == scale[:1]).all())
+
+
+def scale_parts(pairs: Mapping[int, tuple[Tensor, Tensor]], *, shifts: bool) -> dict[str, Tensor]:
+    """What is stored of scales and shifts, by name, all [planes, out, groups].
+
+    Args:
+        pairs: scale [planes, out, groups] and shift [out, groups]; 0 is the whole weight, k what
+            was fitted to the first k planes.
+        shifts: store them as well.
+    """
+    found = {}
+    for k, (scale, shift) in pairs.items():
+        tail = f"_{k}" if k else ""
+        # A copy, as safetensors stores no two tensors that share memory.
+        found[f"scale{tail}"] = (scale[:1] if is_shared(scale) else scale).clone()
+        if shifts:
+            found[f"shift{tail}"] = shift.clone().unsqueeze(0)
+    return found
+
+
+def places(tables: Sequence[Tensor], named: Sequence[str]) -> list[str | int]:
+    """For each plane the name of its table, or the first plane that has the same."""
+    found: list[str | int] = []
+    for k, name in enumerate(named):
+        same = (j for j in range(k) if not named[j] and torch.equal(tables[j], tables[k]))
+        found.append(name or next(same, k))
+    return found
 
 
 def names(description: Mapping[str, Any]) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from penjing.edits import perform, replay
-from penjing.errors import InputError
+from penjing.errors import InputError, UsageError
 from penjing.files import read_json, sha256
 from penjing.graph import find_blocks
 from penjing.model import Model, Source
@@ -62,15 +62,17 @@ def check(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
     return dict(manifest)
 
 
-def read(path: Path, *, build: Callable[[Source], Model]) -> Model:
+def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = None) -> Model:
     """Load an artifact.
 
     Args:
         path: the folder.
         build: gives the empty model of a source.
+        planes: use only the first so many of weights that have more.
 
     Raises:
         InputError: a damaged artifact, or a factory whose code is gone.
+        UsageError: `planes` that no weight has.
     """
     manifest = check(path)
     table = read_json(regular(path / "structure.json", path), limit=1_000_000_000)
@@ -88,10 +90,12 @@ def read(path: Path, *, build: Callable[[Source], Model]) -> Model:
         model = build(source)
         model.blocks = find_blocks(model.module) if model.interface != "weights" else ()
         replay(model, table["structure"])
-        planes = {n: _planes(n, d, tensors) for n, d in table["planes"].items()}
-        tensors |= {name: p.dequantize() for name, p in planes.items()}
+        quantized = {n: _planes(n, d, tensors) for n, d in table["planes"].items()}
+        if planes is not None:
+            quantized = _first(quantized, planes)
+        tensors |= {name: p.dequantize() for name, p in quantized.items()}
         _fill(model, tensors, path)
-        model.planes = planes
+        model.planes = quantized
         model.masks = {name: model.module.get_parameter(name) != 0 for name in table["masked"]}
         for name, (scale, zero) in table["activations"].items():
             value = ActivationRange(float(scale), int(zero))
@@ -109,6 +113,14 @@ def _planes(name: str, description: dict[str, Any], tensors: dict[str, Tensor]) 
     prefix = f"{name}::"
     own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
     return IntegerPlanes.from_tensors(own, description)
+
+
+def _first(quantized: dict[str, IntegerPlanes], planes: int) -> dict[str, IntegerPlanes]:
+    most = max((len(p.bits) for p in quantized.values()), default=0)
+    if not 1 <= planes <= most:
+        allowed = f"1 to {most}" if most else "none: no weight is quantized"
+        raise UsageError("planes", got=planes, allowed=allowed)
+    return {n: p.nested(min(planes, len(p.bits))) for n, p in quantized.items()}
 
 
 def _fill(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
