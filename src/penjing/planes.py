@@ -309,7 +309,7 @@ class IntegerPlanes:
             # A shift has no planes: [out, groups].
             stored |= {n: t.squeeze(0) if signed and n == name else t for n, t in own.items()}
         if self.offset == "zero":
-            zero = self.zero_point.reshape(1, -1).to(self.codes.dtype)
+            zero = _zeros(self.scale[0], self.shift).reshape(1, -1).to(self.codes.dtype)
             stored["zero"] = pack_bits(zero, self.bits[0])
         if self.tables is not None:
             for k, at in enumerate(self._places()):

@@ -139,8 +139,7 @@ def _fields(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> di
     found["scale"], found["shift"] = pairs.pop(0)
     found["nested_scales"] = pairs
     if description.get("tables") is not None:
-        found |= _tables(tensors, description["tables"], bits, window, dim)
-    _within(codes, bits, found.get("tables"), window)
+        found |= _tables(tensors, description["tables"], codes, bits, window, dim)
     return found | {"codes": codes}
 
 
@@ -156,14 +155,12 @@ def _codes(tensors: Mapping[str, Tensor], bits: tuple[float, ...], out: int, n: 
     )
 
 
-def _within(codes: Tensor, bits: tuple[float, ...], tables: Tensor | None, window: int) -> None:
+def _within(k: int, codes: Tensor, entries: int, reach: int) -> None:
     """Refuse codes beyond a table; codes without one are below 2**bits by their packing."""
-    for k, b in enumerate(bits):
-        entries = values(b) ** window if tables is None else int(tables.shape[1])
-        if entries < values(b) ** window:
-            most = int(codes[k].max()) if codes[k].numel() else -1
-            if window > 1 or most >= entries:
-                raise InputError(f"codes {k} of integer planes", got=most, allowed=f"< {entries}")
+    # Entries of several codes are made later: their table must be whole.
+    most = int(codes.max()) if reach == 0 and codes.numel() else reach - 1
+    if most >= entries:
+        raise InputError(f"codes {k} of integer planes", got=most, allowed=f"< {entries}")
 
 
 def _scale(
@@ -186,6 +183,7 @@ def _zero(tensors: Mapping[str, Tensor], bits: float, out: int, groups: int) -> 
 def _tables(
     tensors: Mapping[str, Tensor],
     places: Sequence[Any],
+    codes: Tensor,
     bits: tuple[float, ...],
     window: int,
     dim: int,
@@ -205,6 +203,7 @@ def _tables(
         if own is None or own.ndim != 2 or own.dtype not in kinds or own.shape[1] != dim:
             got = "none" if own is None else f"{own.dtype} {tuple(own.shape)}"
             raise InputError(f"table {k} of integer planes", got=got, allowed=f"[entries, {dim}]")
+        _within(k, codes[k], len(own), most if window > 1 else 0)
         found.append(own[:most])
     entries = max(len(t) for t in found)
     wide = max((t.dtype for t in found), key=lambda d: d.itemsize)
