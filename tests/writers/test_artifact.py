@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 from penjing.edits import perform
-from penjing.errors import InputError
+from penjing.errors import InputError, UsageError
 from penjing.load import load, original
 from penjing.model import Model
-from penjing.planes import IntegerPlanes
+from penjing.planes import IntegerPlanes, Scheme, round_scales
+from penjing.quantizers import rtn
 from penjing.readers import artifact as reader
 from penjing.recipe import ActivationRange, Edit, Patch, Recipe, Slice
 from penjing.writers import artifact
@@ -234,3 +236,93 @@ def test_an_existing_output_is_kept(model: Model, tmp_path: Path) -> None:
         artifact.save(model, tmp_path / "out")
     artifact.save(model, tmp_path / "out", overwrite=True)
     assert {p.name for p in tmp_path.iterdir()} == {"out", "source"}
+
+
+def _nested(weight: torch.Tensor) -> IntegerPlanes:
+    """2 + 1 + 1 bits: plane k halves the step of what the planes before it left."""
+    step = weight.abs().amax(1, keepdim=True) / 2
+    codes, scales, rest, nested = [], [], weight, {}
+    for bits, centre in ((2, 1.5), (1, 0.5), (1, 0.5)):
+        code = (rest / step + centre).round().clamp(0, 2**bits - 1)
+        codes.append(code.to(torch.uint8))
+        scales.append(step)
+        rest = rest - step * (code - centre)
+        shift = -sum(c * s for c, s in zip((1.5, 0.5, 0.5), scales, strict=False))
+        nested[len(codes)] = (torch.stack(scales), shift)
+        step = step / 2
+    scale, shift = nested.pop(3)
+    return IntegerPlanes(
+        torch.stack(codes), (2, 1, 1), scale, shift, weight.shape[1],
+        offset="centre", centre=(1.5, 0.5, 0.5), nested_scales=nested,
+    )  # fmt: skip
+
+
+def test_two_three_and_four_bits_from_one_artifact(model: Model, tmp_path: Path) -> None:
+    names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(3)]
+    before = {name: model.module.get_parameter(name).detach().clone() for name in names}
+    for name in names[:2]:
+        perform(model, Edit("quantize", name, _nested(before[name]), "test"))
+    perform(model, Edit("quantize", names[2], _planes((24, 16), 4, 16), "test"))
+    artifact.save(model, tmp_path / "out")
+    errors = []
+    for planes in (1, 2, 3):
+        again = load(tmp_path / "out", planes=planes)
+        assert [len(again.planes[n].bits) for n in names] == [planes, planes, 1]
+        values = again.module.get_parameter(names[0]).detach()
+        assert torch.equal(values, model.planes[names[0]].nested(planes).dequantize())
+        errors.append(float((values - before[names[0]]).norm()))
+        # What was read so is an artifact of its own.
+        artifact.save(again, tmp_path / f"only-{planes}")
+        once = load(tmp_path / f"only-{planes}")
+        assert torch.equal(once.run(once.example), again.run(again.example))
+    assert errors[0] > 1.6 * errors[1] > 2.5 * errors[2]
+    for planes in (0, 4):
+        with pytest.raises(UsageError, match=r"planes.*1 to 3"):
+            load(tmp_path / "out", planes=planes)
+    with pytest.raises(UsageError, match="artifact"):
+        load(tmp_path / "source", planes=2)
+
+
+def test_every_way_to_store_a_weight(model: Model, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = round_scales(torch.rand(1, 24, 2, generator=generator), 8)
+    codes = torch.randint(0, 3, (1, 24, 16), generator=generator).to(torch.uint8)
+    vectors = torch.randint(0, 300, (2, 24, 2), generator=generator).to(torch.int32)
+    tables = torch.randint(-99, 99, (2, 300, 8), generator=generator).to(torch.int8)
+    both = scale.expand(2, -1, -1).contiguous()
+    ways = {
+        "gate": IntegerPlanes(
+            codes, (1.6,), scale, -scale[0], 8, scale_bits=8, offset="centre", centre=(1.0,)
+        ),
+        "up": IntegerPlanes(
+            vectors, (9, 9), both, torch.zeros(24, 2), 8, tables=tables, scale_bits=8
+        ),
+        "q": rtn.fit(torch.randn(16, 16, generator=generator), Scheme(3, 8, scale_bits=16)),
+    }
+    names = {
+        k: f"model.layers.0.{'self_attn' if k == 'q' else 'mlp'}.{k}_proj.weight" for k in ways
+    }
+    for key, planes in ways.items():
+        perform(model, Edit("quantize", names[key], planes, "test"))
+    artifact.save(model, tmp_path / "out")
+    again = load(tmp_path / "out")
+    for key, planes in ways.items():
+        assert torch.equal(again.planes[names[key]].codes, planes.codes)
+        assert torch.equal(again.module.get_parameter(names[key]).detach(), planes.dequantize())
+        assert again.planes[names[key]].stored_bytes == planes.stored_bytes
+    assert torch.equal(again.run(again.example), model.run(model.example))
+
+
+def test_a_zero_point_and_a_half_scale_cost_their_bits(model: Model, tmp_path: Path) -> None:
+    sizes = []
+    for number, scheme in enumerate((Scheme(4, 8), Scheme(4, 8, scale_bits=16))):
+        twin = model.copy()
+        weight = twin.module.get_parameter("model.embed_tokens.weight").detach()
+        planes = rtn.fit(weight, scheme)
+        perform(twin, Edit("quantize", "model.embed_tokens.weight", planes, "test"))
+        artifact.save(twin, tmp_path / str(number))
+        with safe_open(tmp_path / str(number) / "weights/model-00001.safetensors", "pt") as file:
+            stored = [n for n in file.keys() if "::" in n]  # noqa: SIM118
+            sizes.append(sum(file.get_tensor(n).nbytes for n in stored))
+    # 50 rows of 16 codes, 2 groups a row: codes 8 B, zero points 1 B, scales 8 or 4 B a row.
+    assert sizes == [50 * (8 + 1 + 8), 50 * (8 + 1 + 4)]
