@@ -1,18 +1,24 @@
 """Tables of small integers that need not be stored, because their name gives them.
 
-power2-b   2**b numbers: 0, then +1, -1, +2, -2, +4, ...: the last power has no minus
+power2-b  2**b numbers: 0, then +1, -1, +2, -2, +4, ...: the last power has no minus
+e8-b      at most 2**b points of the lattice E8, doubled, around 0; zeros fill the rest
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
 import torch
 from torch import Tensor
 
 from penjing.errors import InputError
 
-__all__ = ["NAMES", "table"]
+__all__ = ["NAMES", "e8_index", "e8_orbits", "table"]
+
+# Of doubled coordinates: seven shells, 199,921 points.
+_MOST_NORM = 56
 
 
 def _power2(bits: int) -> Tensor:
@@ -22,7 +28,73 @@ def _power2(bits: int) -> Tensor:
     return torch.tensor(numbers[: 2**bits], dtype=torch.int16).unsqueeze(1)
 
 
+def e8_orbits(bits: int) -> list[tuple[int, ...]]:
+    """Leaders of the orbits of E8 that make its ball of at most 2**bits points.
+
+    Coordinates are doubled, so all are whole, of one parity, and descending. An orbit is a
+    leader's permutations with signs: any for even coordinates, where those of odd ones make
+    a sum divisible by 4. Whole orbits are taken by norm, the largest of a shell first, while
+    there is room.
+    """
+    found: list[tuple[int, int, tuple[int, ...]]] = []
+    for odd in (0, 1):
+        for leader in itertools.combinations_with_replacement(range(8 - odd, -1, -2), 8):
+            norm = sum(v * v for v in leader)
+            if norm > _MOST_NORM or (not odd and sum(leader) % 4):
+                continue
+            size = math.factorial(8)
+            for v in set(leader):
+                size //= math.factorial(leader.count(v))
+            signs = 2**7 if odd else 2 ** sum(v > 0 for v in leader)
+            found.append((norm, -size * signs, leader))
+    left, taken = 2**bits, []
+    for _, size, leader in sorted(found):
+        if -size <= left:
+            left += size
+            taken.append(leader)
+    return taken
+
+
+def _e8(bits: int) -> Tensor:
+    parts = []
+    for leader in e8_orbits(bits):
+        orders = torch.tensor(sorted(set(itertools.permutations(leader))))
+        signs = torch.cartesian_prod(*[torch.tensor([1, -1])] * 8)
+        if leader[-1] % 2:
+            minus = (signs < 0).sum(1) % 2
+            signs = signs[minus == sum(leader) // 2 % 2]
+        else:
+            signs = signs[:1] if not any(leader) else signs
+        points = (orders.unsqueeze(1) * signs).reshape(-1, 8)
+        parts.append(torch.unique(points, dim=0))
+    points = torch.cat(parts)
+    # In the order of the coordinates, so that a point is found by bisection.
+    points = points[_keys(points).argsort()]
+    filled = torch.nn.functional.pad(points, (0, 0, 0, 2**bits - len(points)))
+    return filled.to(torch.int8)
+
+
+def _keys(points: Tensor) -> Tensor:
+    return ((points.long() + 8) * 16 ** torch.arange(7, -1, -1)).sum(-1)
+
+
+def e8_index(bits: int, points: Tensor) -> Tensor:
+    """Codes [...] in the table `e8-bits` of points [..., 8] that are there."""
+    keys, count = _e8_keys(bits)
+    return torch.searchsorted(keys[:count], _keys(points))
+
+
+@functools.cache
+def _e8_keys(bits: int) -> tuple[Tensor, int]:
+    points = table(f"e8-{bits}")
+    keys = _keys(points)
+    # Behind the points are zeros that fill the table.
+    ahead = (keys[1:] > keys[:-1]).long()
+    return keys, int(ahead.cumprod(0).sum()) + 1
+
+
 _MAKERS = {f"power2-{bits}": functools.partial(_power2, bits) for bits in (2, 3, 4)}
+_MAKERS |= {f"e8-{bits}": functools.partial(_e8, bits) for bits in (8, 12, 14, 16)}
 NAMES = tuple(_MAKERS)
 
 
