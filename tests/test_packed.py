@@ -38,3 +38,21 @@ def test_values_beyond_a_dtype_are_cut_to_its_range() -> None:
     )
     assert packed.restored(top, torch.float16).tolist() == [[-65504.0, 65504.0]]
     assert packed.restored(top, torch.float64).tolist() == [[-75000.0, 75000.0]]
+
+
+def test_tables_and_shared_scales() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(1, 3, 2, generator=generator).expand(2, -1, -1).contiguous()
+    tables = torch.randint(-9, 9, (2, 300, 4), generator=generator).to(torch.int8)
+    codes = torch.randint(0, 300, (2, 3, 3), generator=generator).to(torch.int32)
+    two = IntegerPlanes(codes, (9, 9), scale, -scale[0], 5, (3, 10), tables=tables)
+    one = two.nested(1)
+    ternary = IntegerPlanes(
+        codes.remainder(3).to(torch.uint8), (1.6, 1.6), scale[..., :1].contiguous(),
+        -2 * scale[0, :, :1], 3, offset="centre", centre=(1.0, 1.0), scale_bits=32,
+    )  # fmt: skip
+    for whole in (two, one, ternary, ternary.nested(1)):
+        wanted = whole.dequantize()
+        description, stored = packed.pack(whole, wanted)
+        assert set(stored) == packed.keys(description)
+        assert torch.equal(packed.unpack(dict(stored), description), wanted)

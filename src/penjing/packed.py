@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penjing.packing import row_bytes
 from penjing.planes import IntegerPlanes
+from penjing.stored import names
 
 __all__ = ["FLOATS", "keys", "pack", "plain", "restored", "unpack"]
 
@@ -45,22 +47,21 @@ def pack(planes: IntegerPlanes, tensor: Tensor) -> tuple[dict[str, Any], dict[st
     stored = planes.tensors()
     if len(planes.bits) > 1:
         return description, stored
-    codes = stored["codes0"]
-    if planes.bits[0] == 8:
+    codes = stored.pop("codes0")
+    if planes.bits[0] == 8 and planes.dim == 1:
         codes = codes.reshape(tensor.shape)
     scale, shift = planes.scale[0], planes.shift  # [out, groups]
     if groups == 1 and tensor.ndim != 2:
         lead = [rows] if rows > 1 else [1]
         wide = [*lead, *[1] * (tensor.ndim - 1)] if tensor.ndim else []
         scale, shift = scale.reshape(wide), shift.reshape(wide)
-    return description, {"codes": codes, "scale": scale, "shift": shift}
+    return description, stored | {"codes": codes, "scale": scale, "shift": shift}
 
 
 def keys(description: Mapping[str, Any]) -> set[str]:
     """Names of the tensors of one weight with this description."""
-    planes = len(description["bits"])
-    codes = {"codes"} if planes == 1 else {f"codes{k}" for k in range(planes)}
-    return codes | {"scale", "shift"}
+    found = names(description)
+    return found if len(description["bits"]) > 1 else (found - {"codes0"}) | {"codes"}
 
 
 def unpack(stored: dict[str, Tensor], description: Mapping[str, Any]) -> Tensor:
@@ -71,11 +72,12 @@ def unpack(stored: dict[str, Tensor], description: Mapping[str, Any]) -> Tensor:
     """
     rows, width = (int(n) for n in description["matrix"])
     group = max(int(description["group"]), 1)
-    bits = [int(b) for b in description["bits"]]
+    bits = description["bits"]
     if len(bits) == 1:
         # An empty tensor leaves nothing to infer a -1 from.
-        stored["codes0"] = stored.pop("codes").reshape(rows, -(-width * bits[0] // 8))
-    stored["scale"] = stored["scale"].reshape(len(bits), rows, -(-width // group))
+        size = row_bytes(-(-width // int(description.get("dim", 1))), bits[0])
+        stored["codes0"] = stored.pop("codes").reshape(rows, size)
+        stored["scale"] = stored["scale"].reshape(1, rows, -(-width // group))
     stored["shift"] = stored["shift"].reshape(rows, -(-width // group))
     built = IntegerPlanes.from_tensors(stored, {**description, "shape": [rows, width]})
     dtype = {str(d).removeprefix("torch."): d for d in FLOATS}[description["dtype"]]
