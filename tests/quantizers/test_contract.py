@@ -1,4 +1,4 @@
-"""Every quantizer: shapes, grid, determinism, edge cases, and better than random."""
+"""Every quantizer of integers: shapes, grid, determinism, edge cases, and better than random."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,11 @@ from penjing import registry
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes, Scheme
 
-NAMES = registry.choices("quantizers")
+NAMES = [
+    name
+    for name in registry.choices("quantizers")
+    if "integer" in registry.constant("quantizers", name, "families", {"integer"})
+]
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(300, 20, generator=GENERATOR) @ torch.randn(20, 20, generator=GENERATOR)
 WEIGHT = torch.randn(12, 20, generator=GENERATOR)

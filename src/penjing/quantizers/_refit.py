@@ -85,7 +85,7 @@ def _held(normal: Tensor, right: Tensor, start: Tensor) -> Tensor:
     # Held a little to what is there: a plane may be constant, a group of no importance.
     normal, right, start = normal.double(), right.double(), start.double()
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    held = 1e-6 * diagonal.amax(-1, keepdim=True) + 1e-30
-    normal = normal + torch.diag_embed(held.expand_as(diagonal))
+    held = 1e-6 * diagonal + 1e-9 * diagonal.amax(-1, keepdim=True) + 1e-30
+    normal = normal + torch.diag_embed(held)
     solved: Tensor = torch.linalg.solve(normal, right + held * start)
     return solved

@@ -168,15 +168,15 @@ def fit(
     gram = _feedback.check_gram(weight, stats)
     group = scheme.group_of(inputs)
     places, groups = -(-inputs // DIM), -(-inputs // group) if inputs else 0
-    padded = torch.nn.functional.pad(weight, (0, groups * group - inputs))
-    count = torch.nn.functional.pad(torch.ones(inputs), (0, groups * group - inputs))
-    squares = padded.square().reshape(out, groups, -1).sum(-1)
-    size = (squares / count.reshape(groups, -1).sum(-1)).sqrt() if weight.numel() else squares
     codes = torch.zeros(len(start), out, places, dtype=torch.int64)
-    found = Vectors(codes, start[:, None, None] * size, group, inputs)
+    found = Vectors(codes, torch.zeros(len(start), out, groups), group, inputs)
     if not weight.numel():
         code.freeze(found)
         return found
+    pad = (0, groups * group - inputs)
+    squares = torch.nn.functional.pad(weight.square(), pad).reshape(out, groups, group)
+    count = torch.nn.functional.pad(torch.ones(inputs), pad).reshape(groups, group)
+    found.scale = start[:, None, None] * (squares.sum(2) / count.sum(1)).sqrt()
     smooth = _feedback.damped(torch.eye(inputs) if gram is None else gram, DIM, damping)
     _widen(weight, code, found, smooth.diagonal())
     if gram is None:
