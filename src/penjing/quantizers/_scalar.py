@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penjing.planes import IntegerPlanes, Scheme, centred, round_scales
+from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers import _feedback
 from penjing.quantizers._refit import solve
+from penjing.scales import centred, round_scales
 
 __all__ = ["Levels", "alphabet", "begin", "fit", "gaussian_scales", "refit", "rounded", "to_planes"]
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from penjing.errors import UsageError
-from penjing.planes import Scheme, round_scales
+from penjing.planes import Scheme
 from penjing.quantizers import _feedback
 from penjing.quantizers._refit import solve
+from penjing.scales import round_scales
 
 __all__ = ["DIM", "Code", "Vectors", "fit"]
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from penjing import grids
-from penjing.planes import IntegerPlanes, Scheme, centred
+from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers import _scalar
+from penjing.scales import centred
 
 __all__ = ["families", "fit", "needs"]
 
