@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["solve"]
 
-# Rows whose normal equations are in memory at once.
-_ROWS = 512
+# Rows, and numbers of their normal equations, that are in memory at once.
+_ROWS, _NUMBERS = 512, 2**25
 
 
 def solve(
@@ -41,8 +41,9 @@ def solve(
         float32 [planes, out, groups].
     """
     parts = []
-    for first in range(0, len(weight), _ROWS):
-        rows = slice(first, first + _ROWS)
+    count = max(1, min(_ROWS, _NUMBERS // max(start.shape[0] * start.shape[2], 1) ** 2))
+    for first in range(0, len(weight), count):
+        rows = slice(first, first + count)
         parts.append(_solve(weight[rows], basis(rows), start[:, rows], group, gram, positive))
     return torch.cat(parts, 1) if parts else start
 
