@@ -5,9 +5,23 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Drop", "Latency", "Measurement", "Point", "Result", "Unit"]
+__all__ = ["Drop", "Latency", "Measurement", "Point", "Result", "Unit", "show_drop"]
 
 FORMAT = 1
+
+
+# Metrics that are no share of anything.
+_PLAIN = ("spearman", "pearson", "correlation", "cosine", "loss", "similarity")
+
+
+def show_drop(value: float, metric: str, relative: bool = False) -> str:
+    """A drop of `metric` for people: percent, nats of KL, or the plain number."""
+    name = metric.lower()
+    if relative:
+        return f"{value:.2%}"
+    if name == "kl":
+        return f"{value:.4f} nats"
+    return f"{value:.4f}" if any(word in name for word in _PLAIN) else f"{value:.2%}"
 
 
 @dataclass(frozen=True)

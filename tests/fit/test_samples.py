@@ -105,19 +105,19 @@ def test_the_drop_is_of_the_users_metric(model: Model) -> None:
     task = find("classification", dataset, model)
     found = divide(model, dataset, None, task, 128, 0, [])
     drop = drop_of(model, found, task, 128, 0, [])
-    assert drop(model) == 0
+    assert drop(model).value == 0
     broken = model.copy()
     broken.module.weight.data.zero_()
     broken.module.bias.data = torch.tensor([1.0, 0.0, 0.0])
     share = (found.calibration.labels == 0).mean()
-    assert drop(broken) == pytest.approx(1 - share)
+    assert drop(broken).value == pytest.approx(1 - share)
 
 
 def test_without_labels_no_drop_is_known_and_it_is_said(model: Model) -> None:
     task = find("classification", data(), model)
     found = divide(model, data(), data(20, seed=1, labelled=False), task, 128, 0, [])
     notes: list[str] = []
-    assert drop_of(model, found, task, 128, 0, notes)(model) == 0.0
+    assert drop_of(model, found, task, 128, 0, notes)(model).value == 0.0
     assert "no drops are known before a candidate is measured" in notes[0]
 
 

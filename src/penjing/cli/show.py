@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from penjing.errors import printable
+from penjing.result import show_drop
 from penjing.units import format_size, format_time
 
 if TYPE_CHECKING:
@@ -162,9 +163,13 @@ def show_result(result: Result, output: Path) -> None:
     Console(width=None if Console().is_terminal else 100).print(table)
     drop = result.drop
     if drop is not None:
+
+        def shown(value: float) -> str:
+            return printable(show_drop(value, result.metric, result.drop.relative))  # type: ignore[union-attr]
+
         click.echo(
-            f"drop {drop.value:.2%}{' of the original' if drop.relative else ''}, "
-            f"{drop.confidence:.0%} interval {drop.low:.2%} to {drop.high:.2%}, "
+            f"drop {shown(drop.value)}{' of the original' if drop.relative else ''}, "
+            f"{drop.confidence:.0%} interval {shown(drop.low)} to {shown(drop.high)}, "
             f"{drop.samples} samples"
         )
     page = output / "report.html"

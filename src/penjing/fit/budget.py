@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from penjing.errors import UsageError
-from penjing.result import Drop, Measurement
+from penjing.result import Drop, Measurement, show_drop
 from penjing.units import format_size, format_time
 
 __all__ = ["Budget"]
@@ -48,8 +48,13 @@ class Budget:
         """Only what was asked."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def excess(self, measured: Measurement, drop: Drop | None) -> dict[str, tuple[float, str]]:
-        """Limits that are not met: by name, how many times over, and a clause that says so."""
+    def excess(
+        self, measured: Measurement, drop: Drop | None, metric: str = ""
+    ) -> dict[str, tuple[float, str]]:
+        """Limits that are not met: by name, how many times over, and a clause that says so.
+
+        `metric` is the name of what dropped; it says how a drop is written.
+        """
         found: dict[str, tuple[float, str]] = {}
 
         def check(
@@ -67,5 +72,10 @@ class Budget:
         check("latency", latency, self.max_latency, "latency", format_time)
         check("memory", memory, self.max_memory, "peak memory", format_size)
         if drop is not None:
-            check("drop", drop.value, self.max_drop, "the drop", "{:.2%}".format)
+            kind = drop.relative
+
+            def shown(value: float) -> str:
+                return show_drop(value, metric, kind)
+
+            check("drop", drop.value, self.max_drop, "the drop", shown)
         return found

@@ -6,26 +6,28 @@ nearest one is kept and the reason given.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from penjing.apply import Done, apply
+from penjing.apply import apply
 from penjing.data import Dataset
-from penjing.errors import BudgetError, InputError, PenjingError
+from penjing.errors import BudgetError, InputError
 from penjing.evaluate import torch_predictor
 from penjing.files import check_output, disk_errors
 from penjing.fit.bench import Bench, Exported, runtimes_here
 from penjing.fit.budget import Budget
 from penjing.fit.check import preflight
-from penjing.fit.choose import candidates, uniform
+from penjing.fit.choose import uniform
 from penjing.fit.outcome import Made, result_of, write
-from penjing.fit.predict import Prediction, Predictor
+from penjing.fit.predict import Predictor
 from penjing.fit.samples import Samples, about, divide, drop_of
+from penjing.fit.search import Settings, Work, failing, search
 from penjing.fit.space import FORMATS, Choice, formats_for, recipe_of
 from penjing.fit.survey import Survey, survey
 from penjing.measure import physical_cores
@@ -35,35 +37,7 @@ from penjing.recipe import Recipe
 from penjing.result import Result
 from penjing.tasks import Task
 
-__all__ = ["Settings", "fit"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a fit works, besides the budget.
-
-    Attributes:
-        runtime: name, or None to choose by measurement.
-        batch, length: of the latency that counts.
-        threads: None for the physical cores.
-        confidence: of the drop's interval.
-        seed: of splits and bootstrap.
-        tries: candidates made at the most.
-        recover: seconds of distillation of a candidate, 0 for none.
-        patience: seconds after which a found artifact is good enough.
-        command: as typed, for the report.
-    """
-
-    runtime: str | None = None
-    batch: int = 1
-    length: int = 128
-    threads: int | None = None
-    confidence: float = 0.95
-    seed: int = 0
-    tries: int = 4
-    recover: float = 20.0
-    patience: float = 200.0
-    command: str = ""
+__all__ = ["fit"]
 
 
 def fit(
@@ -112,23 +86,32 @@ def fit(
                 len(data.evaluation),
             )  # fmt: skip
         with progress("measuring the original and plain number formats"):
-            original, plain, latencies = _baselines(model, data, bench, settings)
+            original, plain, latencies, memory = _baselines(model, data, bench, settings)
             bench.start(original, reference)
-        limit = 3 * budget.max_drop if budget.max_drop is not None else 0.1
-        seconds = 0.25 * budget.within if budget.within else 90.0
+        # Two of the exports and measurements just made, and distillation.
+        usual = settings.recover + 0.5 * (time.monotonic() - start)
+        drops = drop_of(model, data, task, settings.length, settings.seed, notes)
+        remains = _remains(model, data, settings.recover)
+        # A set of cuts that distillation can mend is worth knowing.
+        limit = 3 * budget.max_drop / remains if budget.max_drop is not None else 0.1
+        began, within = time.monotonic(), budget.within or math.inf
         found = survey(
-            model, data.edits, data.search,
-            drop_of(model, data, task, settings.length, settings.seed, notes), formats_for(model),
-            limit=limit, seconds=seconds, about=about(data, task, settings.length),
+            model, data.edits, data.search, lambda variant: drops(variant).value,
+            formats_for(model), limit=limit, seconds=min(90.0, 0.25 * within),
+            about=about(data, task, settings.length), deadline=start + 0.5 * within,
         )  # fmt: skip
-        notes.append(f"survey: {found.evaluations} networks evaluated in {found.seconds:.0f} s")
-        predictor = Predictor(model, found, latencies, _slope(found))
-        made = _search(model, data, bench, predictor, budget, settings, original.runtime, start)
-        front = [*made]
-        if plain is not None and not any(m.choice == plain[0] for m in made):
-            with _failing(notes, "the plain version"):
+        notes.append(_surveyed(found, time.monotonic() - began))
+        predictor = Predictor(model, found, latencies, _slope(found), remains, memory)
+        front: list[Made] = []
+        if plain is not None:
+            with failing(notes, "the plain version"):
                 trial = bench.trial(plain[1], reference)
                 front.append(Made(plain[0], predictor(plain[0]), trial, plain[2]))
+        work = Work(
+            model, data, bench, predictor, budget, settings, original.runtime, drops, start,
+            usual,
+        )  # fmt: skip
+        front += search(work, front)
         if not front:
             raise BudgetError("no candidate could be made", got="; ".join(notes[-3:]))
         best = min(front, key=lambda m: _rank(m, budget))
@@ -139,8 +122,11 @@ def fit(
 
 def _baselines(
     model: Model, data: Samples, bench: Bench, settings: Settings
-) -> tuple[Exported, tuple[Choice, Exported, Recipe] | None, dict[str, float]]:
-    """The original's export in the best runtime, the plain low-bit one, seconds by format."""
+) -> tuple[Exported, tuple[Choice, Exported, Recipe] | None, dict[str, float], tuple[float, float]]:
+    """The original's export in the best runtime, the plain low-bit one, seconds by format.
+
+    And peak memory as a line over the bytes of the file: at 0, and a byte.
+    """
     names = formats_for(model)
     empty = Predictor(model, Survey(), dict.fromkeys(FORMATS, 1.0), 1.0)
     versions: dict[str, tuple[Choice, Model, Recipe]] = {}
@@ -167,10 +153,45 @@ def _baselines(
     latencies = {name: times.get((runtime, name), times[runtime, "fp32"]) for name in FORMATS}
     low = next((n for n in (fastest, *names) if n != "fp32" and (runtime, n) in exports), None)
     plain_version = None
+    large, each = measured[runtime, "fp32"].measurement, 1.0
     if low is not None:
         choice, _, recipe = versions[low]
         plain_version = (choice, exports[runtime, low], recipe)
-    return exports[runtime, "fp32"], plain_version, latencies
+        little = measured[runtime, low].measurement
+        if little.size_bytes < large.size_bytes:
+            each = (large.peak_memory_bytes - little.peak_memory_bytes) / (
+                large.size_bytes - little.size_bytes
+            )
+    each = max(0.1, each)  # noise must not turn the line round
+    memory = (large.peak_memory_bytes - each * large.size_bytes, each)
+    return exports[runtime, "fp32"], plain_version, latencies, memory
+
+
+def _remains(model: Model, data: Samples, seconds: float) -> float:
+    """Share of a cut's drop that distillation will leave, from how many steps there is time for.
+
+    A guess that the candidates correct: a quarter after fifty steps, all of it after none.
+    """
+    if not seconds:
+        return 1.0
+    batch, times = data.everything[0], []
+    predict = torch_predictor(model, fast=True)
+    for _ in range(2):
+        began = time.monotonic()
+        predict(batch)
+        times.append(time.monotonic() - began)
+    # Forward and backward of the student, forward of the original.
+    steps = seconds / (4 * min(times) + 1e-9)
+    return 1 - 0.75 * min(1.0, steps / 50)
+
+
+def _surveyed(found: Survey, seconds: float) -> str:
+    if not found.fresh:
+        return f"survey: kept from an earlier fit ({found.evaluations} networks then)"
+    text = f"survey: {found.fresh} networks evaluated in {seconds:.0f} s"
+    if found.fresh < found.evaluations:
+        text += f", {found.evaluations - found.fresh} known from an earlier fit"
+    return text + ("" if found.complete else "; stopped by --within, what is left counts as worst")
 
 
 def _slope(found: Survey) -> float:
@@ -180,111 +201,13 @@ def _slope(found: Survey) -> float:
     return max(0.05, sum(e * d for e, d in pairs) / weight) if weight else 1.0
 
 
-def _search(
-    model: Model,
-    data: Samples,
-    bench: Bench,
-    predictor: Predictor,
-    budget: Budget,
-    settings: Settings,
-    runtime: str,
-    start: float,
-) -> list[Made]:
-    """Make and measure candidates until one meets the budget and nothing better is in sight."""
-    made: list[Made] = []
-    failed: set[Choice] = set()
-    good: list[Choice] = []
-    ceiling = float("inf")
-    slowest = 0.0
-    for number in range(settings.tries):
-        spent = time.monotonic() - start
-        if made and budget.within is not None and spent + slowest > budget.within:
-            bench.notes.append(f"stopped after {spent:.0f} s, --within is {budget.within:.0f} s")
-            break
-        if good and spent + slowest > settings.patience:
-            break
-        began = time.monotonic()
-        left = [
-            (c, p)
-            for c, p in candidates(predictor, budget, formats_for(model))
-            if c not in failed and p.error < 0.9 * ceiling
-        ]
-        if not left:
-            break
-        choice, said = left[0]
-        best = min((predictor(c).gain(predictor.plain) for c in good), default=float("inf"))
-        if said.gain(predictor.plain) > 0.95 * best:
-            break
-        failed.add(choice)
-        one = None
-        with _failing(bench.notes, f"candidate {number + 1} ({choice.describe()})"):
-            one = _make(model, data, bench, choice, said, settings, runtime, number)
-        slowest = max(slowest, time.monotonic() - began)
-        if one is None:
-            continue
-        made.append(one)
-        measured = one.trial.measured
-        over = budget.excess(measured, one.trial.drop)
-        good += [] if over else [choice]
-        was = one.trial.baseline.latency_ms.median / 1e3
-        predictor.correct(choice, measured.size_bytes, was / one.trial.ratio)
-        if one.trial.drop is not None:
-            ratio = one.trial.drop.value / max(said.drop, 1e-4)
-            predictor.slope *= min(4.0, max(1.5, ratio)) if "drop" in over else 0.7
-        if "drop" in over:
-            ceiling = min(ceiling, said.error)  # only less error can help
-    return made
-
-
-def _make(
-    model: Model,
-    data: Samples,
-    bench: Bench,
-    choice: Choice,
-    said: Prediction,
-    settings: Settings,
-    runtime: str,
-    number: int,
-) -> Made | None:
-    few = any(FORMATS[f].bits < 8 for f in (*choice.formats, choice.rest))
-    structural, numbers = recipe_of(
-        model, choice, method="gptq" if few else "rtn", recover=settings.recover,
-        seed=settings.seed,
-    )  # fmt: skip
-    with progress(f"candidate {number + 1}: {choice.describe()}"):
-        done: list[Done] = []
-        edited = model
-        if structural.steps:
-            # Everything is given to distillation; a cut and its patch need far less.
-            shape = Recipe(tuple(s for s in structural.steps if s.name != "recover"), settings.seed)
-            first = apply(model, shape, data.edits)
-            train = Recipe(tuple(s for s in structural.steps if s.name == "recover"))
-            second = apply(first.model, train, data.everything, original=model)
-            edited, done = second.model, first.done + second.done
-        last = apply(edited, numbers, data.edits)
-        exported = bench.export(last.model, f"candidate-{number}", runtime)
-        if exported is None:
-            return None
-        trial = bench.trial(exported, torch_predictor(model))
-    recipe = Recipe(structural.steps + numbers.steps, settings.seed)
-    return Made(choice, said, trial, recipe, done + last.done)
-
-
-def _rank(made: Made, budget: Budget) -> tuple[float, float]:
-    """Least over the budget first, then smallest and fastest."""
+def _rank(made: Made, budget: Budget) -> tuple[float, float, float]:
+    """Least over the budget first; then smallest and fastest, or best where no drop is asked."""
     over = budget.excess(made.trial.measured, made.trial.drop)
     was, now = made.trial.baseline, made.trial.measured
     gain = now.size_bytes / was.size_bytes + 1 / max(made.trial.ratio, 1e-9)
-    return max((ratio for ratio, _ in over.values()), default=0.0), gain
-
-
-@contextmanager
-def _failing(notes: list[str], what: str) -> Iterator[None]:
-    """One candidate that fails is a note of the report, not the end of a fit."""
-    try:
-        yield
-    except PenjingError as error:
-        notes.append(f"{what} failed: {error}")
+    lost = made.trial.drop.value if made.trial.drop and budget.max_drop is None else 0.0
+    return max((ratio for ratio, _ in over.values()), default=0.0), lost, gain
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def result_of(
     found: Survey,
 ) -> Result:
     """results.json of the best candidate, with every measured point."""
-    over = budget.excess(best.trial.measured, best.trial.drop)
+    over = budget.excess(best.trial.measured, best.trial.drop, task.metric)
     was = best.trial.baseline
     points = []
     for made in front:

@@ -68,12 +68,16 @@ class Predictor:
         survey: errors.
         latencies: measured seconds of the whole network by format.
         slope: drop of the metric per unit of error.
+        remains: share of a cut's drop that is left after distillation.
+        memory: peak bytes of a runtime's process with an empty file, and for each byte of it.
     """
 
     model: Model
     survey: Survey
     latencies: Mapping[str, float]
     slope: float
+    remains: float = 1.0
+    memory: tuple[float, float] = (0.0, 1.0)
     corrections: dict[str, float] = field(default_factory=lambda: {"size": 1.0, "latency": 1.0})
 
     def __post_init__(self) -> None:
@@ -154,9 +158,9 @@ class Predictor:
         return self.survey.rest.get(name, 0.0)
 
     def drop_of(self, cut: tuple[int, ...]) -> float:
-        """Measured drop of a set of cut blocks; a gain by chance counts as nothing lost."""
+        """Drop of a set of cut blocks after distillation; a chance gain counts as nothing lost."""
         depth = self._depth(cut)
-        return max(0.0, depth.drop) if depth else 0.0
+        return self.remains * max(0.0, depth.drop) if depth else 0.0
 
     def _depth(self, cut: tuple[int, ...]) -> Depth | None:
         return next((d for d in self.survey.ladder if tuple(d.cut) == cut), None)
@@ -180,8 +184,16 @@ class Predictor:
             drop,
         )
 
-    def correct(self, choice: Choice, size: float, latency: float) -> None:
-        """Learn from a measured candidate."""
+    def size_within(self, memory: float) -> float:
+        """Bytes of the largest file that runs in `memory` bytes; below 0 where none does."""
+        return (memory - self.memory[0]) / self.memory[1]
+
+    def correct(
+        self, choice: Choice, size: float, latency: float, memory: float | None = None
+    ) -> None:
+        """Learn from a measured candidate: its bytes, seconds and peak memory."""
+        if memory is not None:
+            self.memory = (memory - self.memory[1] * size, self.memory[1])
         said = self(choice)
         self.corrections["size"] *= size / said.size
         self.corrections["latency"] *= latency / said.latency

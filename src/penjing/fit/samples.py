@@ -14,6 +14,7 @@ from penjing.data import Dataset, check_disjoint, encode, prepare, split
 from penjing.errors import InputError
 from penjing.evaluate import compare, evaluate, torch_predictor
 from penjing.model import Batch, Model
+from penjing.result import Drop
 from penjing.tasks import Task
 
 __all__ = ["Samples", "about", "divide", "drop_of"]
@@ -91,10 +92,10 @@ def divide(
 
 def drop_of(
     model: Model, samples: Samples, task: Task, length: int, seed: int, notes: list[str]
-) -> Callable[[Model], float]:
+) -> Callable[[Model], Drop]:
     """A function: drop of the user's metric of an edited network, on calibration data.
 
-    Always 0, with a note, where calibration data is not enough for the metric.
+    Always 0 of 0 samples, with a note, where calibration data is not enough for the metric.
     """
     some = samples.calibration.subset(range(min(len(samples.calibration), 512)))
     if model.interface == "causal":
@@ -103,14 +104,14 @@ def drop_of(
         task.check(some, model)
     except InputError as error:
         notes.append(f"no drops are known before a candidate is measured: {error}")
-        return lambda variant: 0.0
+        return lambda variant: Drop(0.0, 0.0, 0.0, 0.95, 0, task.relative)
     original = torch_predictor(model, fast=True)
     before = evaluate(original, model, some, task, length=length, reference=original)
 
-    def drop(variant: Model) -> float:
+    def drop(variant: Model) -> Drop:
         predictor = torch_predictor(variant, fast=True)
         after = evaluate(predictor, model, some, task, length=length, reference=original)
-        return compare(before, after, task, seed=seed).value
+        return compare(before, after, task, seed=seed)
 
     return drop
 

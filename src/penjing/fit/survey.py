@@ -69,7 +69,9 @@ class Survey:
         rest: error of the layers outside the blocks, by format.
         ladder: greedy sets of cut blocks, by depth.
         evaluations: networks run.
-        seconds: time it took.
+        seconds: time it took, in all runs together.
+        complete: whether every unit was measured.
+        fresh: networks run this time; 0 where an earlier survey served.
     """
 
     cuts: dict[str, float] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class Survey:
     evaluations: int = 0
     seconds: float = 0.0
     complete: bool = False
+    fresh: int = 0
 
 
 def cache_folder() -> Path:
@@ -110,6 +113,7 @@ def survey(
     limit: float,
     seconds: float,
     about: str = "",
+    deadline: float = math.inf,
 ) -> Survey:
     """Measure every unit's options, or read an earlier survey of the same model and data.
 
@@ -121,6 +125,8 @@ def survey(
         formats: names of `FORMATS` to try.
         limit: the ladder stops where the drop is above this.
         seconds: the ladder stops growing after this.
+        deadline: on the monotonic clock, for the units; those that are left then count as the
+            worst that was measured, and the survey is not kept.
         about: all that `drop_of` depends on, for telling surveys apart.
     """
     key = _key(model, calibration, search, formats, about)
@@ -132,13 +138,15 @@ def survey(
         found = Survey()
         with _fast(model):
             reference += (model.run(b) for b in search)
-            _singles(model, calibration, search, reference, formats, found)
-        found.complete = True
-    before = len(found.ladder)
+            found.complete = _singles(
+                model, calibration, search, reference, formats, found, deadline
+            )
+    before, known = len(found.ladder), found.evaluations if not reference else 0
     with _fast(model):
-        deadline = time.monotonic() + seconds
-        _climb(model, calibration, search, reference, drop_of, found, limit, deadline)
-    if len(found.ladder) > before or not path.exists():
+        until = min(time.monotonic() + seconds, deadline)
+        _climb(model, calibration, search, reference, drop_of, found, limit, until)
+    found.fresh = found.evaluations - known
+    if found.complete and (len(found.ladder) > before or not path.exists()):
         found.seconds += time.monotonic() - start
         whole_file(path, lambda p: _write(p, found), overwrite=True)
     return found
@@ -195,12 +203,15 @@ def _singles(
     reference: Sequence[Tensor],
     formats: Sequence[str],
     found: Survey,
-) -> None:
+    deadline: float,
+) -> bool:
+    """Measure every unit alone; whether there was time for all of them."""
     base = model
     if has_norms(model):  # numbers are tried on what will be quantized
         base = apply(model, Recipe((Fold(),))).model
 
     suffixes = Suffixes(base, search)
+    late = False
 
     def error(edits: Sequence[Edit]) -> float:
         found.evaluations += 1
@@ -217,7 +228,8 @@ def _singles(
     for unit in track(list(units_of(base, stream)), "survey"):
         # A module that was run refers to itself: copies stay until a collection.
         gc.collect()
-        suffixes.enter(unit)
+        if time.monotonic() <= deadline:
+            suffixes.enter(unit)
         if unit.index is None:
             stats = stream.collect(unit, frozenset({"range"})) if unit.layers else {}
             for name, step in steps.items():
@@ -233,6 +245,12 @@ def _singles(
                         found.tables[name] = error(edits)
             continue
         key = str(unit.index)
+        late = late or time.monotonic() > deadline
+        if late:  # unmeasured, it counts as the worst; whole in width and uncut it stays
+            for name in steps:
+                own = found.formats.setdefault(name, {})
+                own[key] = max(own.values(), default=math.inf)
+            continue
         stream.enter(unit.index)
         stats = stream.collect(unit, needs)
         for name, step in steps.items():
@@ -248,6 +266,7 @@ def _singles(
             found.widths[key] = error(edits)
         if len(base.blocks) > 1 and (cut := _cut_one(stream, unit)) is not None:
             found.cuts[key] = error(cut)
+    return not late
 
 
 def _cut_one(stream: Stream, unit: Unit) -> list[Edit] | None:
@@ -313,7 +332,7 @@ def _key(
     about: str,
 ) -> str:
     """Of everything a survey depends on; the weights themselves, for they may be edited."""
-    facts = [2, model.structure, model.blocks, model.interface, torch.__version__, formats, about]
+    facts = [3, model.structure, model.blocks, model.interface, torch.__version__, formats, about]
     facts += [sorted(model.activations), {n: str(FORMATS[n]) for n in formats}, str(TABLES)]
     digest = hashlib.sha256(repr(facts).encode())
     for name, parameter in model.module.state_dict().items():
@@ -332,7 +351,7 @@ def _read(path: Path) -> Survey:
     try:
         table = json.loads(path.read_text())
         table["ladder"] = [Depth(**d) for d in table["ladder"]]
-        return Survey(**table)
+        return Survey(**(table | {"fresh": 0}))
     except (OSError, ValueError, TypeError, KeyError):  # none, or of another version
         return Survey()
 
