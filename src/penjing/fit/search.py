@@ -43,7 +43,7 @@ class Settings:
         seed: of splits and bootstrap.
         tries: candidates measured at the most.
         recover: seconds of distillation of a candidate, 0 for none.
-        patience: seconds after which a found artifact is good enough.
+        patience: seconds after which a found artifact is good enough, where no time was given.
         command: as typed, for the report.
     """
 
@@ -96,6 +96,7 @@ def search(work: Work, known: Sequence[Made]) -> list[Made]:
     ceiling = float("inf")
     slowest = work.usual
     within = budget.within or float("inf")
+    patience = budget.within or settings.patience
     for number in range(settings.tries + _LOST):
         spent = time.monotonic() - work.start
         if len(made) == settings.tries:
@@ -107,7 +108,7 @@ def search(work: Work, known: Sequence[Made]) -> list[Made]:
             )
             break
         # Without a bar for quality the first that fits is the one with the least error.
-        if good and (spent + slowest > settings.patience or budget.max_drop is None):
+        if good and (spent + slowest > patience or budget.max_drop is None):
             break
         began = time.monotonic()
         left = [
