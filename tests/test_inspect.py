@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from penjing.errors import InputError, UsageError
-from penjing.inspect import inspect
+from penjing.inspect import inspect, left_alone, sized_batch
 from penjing.model import Interface, Model, Source
 from penjing.planes import IntegerPlanes
 
@@ -242,6 +242,29 @@ def test_json_and_sort() -> None:
     assert found.sorted("order") == found
     with pytest.raises(UsageError, match="allowed: order, parameters"):
         found.sorted("colour")
+
+
+def test_the_default_length_is_what_the_network_takes() -> None:
+    assert inspect(encoder(), latency=False).length == 40
+    # Asked for by name it is a wish that cannot be met, 128 like any other.
+    with pytest.raises(UsageError, match="allowed: 1 to 40"):
+        inspect(encoder(), length=128, latency=False)
+    assert sized_batch(encoder(), batch=3)["input_ids"].shape == (3, 40)
+
+
+def test_what_no_step_handles_is_named() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.LSTM(16, 32, batch_first=True)
+            self.norm = nn.LayerNorm(32)
+            self.head = nn.Linear(32, 200)
+
+    # 4 gates: (16 + 32) * 32 * 4; biases are no matrices.
+    assert left_alone(model_of(Mixed(), "tensor", x=torch.zeros(1, 3, 16))) == [
+        "cells (LSTM, 6,144)"
+    ]
+    assert left_alone(encoder()) == []
 
 
 def test_impossible_sizes() -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from penjing.errors import InputError, UsageError
+from penjing.graph import is_weighted
 from penjing.meter import Meter, hooked
 from penjing.model import Batch, Model
 
-__all__ = ["SORTS", "Inspection", "Layer", "Totals", "inspect", "sized_batch"]
+__all__ = ["SORTS", "Inspection", "Layer", "Totals", "inspect", "left_alone", "sized_batch"]
 
 SORTS = ("order", "parameters", "bytes", "macs", "memory", "latency")
 
@@ -108,13 +109,16 @@ class Inspection:
         return replace(self, layers=tuple(ranked))
 
 
-def inspect(model: Model, *, batch: int = 1, length: int = 128, latency: bool = True) -> Inspection:
+def inspect(
+    model: Model, *, batch: int = 1, length: int | None = None, latency: bool = True
+) -> Inspection:
     """Measure a network by running it once for counts and a few times for latency.
 
     Args:
         model: may sit on the meta device; then nothing is computed and latency is None.
         batch: samples of a run, at least 1.
-        length: tokens a sample for text models; others have no length.
+        length: tokens a sample for text models, by default 128 or as many as the network
+            takes; others have no length.
         latency: whether to measure it.
 
     Raises:
@@ -137,7 +141,7 @@ def inspect(model: Model, *, batch: int = 1, length: int = 128, latency: bool = 
     shared: tuple[str, ...] = ()
     if model.interface != "weights":
         inputs = sized_batch(model, batch=batch, length=length)
-        used_length = length if _is_text(model) else None
+        used_length = inputs["input_ids"].shape[1] if _is_text(model) else None
         with _named_failure(batch, used_length):
             meter = _count(model, inputs)
             times, total = (
@@ -164,26 +168,41 @@ def inspect(model: Model, *, batch: int = 1, length: int = 128, latency: bool = 
     )
 
 
+def left_alone(model: Model) -> list[str]:
+    """Modules whose weight matrices no step can compress, as `path (class, weights)`.
+
+    Recurrent layers and transposed ones of GPT-2 are such. Small tables are not worth a word.
+    """
+    found = []
+    for path, module in model.module.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+        count = sum(p.numel() for p in own)
+        if count >= 1024 and not is_weighted(module) and model.interface != "weights":
+            found.append(f"{path or 'the network itself'} ({type(module).__name__}, {count:,})")
+    return found
+
+
 def _is_text(model: Model) -> bool:
     return "input_ids" in model.example
 
 
-# The default, which nobody asked for by name: shorter where the network is.
 _USUAL = 128
 
 
-def sized_batch(model: Model, *, batch: int, length: int) -> Batch:
+def sized_batch(model: Model, *, batch: int, length: int | None = None) -> Batch:
     """The model's example repeated to `batch` samples, text to `length` tokens.
+
+    Without a length, 128 tokens or as many as the network takes.
 
     Raises:
         UsageError: less than 1, or longer than the network's positions.
     """
+    limit = model.longest
+    if length is None:
+        length = min(_USUAL, limit or _USUAL)
     for name, number in (("batch", batch), ("length", length)):
         if number < 1:
             raise UsageError(f"--{name} is too small", got=number, allowed="1 or more")
-    limit = model.longest
-    if limit is not None and length == _USUAL:
-        length = min(length, limit)
     if _is_text(model) and limit is not None and length > limit:
         raise UsageError("the network has no such length", got=length, allowed=f"1 to {limit}")
     inputs = {}

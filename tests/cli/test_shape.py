@@ -61,6 +61,10 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
     ("arguments", "hint"),
     [
         (("prune", "{w}", "-o", "{d}/o.npy"), "--sparsity 0.5 or --pattern"),
+        (
+            ("prune", "{w}", "--sparsity", "0.5", "--pattern", "2:4", "-o", "{d}/o.npy"),
+            "one of them",
+        ),
         (("prune", "{w}", "--sparsity", "1.5", "-o", "{d}/o.npy"), "0 <= sparsity < 1"),
         (("prune", "{w}", "--sparsity", "0.5", "-o", "{d}/folder"), ".safetensors"),
         (("quantize", "{w}", "--codes", "additive", "-o", "{d}/o.npy"), "integer"),

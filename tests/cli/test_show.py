@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from penjing.cli.show import count, folder_size, show_json, show_pairs
+from penjing.cli.show import count, folder_size, show_json, show_pairs, show_result
+from penjing.result import Drop, Latency, Measurement, Result
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,22 @@ def test_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == (
         "done\n  size     1.23457\n  ok       yes\n  latency  median 2.5, batch 1\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "relative", "text"),
+    [
+        ("kl", False, "drop 0.0491 nats, 95% interval 0.0444 nats to 0.0538 nats, 521 samples"),
+        ("cosine", False, "drop 0.0491, 95% interval 0.0444 to 0.0538, 521 samples"),
+        ("top-1 accuracy", False, "drop 4.91%, 95% interval 4.44% to 5.38%, 521 samples"),
+        ("perplexity", True,
+         "drop 4.91% of the original, 95% interval 4.44% to 5.38%, 521 samples"),
+    ],
+)  # fmt: skip
+def test_a_drop_is_in_its_own_unit(
+    metric: str, relative: bool, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side = Measurement(1000, 100, 80.0, Latency(1.0, 2.0, 1, None), 5000, 0.5)
+    drop = Drop(0.0491, 0.0444, 0.0538, 0.95, 521, relative)
+    show_result(Result("t", metric, "onnxruntime", 1, side, side, drop, {}, True, None), tmp_path)
+    assert text in capsys.readouterr().out.splitlines()

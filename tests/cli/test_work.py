@@ -92,3 +92,62 @@ def test_from_a_model_to_a_measured_artifact(bert: Path, tmp_path: Path) -> None
     done = CliRunner().invoke(group, ["verify", str(output)])
     assert done.exit_code == 1
     assert "Traceback" not in done.output
+
+
+def test_what_no_step_handles_is_named(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=30, n_embd=32, n_layer=2, n_head=2, n_positions=32, n_inner=64
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxy"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=32)
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    arguments = ["quantize", str(tmp_path / "gpt2"), "-o", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(group, arguments)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
+    (line,) = [li for li in done.stderr.splitlines() if "left as they are" in li]
+    # 32 x 96 weights of queries, keys and values together; eight such layers, four named.
+    assert "transformer.h.0.attn.c_attn (Conv1D, 3,072)" in line
+    assert line.endswith("and 4 more")
+
+
+def test_shrink_says_what_it_reached(bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    lines = (json.dumps({"text": " ".join("abcdefghij"[i : i + 5])}) for i in range(6))
+    data.write_text("\n".join(lines))
+    for ratio, said in (("0.99", True), ("0.5", False)):
+        arguments = ["shrink", str(bert), "--ratio", ratio, "--data", str(data)]
+        done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / ratio), "--json"])
+        assert done.exit_code == 0, done.stderr
+        notes = [li for li in done.stderr.splitlines() if "were removed, asked" in li]
+        assert bool(notes) is said
+        if said:
+            # A block keeps 8 of 64 hidden units and, of 32 inputs, one of two heads: 24 of 96.
+            assert "75.0% of the units were removed, asked 99.0%" in notes[0]
+        assert "left whole" not in done.stderr
+
+
+def test_blocks_that_lost_nothing_are_named() -> None:
+    import copy
+
+    import torch
+
+    from penjing.cli.work import removed
+    from penjing.model import Model, Source
+
+    layers = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(3)))
+    before = Model(
+        layers, "tensor", {"x": torch.zeros(1, 8)}, Source("test", "", ""), ("0", "1", "2")
+    )
+    after = copy.copy(before)
+    after.structure = [
+        {"kind": "slice", "path": f"{i}.0", "slices": [[f"{i}.0.weight", 1, [0, 1]]]}
+        for i in (0, 2)
+    ]
+    assert list(removed(0.75, before, after)) == [
+        "blocks left whole, nothing in them could be removed safely: 1"
+    ]
+    after.structure = []
+    assert next(removed(0.75, before, after)).startswith("0.0% of the units were removed")

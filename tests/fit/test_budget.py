@@ -75,3 +75,8 @@ def test_zero_is_only_a_drop(name: str) -> None:
     with pytest.raises(UsageError, match="above 0"):
         Budget(**{name: 0})
     assert Budget(max_drop=0).max_drop == 0
+
+
+def test_a_drop_in_nats_is_said_in_nats() -> None:
+    found = Budget(max_drop=0.01).excess(NOW, DROP, "kl")
+    assert found["drop"][1] == "the drop is 0.0300 nats, asked 0.0100 nats"

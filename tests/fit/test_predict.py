@@ -138,3 +138,26 @@ def test_every_format_has_a_size(bert: Maker) -> None:
     sizes = [predictor.block_size(0, 1.0, name) for name in ("w4", "int8", "w8", "fp32")]
     assert sizes == sorted(sizes)
     assert set(FORMATS) == set(LATENCIES)
+
+
+def test_what_distillation_leaves_of_a_cut(bert: Maker) -> None:
+    model = bert(3)
+    survey = Survey(ladder=[Depth([1], 0.3, 0.08), Depth([0, 1], 0.5, -0.02)])
+    predictor = predictor_of(model, survey)
+    choice = uniform(model, "fp32", "fp32", (1,))
+    assert predictor(choice).drop == pytest.approx(0.08)
+    predictor.remains = 0.25
+    assert predictor(choice).drop == pytest.approx(0.02)
+    assert predictor.drop_of((0, 1)) == 0.0
+
+
+def test_memory_as_a_line_over_size(bert: Maker) -> None:
+    model = bert(2)
+    predictor = Predictor(model, Survey(), LATENCIES, 1.0, memory=(60e6, 1.5))
+    # 60 MB without a file, 1.5 bytes for each of its bytes: 90 MB are enough for 20 MB.
+    assert predictor.size_within(90e6) == pytest.approx(20e6)
+    assert predictor.size_within(50e6) < 0
+    # A file of 10 MB took 80 MB: 65 MB are there without it.
+    choice = uniform(model, "fp32", "fp32")
+    predictor.correct(choice, 10_000_000, 1.0, 80_000_000)
+    assert predictor.size_within(95e6) == pytest.approx(20e6)

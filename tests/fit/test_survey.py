@@ -217,3 +217,42 @@ def test_a_cache_that_cannot_be_made_is_said(
     monkeypatch.setenv("PENJING_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(InputError, match="PENJING_CACHE"):
         module.cache_folder()
+
+
+def test_a_survey_that_is_out_of_time_counts_the_rest_as_worst(
+    bert: Maker, batches: Batches, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = bert(4), batches(2)
+    whole = run(model, data)
+    for path in cache.glob("survey-*.json"):
+        path.unlink()
+    now, seen = [0.0], []
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    real = module.Suffixes.enter
+
+    def enter(self: object, unit: object) -> None:
+        real(self, unit)  # type: ignore[arg-type]
+        if unit.index is not None:  # type: ignore[attr-defined]
+            seen.append(unit.index)  # type: ignore[attr-defined]
+            now[0] += 1.0
+
+    monkeypatch.setattr(module.Suffixes, "enter", enter)
+    found = run(model, data, deadline=1.5)
+    assert seen == [0, 1]
+    assert not found.complete
+    # The clock passes the deadline on the way into block 1: only block 0 is measured.
+    assert set(found.widths) == set(found.cuts) == {"0"}
+    assert found.formats["int8"] == dict.fromkeys("0123", whole.formats["int8"]["0"])
+    assert found.ladder == []
+    assert found.tables == whole.tables
+    assert not list(cache.glob("survey-*.json"))
+
+
+def test_a_survey_says_how_much_of_it_is_new(bert: Maker, batches: Batches) -> None:
+    model, data = bert(3), batches(2)
+    first = run(model, data, limit=0.05)
+    assert first.fresh == first.evaluations > 0
+    again = run(model, data, limit=0.05)
+    assert (again.fresh, again.evaluations) == (0, first.evaluations)
+    longer = run(model, data, limit=1.0)
+    assert longer.fresh == longer.evaluations - first.evaluations == 2

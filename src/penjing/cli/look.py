@@ -12,6 +12,7 @@ from penjing.cli.options import (
     model_options,
     set_threads,
     size_options,
+    threads_option,
 )
 from penjing.cli.show import show_inspection, show_json, show_pairs
 
@@ -25,7 +26,8 @@ SORTS = ("order", "parameters", "bytes", "macs", "memory", "latency")
 @model_options
 @click.option("--sort", type=click.Choice(SORTS), default="order", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@size_options
+@click.option("--length", type=click.IntRange(1), help="Tokens a sample, for text.  [default: 128]")
+@threads_option
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Only the first N layers.")
 @click.option("--latency/--no-latency", default=True, help="Measure latency.  [default: yes]")
 @json_option
@@ -35,7 +37,7 @@ def inspect(
     allow_pickle: bool,
     sort: str,
     batch: int,
-    length: int,
+    length: int | None,
     threads: int | None,
     top: int | None,
     latency: bool,

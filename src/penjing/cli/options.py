@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from penjing.errors import InputError, PenjingError, UsageError
+from penjing.errors import InputError, PenjingError, UsageError, printable
 from penjing.registry import choices
 from penjing.units import parse_ratio, parse_size, parse_time
 
@@ -26,6 +27,7 @@ __all__ = [
     "output_options",
     "set_threads",
     "size_options",
+    "threads_option",
     "to_option",
 ]
 
@@ -216,6 +218,21 @@ def check_model(model: str) -> None:
             allowed="a Hugging Face folder, .gguf, file.py:function, a weight file, an artifact",
             next="check the path",
         )
+    if source := _factory_of(Path(model)):
+        click.echo(
+            f"penjing: note: {printable(model)} was made from a factory; "
+            f"reading it calls {printable(source)}",
+            err=True,
+        )
+
+
+def _factory_of(folder: Path) -> str | None:
+    """The function that an artifact's network is built by, if it is one of the user's."""
+    try:
+        source = json.loads((folder / "structure.json").read_text("utf-8"))["source"]
+        return str(source["details"]["factory"]) if source["kind"] == "factory" else None
+    except (OSError, ValueError, KeyError, TypeError):  # no artifact, or one that `load` refuses
+        return None
 
 
 def set_threads(threads: int | None) -> None:

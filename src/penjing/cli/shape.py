@@ -18,7 +18,7 @@ from penjing.cli.options import (
     output_options,
     to_option,
 )
-from penjing.cli.work import is_bare, show_file, technique
+from penjing.cli.work import is_bare, removed, show_file, technique
 from penjing.errors import InputError, UsageError
 
 __all__ = ["cut", "prune", "quantize", "recover", "replay", "shrink"]
@@ -59,6 +59,11 @@ def prune(
     """
     if sparsity is None and pattern is None:
         raise UsageError("how much to prune", allowed="--sparsity 0.5 or --pattern 2:4")
+    if sparsity is not None and pattern is not None:
+        raise UsageError(
+            "--sparsity and --pattern", got=f"{sparsity:g} and {pattern}",
+            allowed="one of them: a pattern N:M says how much goes",
+        )  # fmt: skip
     if sparsity is not None and not 0 <= sparsity < 1:
         raise UsageError("--sparsity", got=sparsity, allowed="0 <= sparsity < 1")
     if is_bare(model, output):
@@ -117,6 +122,7 @@ def shrink(
         lambda m, **more: _api().shrink(m, ratio, **more),
         model,
         output,
+        remarks=lambda before, after: removed(ratio, before, after),
         targets=targets or None,
         **options,
     )

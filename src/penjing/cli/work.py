@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from penjing.units import format_size, format_time
 if TYPE_CHECKING:
     from penjing.model import Model
 
-__all__ = ["is_bare", "show_file", "technique"]
+__all__ = ["is_bare", "note", "removed", "show_file", "technique"]
 
 BARE = (".npy", ".npz", ".safetensors", ".pth", ".pt")
 
@@ -45,6 +45,31 @@ def show_file(found: dict[str, Any], output: Path, as_json: bool) -> None:
         show_pairs(plain, f"wrote {output}")
 
 
+def note(text: str) -> None:
+    """One line on standard error that is no error."""
+    click.echo(f"penjing: note: {printable(text, 600)}", err=True)
+
+
+def _several(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def removed(ratio: float, before: Model, after: Model) -> Iterator[str]:
+    """Where `shrink` could not remove what was asked for: how much it did, and the whole blocks."""
+    entries = [e for e in after.structure[len(before.structure) :] if e["kind"] == "slice"]
+    kept = total = 0
+    for entry in entries:
+        path, dim, index = entry["slices"][0]  # the consumer, which loses inputs
+        kept, total = kept + len(index), total + before.module.get_parameter(path).shape[dim]
+    whole = [b for b in before.blocks if not any(e["path"].startswith(f"{b}.") for e in entries)]
+    reached = 1 - kept / total if total else 0.0
+    if reached < ratio - 0.02:
+        yield f"{reached:.1%} of the units were removed, asked {ratio:.1%}: some of each must stay"
+    if whole:
+        yield f"blocks left whole, nothing in them could be removed safely: {_several(whole)}"
+
+
 def technique(
     work: Callable[..., Model],
     model: str,
@@ -57,9 +82,13 @@ def technique(
     journal: Path | None,
     to: tuple[str, ...],
     as_json: bool,
+    remarks: Callable[[Model, Model], Iterable[str]] | None = None,
     **options: Any,
 ) -> None:
-    """Load, do `work(model, journal=..., **options)`, save, and say what came out."""
+    """Load, do `work(model, journal=..., **options)`, save, and say what came out.
+
+    `remarks(before, after)` are lines for standard error.
+    """
     check_model(model)
     check_output(output, overwrite, (Path(model),))
     set_threads(threads)
@@ -69,6 +98,10 @@ def technique(
     kept = journal or output.with_name(output.name + ".journal")
     loaded = api.load(model, weights=weights, allow_pickle=allow_pickle)
     parameters = loaded.parameter_count
+    from penjing.inspect import left_alone
+
+    if alone := left_alone(loaded):
+        note(f"left as they are, no step handles their kind: {_several(alone)}")
     try:
         done = work(loaded, journal=kept, **options)
         api.save(done, output, to=to, overwrite=overwrite)
@@ -79,6 +112,8 @@ def technique(
         raise
     if journal is None:
         shutil.rmtree(kept, ignore_errors=True)
+    for line in remarks(loaded, done) if remarks else ():
+        note(line)
     found: dict[str, Any] = {
         "output": str(output),
         "size_bytes": folder_size(output),

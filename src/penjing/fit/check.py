@@ -8,7 +8,7 @@ from torch import nn
 
 from penjing.errors import InputError
 from penjing.fit.preflight import formats, machine, predict
-from penjing.inspect import inspect
+from penjing.inspect import inspect, left_alone
 from penjing.model import Model
 from penjing.units import format_size
 
@@ -61,6 +61,9 @@ def preflight(
         f"({format_size(here.memory_bytes)} free), {format_size(cost.disk_bytes)} of disk, "
         f"{cost.minutes:.1f} minutes; {here.processor}, {here.cores} cores"
     ]
+    if alone := left_alone(model):
+        more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""
+        notes.append(f"left as they are, no step handles them: {', '.join(alone[:6])}{more}")
     return notes + [
         f"a layer of {inputs} x {outputs} on {tokens} tokens in {speed.runtime}: "
         f"{speed.format} runs {speed.speedup:.2f}x as fast as fp32"

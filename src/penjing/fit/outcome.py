@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -72,11 +73,38 @@ def result_of(
         why="; ".join(text for _, text in over.values()) or None,
         front=tuple(points),
         units=tuple(_units(model, best, found)),
-        notes=tuple(bench.notes),
+        notes=tuple(_public(note, model, bench) for note in [*bench.notes, *_certainty(best)]),
         seed=bench.seed,
         versions=_versions(),
         higher_is_better=task.higher_is_better,
     )
+
+
+def _public(note: str, model: Model, bench: Bench) -> str:
+    """Without the folders of this machine."""
+    place = str(model.source.path)
+    return note.replace(f"{bench.folder}/", "").replace(place, Path(place).name)
+
+
+def _certainty(best: Made) -> Iterator[str]:
+    """What an interval of no width means: no sample changed, so no resample differs.
+
+    Of n samples without a change, at most a share 1 - (1 - confidence)^(1/n) of all changes
+    (the exact binomial bound; about 3/n at 95 %).
+    """
+    drop = best.trial.drop
+    if drop is not None and drop.samples and drop.low == drop.high == drop.value == 0:
+        most = 1 - (1 - drop.confidence) ** (1 / drop.samples)
+        yield (
+            f"none of {drop.samples} samples changed the metric, so its interval is [0, 0]; with "
+            f"{drop.confidence:.0%} confidence at most {most:.2%} of all samples would change"
+        )
+
+
+def _command(command: str) -> str:
+    """The command as it is to be typed, absolute paths by their names."""
+    words = [Path(w).name if Path(w).is_absolute() else w for w in shlex.split(command)]
+    return shlex.join(words)
 
 
 def _units(model: Model, best: Made, found: Survey) -> Iterator[Unit]:
@@ -123,7 +151,8 @@ def write(best: Made, result: Result, output: Path, overwrite: bool, command: st
             raise InputError("the exported file is gone", got=exported.file.path)
         shutil.copytree(exported.folder, folder, dirs_exist_ok=True)
         write_json(folder / "results.json", result.to_json())
-        page = render(result, title=output.name, recipe_toml=best.recipe.to_toml(), command=command)
+        page = render(result, title=output.name, recipe_toml=best.recipe.to_toml(),
+                      command=_command(command))  # fmt: skip
         (folder / "report.html").write_text(page, encoding="utf-8")
 
     metrics = {"quality": result.after.quality, "size_bytes": result.after.size_bytes}
