@@ -151,6 +151,7 @@ class Recipe:
                 )
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
             built.append(steps[verb](**options))
-        if not built:
+        # `step = []` is what an unedited network's recipe says; without the name it is no recipe.
+        if "step" not in table:
             raise InputError("the recipe has no [[step]]")
         return Recipe(tuple(built), int(table.get("seed", 0)))
