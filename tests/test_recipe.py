@@ -63,3 +63,8 @@ def test_the_toml_is_what_the_documents_show() -> None:
 def test_wrong_recipes(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Recipe.from_toml(text, STEPS)
+
+
+def test_an_unedited_networks_recipe_is_read() -> None:
+    text = Recipe((), seed=4).to_toml()
+    assert Recipe.from_toml(text, STEPS) == Recipe((), seed=4)

@@ -376,3 +376,9 @@ def test_a_missing_file_is_said(artifact: Path, name: str) -> None:
     with pytest.raises(InputError, match=name.split(".")[0]):
         write(artifact)
     assert not (artifact / "report.html").exists()
+
+
+def test_the_time_asked_for_has_a_unit() -> None:
+    result = replace(samples.minilm(), budget={"max_drop": 0.01, "within": 300.0})
+    page = render(result, title="t", recipe_toml="", command="").replace("\u00a0", " ")
+    assert "Asked for: drop at most 1.00 points, found within 5 min 0 s." in page

@@ -164,6 +164,10 @@ def _asked(result: Result) -> str:
         if value is not None:
             known |= {f"max_{name}", f"max_{name}_bytes", f"max_{name}_ms"}
             parts.append(f"{name} at most {show(value)}")
+    within = budget.get("within")
+    if isinstance(within, int | float) and finite(within):
+        known.add("within")
+        parts.append(f"found within {milliseconds(1e3 * within)}")
     rest = {k: v for k, v in budget.items() if k not in known and v is not None}
     parts += [
         f"{safe(k, 60)} {DASH if isinstance(v, float) and not finite(v) else safe(v, 100)}"
