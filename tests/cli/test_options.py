@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from penjing.cli import group
-from penjing.cli.options import RATIO, SIZE, TIME, set_threads
+from penjing.cli.options import RATIO, SIZE, TIME, check_model, set_threads
 
 
 def refused(*arguments: str) -> str:
@@ -82,3 +82,25 @@ def test_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert "torch" in sys.modules
+
+
+def test_an_artifact_of_a_factory_says_what_reading_it_calls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn, zeros\n\n\ndef net():\n    return nn.Linear(3, 2)\n\n\n"
+        "def example():\n    return {'x': zeros(2, 3)}\n"
+    )
+    place = f"{tmp_path / 'net.py'}:net"
+    api = pytest.importorskip("penjing.api")
+    api.save(api.load(place, weights="own"), tmp_path / "artifact")
+    check_model(str(tmp_path / "artifact"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "was made from a factory" in said
+    assert place in said
+    # The factory itself was named by the user, and other folders call nothing.
+    (tmp_path / "folder").mkdir()
+    for model in (place, str(tmp_path / "folder")):
+        check_model(model)
+        assert capsys.readouterr().err == ""
