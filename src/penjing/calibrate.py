@@ -22,6 +22,8 @@ from penjing.graph import is_weighted
 from penjing.linalg import Cross, Gram
 from penjing.model import Batch, Model
 
+# Input vectors sampled from a batch, and in all, to choose a range by.
+_SAMPLE, _SAMPLES = 256, 8192
 # Most stages of a block that is calibrated layer by layer.
 _STAGES = 8
 
@@ -37,6 +39,9 @@ class LayerStats:
         cross: [in, in] mean outer product of the reference's inputs (rows) and these (columns).
         norm: [in] root mean square of each input.
         low, high: range of all values seen.
+        lows, highs: [channels], range of each input channel, with `range`.
+        rows: [n, channels], a sample of input vectors spread over the data, with `range`; of a
+            convolution the channels at a place, without its kernel's neighbourhood.
         count: input vectors seen; 0 where the layer was never run.
     """
 
@@ -46,6 +51,9 @@ class LayerStats:
     low: float = 0.0
     high: float = 0.0
     count: int = 0
+    lows: Tensor | None = None
+    highs: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @dataclass
@@ -374,6 +382,8 @@ def _update(
         )
     stats.low = min(stats.low, low)
     stats.high = max(stats.high, high)
+    if "range" in needs:
+        _range(layer, x, stats)
     vectors = _vectors(layer, x) if "gram" in needs else None
     stats.count += len(x) if vectors is None else len(vectors)
     if vectors is not None:
@@ -381,6 +391,26 @@ def _update(
             grams[name] = Gram(vectors.shape[1])
         grams[name].add(vectors)
     return vectors
+
+
+def _range(layer: nn.Module, x: Tensor, stats: LayerStats) -> None:
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        x = x.movedim(1, -1)
+    rows = x.detach().reshape(-1, x.shape[-1])  # [n, channels]
+    lows, highs = rows.amin(0), rows.amax(0)
+    # A prime step, so that a convolution's places do not all come from one column.
+    step = max(1, len(rows) // _SAMPLE)
+    sample = rows[:: next(p for p in itertools.count(step) if _is_prime(p))].clone()
+    if stats.lows is not None and stats.highs is not None and stats.rows is not None:
+        lows, highs = torch.minimum(lows, stats.lows), torch.maximum(highs, stats.highs)
+        sample = torch.cat([stats.rows, sample])
+        if len(sample) > _SAMPLES:
+            sample = sample[::2].clone()
+    stats.lows, stats.highs, stats.rows = lows, highs, sample
+
+
+def _is_prime(number: int) -> bool:
+    return number == 1 or all(number % k for k in range(2, int(number**0.5) + 1))
 
 
 def _vectors(layer: nn.Module, x: Tensor) -> Tensor | None:

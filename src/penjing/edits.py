@@ -253,6 +253,8 @@ def _quantize_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
     if found is None:
         return None
     x = args[0]
+    if found.channels is not None:
+        x = x / found.channels.to(x)
     scale, zero = torch.tensor(found.scale), torch.tensor(float(found.zero_point))
     if found.scale == 0:
         low, high = x.amin().clamp_max(0), x.amax().clamp_min(0)
@@ -286,6 +288,8 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
             tensors[f"{number}.bias"] = value.bias.contiguous()
         elif isinstance(value, ActivationRange):
             entry["range"] = [value.scale, value.zero_point]
+            if value.channels is not None:
+                tensors[f"{number}.channels"] = value.channels.contiguous()
         elif isinstance(value, tuple):
             entry["slices"] = [[s.path, s.dim, s.kept.tolist()] for s in value]
         elif isinstance(value, str):
@@ -315,7 +319,7 @@ def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
         elif "position" in entry:
             value = Patch(own["weight"], own["bias"], entry["position"])
         elif "range" in entry:
-            value = ActivationRange(*entry["range"])
+            value = ActivationRange(*entry["range"], own.get("channels"))
         elif "slices" in entry:
             value = tuple(Slice(p, d, torch.tensor(k)) for p, d, k in entry["slices"])
         elif "norm" in entry:

@@ -56,10 +56,18 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class ActivationRange:
-    """8-bit unsigned activations: q = clip(round(x / scale) + zero_point, 0, 255), per tensor."""
+    """8-bit unsigned activations: q = clip(round(x / channels / scale) + zero_point, 0, 255).
+
+    Attributes:
+        scale: of the whole tensor; 0 for ranges found at run time.
+        zero_point: the code of zero.
+        channels: float32 [in], what each input channel is divided by first; the layer's weight
+            holds its product with it (see `penjing.migration`). None for ones.
+    """
 
     scale: float
     zero_point: int
+    channels: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,6 +90,7 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
         model = build(source)
         model.blocks = find_blocks(model.module) if model.interface != "weights" else ()
         replay(model, table["structure"])
+        channels = {n: tensors.pop(f"{n}::channels", None) for n in table["activations"]}
         quantized = {n: _planes(n, d, tensors) for n, d in table["planes"].items()}
         if planes is not None:
             quantized = _first(quantized, planes)
@@ -98,7 +99,7 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
         model.planes = quantized
         model.masks = {name: model.module.get_parameter(name) != 0 for name in table["masked"]}
         for name, (scale, zero) in table["activations"].items():
-            value = ActivationRange(float(scale), int(zero))
+            value = ActivationRange(float(scale), int(zero), channels[name])
             perform(model, Edit("activation", name, value, "as stored"))
         model.blocks = tuple(table["blocks"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -136,6 +136,9 @@ def _tensors(model: Model) -> dict[str, Tensor]:
             tensors |= {f"{name}::{part}": t.contiguous() for part, t in packed.items()}
         elif name not in written:
             tensors[name] = tensor.detach().cpu().contiguous()
+    for path, found in model.activations.items():
+        if found.channels is not None:
+            tensors[f"{path}::channels"] = found.channels.clone()
     return tensors
 
 

@@ -173,7 +173,7 @@ def _activation(twins: list[Weight], module: str | None) -> ActivationRange | No
     for twin in twins:
         if module is not None and twin.path == f"{module}.weight":
             return twin.activation
-    if len({_limits(twin.activation) for twin in twins}) > 1:
+    if len({(*_limits(twin.activation), _channels(twin.activation)) for twin in twins}) > 1:
         raise ExportError("equal weights with unequal input ranges", got=twins[0].path)
     return twins[0].activation
 
@@ -200,8 +200,13 @@ def _replace(
         data = user.get_node().input(0)
         source = data.get_source_output()
         low, high = _limits(activation)
-        key = (source.get_node().get_name(), source.get_index(), low, high)
+        name = source.get_node().get_name()
+        key = (name, source.get_index(), low, high, _channels(activation))
         if key not in inputs:
+            if activation.channels is not None:
+                # Fused into what comes before; FakeQuantize itself takes no range a channel.
+                factor = (1 / activation.channels.double()).float().numpy()  # [in]
+                source = op.multiply(source, op.constant(factor)).output(0)
             ends = [np.float32(value) for value in (low, high, low, high)]
             inputs[key] = op.fake_quantize(source, *ends, 256)
         data.replace_source_output(inputs[key].output(0))
@@ -246,7 +251,7 @@ def low_bit(planes: IntegerPlanes, shape: list[int], *, signed: bool = False) ->
 
 
 def _affine(
-    codes: np.ndarray, bits: int, scale: np.ndarray, shift: np.ndarray, signed: bool
+    codes: np.ndarray, bits: float, scale: np.ndarray, shift: np.ndarray, signed: bool
 ) -> Any:
     """(codes - zero_point) * scale, with an integer zero point where it is one."""
     from openvino import opset13 as op
@@ -266,11 +271,11 @@ def _affine(
     return op.multiply(op.subtract(node, points), op.constant(scale))
 
 
-def _width(bits: int) -> int:
+def _width(bits: float) -> int:
     return next(width for width in _WIDTHS if width >= bits)
 
 
-def _constant(codes: np.ndarray, bits: int) -> Any:
+def _constant(codes: np.ndarray, bits: float) -> Any:
     """Unsigned codes as an OpenVINO constant of the narrowest type that holds them."""
     import openvino as ov
     from openvino import opset13 as op
@@ -294,6 +299,11 @@ def _limits(activation: ActivationRange | None) -> tuple[float, float]:
         return (0.0, 0.0)
     zero = activation.zero_point
     return -zero * activation.scale, (255 - zero) * activation.scale
+
+
+def _channels(activation: ActivationRange | None) -> bytes:
+    channels = None if activation is None else activation.channels
+    return b"" if channels is None else channels.numpy().tobytes()
 
 
 def _digest(value: np.ndarray) -> bytes:
