@@ -18,6 +18,7 @@ from transformers import (
 
 from penjing.graph import find_blocks
 from penjing.model import Batch, Interface, Model, Source
+from penjing.recipe import ActivationRange
 
 SOURCE = Source("factory", "tiny", "0")
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 32}
@@ -168,6 +169,11 @@ def arrays(count: int = 6, samples: int = 4, length: int = 16) -> list[Batch]:
 
 def state(model: Model) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.module.state_dict().items()}
+
+
+def _range(found: ActivationRange) -> tuple[float, int, bytes]:
+    channels = b"" if found.channels is None else found.channels.numpy().tobytes()
+    return found.scale, found.zero_point, channels
 
 
 def same(first: Model, second: Model) -> bool:

@@ -213,11 +213,11 @@ def quantize(
         group,
         method or ("gptq" if data is not None else "rtn"),
         bool(activations) if symmetric is None else symmetric,
-        activations or 0,
-        bool(activations) and data is None,
-        embeddings or 0,
-        32 if (embeddings or 8) < 8 else 0,
-        tuple(targets or ()),
+        activations=activations or 0,
+        dynamic=bool(activations) and data is None,
+        embeddings=embeddings or 0,
+        embedding_group=32 if (embeddings or 8) < 8 else 0,
+        targets=tuple(targets or ()),
     )
     steps = (Fold(), step) if has_norms(loaded) else (step,)
     return apply(loaded, Recipe(steps, seed), data, **options)

@@ -319,7 +319,8 @@ def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
         elif "position" in entry:
             value = Patch(own["weight"], own["bias"], entry["position"])
         elif "range" in entry:
-            value = ActivationRange(*entry["range"], own.get("channels"))
+            scale, zero = entry["range"]
+            value = ActivationRange(scale, zero, own.get("channels"))
         elif "slices" in entry:
             value = tuple(Slice(p, d, torch.tensor(k)) for p, d, k in entry["slices"])
         elif "norm" in entry:

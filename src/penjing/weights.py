@@ -150,7 +150,7 @@ def quantize_file(
     edited, skipped = _targets(loaded.tensors, path, "quantize")
     result = {name: t for name, t in loaded.tensors.items() if name not in edited}
     described: dict[str, Any] = {}
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name in edited:
         tensor = loaded.tensors[name]
         matrix = _matrix(tensor, _SHORT)  # [out, in]

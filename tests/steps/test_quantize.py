@@ -250,7 +250,8 @@ def test_a_method_of_ones_own(tmp_path: Path) -> None:
         "    return rtn.fit(2 * weight, scheme)\n"
     )
     model = net.stack()
-    small = apply(model, Recipe((Quantize(8, method=f"{file}:fit", alpha=0.0),)), net.arrays(1)).model
+    recipe = Recipe((Quantize(8, method=f"{file}:fit", alpha=0.0),))
+    small = apply(model, recipe, net.arrays(1)).model
     torch.testing.assert_close(
         small.module.out.weight, 2 * model.module.out.weight, rtol=0.02, atol=0.02
     )
