@@ -191,7 +191,7 @@ def same(first: Model, second: Model) -> bool:
         )
         and first.masks.keys() == second.masks.keys()
         and all(torch.equal(first.masks[n], m) for n, m in second.masks.items())
-        and {n: vars(r) for n, r in first.activations.items()}
-        == {n: vars(r) for n, r in second.activations.items()}
+        and {n: _range(r) for n, r in first.activations.items()}
+        == {n: _range(r) for n, r in second.activations.items()}
         and first.structure == second.structure
     )
