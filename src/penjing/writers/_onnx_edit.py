@@ -16,12 +16,14 @@ class Graph:
 
     Attributes:
         nodes: in execution order.
+        early: nodes on constants alone, in their own order, to run before all others.
         constants: initializers by name.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.proto = proto
         self.nodes: list[onnx.NodeProto] = list(proto.graph.node)
+        self.early: list[onnx.NodeProto] = []
         self.constants = {t.name: t for t in proto.graph.initializer}
         self.outputs = {v.name for v in proto.graph.output}
         self._domains = {o.domain for o in proto.opset_import}
@@ -80,7 +82,7 @@ class Graph:
         """The rewritten model, without dead nodes and constants."""
         needed = set(self.outputs)
         alive = []
-        for node in reversed(self.nodes):
+        for node in reversed([*self.early, *self.nodes]):
             if any(o in needed for o in node.output):
                 alive.append(node)
                 needed.update(node.input)

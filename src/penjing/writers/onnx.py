@@ -79,8 +79,8 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
         raise UsageError(
             f"ONNX cannot express {lines[0]}",
             got=f"{len(lines)} such" if len(lines) > 1 else None,
-            allowed="one plane of 2 to 8 bits, group 16, 32, 64, 128, 256 or the whole row",
-            next="quantize with another scheme, or export to another format",
+            allowed="codes of one weight each, in groups of multiples of 16 or the whole row",
+            next="use the runtime packed, which runs every scheme, or quantize with another",
         )
     proto = float_graph(model)
     turned = turn_constants(proto)

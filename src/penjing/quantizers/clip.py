@@ -1,0 +1,132 @@
+"""Round to nearest on a clipped grid: each group's range cut, at both ends, to least squared error.
+
+    argmin over scale, zero point of  sum over the group of h (w - scale (q - zero))^2
+
+with q the nearest codes and h the diagonal of H where it is given, else 1: no data needed.
+Low and high end move apart from each other: every zero point near the min-max one is searched
+with every scale below it; the best goes on by least squares in turn with rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penjing import grids
+from penjing.grids import Grid
+from penjing.planes import IntegerPlanes, Scheme
+from penjing.quantizers._feedback import check_gram
+
+__all__ = ["families", "fit", "needs", "search"]
+
+needs: frozenset[str] = frozenset()
+families = frozenset({"integer"})
+
+_TINY = torch.finfo(torch.float32).tiny
+# Rows searched at once: bounds the memory on vocabularies.
+_ROWS = 2048
+_ROUNDS = 4
+
+
+def fit(
+    weight: Tensor, scheme: Scheme, stats: Any = None, *, steps: int = 20, reach: int = 3
+) -> IntegerPlanes:
+    """Round each weight to the nearest point of its group's best grid.
+
+    Args:
+        weight: [out, in].
+        scheme: bits, group, symmetric, scale_bits.
+        stats: the diagonal of its `gram` [in, in] weighs the squared errors.
+        steps, reach: as in `search`.
+
+    Raises:
+        InputError: not a matrix of finite floats, or a Gram matrix of another width.
+    """
+    weight = grids.check_weight(weight)
+    gram = check_gram(weight, stats)
+    grid = search(weight, scheme, None if gram is None else gram.diagonal(), steps, reach)
+    return grids.to_planes(grid.codes(weight), grid)
+
+
+def search(
+    weight: Tensor,
+    scheme: Scheme,
+    importance: Tensor | None = None,
+    steps: int = 20,
+    reach: int = 3,
+) -> Grid:
+    """The grid of least weighted squared error.
+
+    Args:
+        weight: float32 [out, in].
+        scheme: bits, group, symmetric, scale_bits.
+        importance: [in], at least 0; inputs of no importance still count a little.
+        steps: scales tried for a zero point, 1 to 0.2 of the min-max one.
+        reach: zero points tried on either side of the min-max one.
+    """
+    whole = grids.min_max(weight, scheme)
+    if not whole.scale.numel():
+        return whole
+    if importance is None:
+        importance = torch.ones(weight.shape[1])
+    mean = importance.double().mean()
+    weights = (importance.double() / mean if mean > 0 else torch.ones_like(importance)).float()
+    count = whole.scale.shape[1] * whole.group
+    pad = (0, count - weight.shape[1])
+    grouped = torch.nn.functional.pad(weight, pad).reshape(*whole.scale.shape, whole.group)
+    # Padding has no weight at all, so that it does not draw the scale.
+    heavy = torch.nn.functional.pad(weights.clamp_min(1e-6), pad).reshape(-1, whole.group)
+    found = [
+        _search(grouped[rows], heavy, whole.scale[rows], whole.zero_point[rows], scheme,
+                steps, reach)
+        for rows in (slice(n, n + _ROWS) for n in range(0, len(weight), _ROWS))
+    ]  # fmt: skip
+    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Grid(scale, zero, scheme, whole.group)
+
+
+def _search(
+    grouped: Tensor,
+    heavy: Tensor,
+    base: Tensor,
+    middle: Tensor,
+    scheme: Scheme,
+    steps: int,
+    reach: int,
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [out, groups] for weights [out, groups, group]."""
+    # In units of the min-max scale, where squares neither overflow nor vanish.
+    unit = grouped / base.unsqueeze(-1)
+
+    def codes(scale: Tensor, zero: Tensor) -> Tensor:  # about the zero point
+        zero = zero.unsqueeze(-1)
+        rounded = (unit / scale.unsqueeze(-1)).round_()
+        return torch.minimum(torch.maximum(rounded, -zero), scheme.levels - zero)
+
+    def cost(centred: Tensor, scale: Tensor) -> Tensor:
+        off = (centred * scale.unsqueeze(-1)).sub_(unit).square_()
+        total: Tensor = off.mul_(heavy).sum(-1)
+        return total
+
+    scale, zero = torch.ones_like(base), middle
+    least = cost(codes(scale, zero), scale)
+
+    def keep(new: Tensor, place: Tensor) -> None:
+        nonlocal scale, zero, least
+        total = cost(codes(new, place), new)
+        better = (total < least) & (new * base >= _TINY)
+        scale, zero = torch.where(better, new, scale), torch.where(better, place, zero)
+        least = torch.where(better, total, least)
+
+    for step in range(-reach, reach + 1) if not scheme.symmetric else (0,):
+        place = (middle + step).clamp(0, scheme.levels)
+        for factor in torch.linspace(1.0, 0.2, steps).tolist():
+            keep(torch.full_like(base, factor), place)
+    for _ in range(_ROUNDS):
+        centred = codes(scale, zero)
+        square = (centred.square() * heavy).sum(-1)
+        best = (centred * unit * heavy).sum(-1) / square.clamp_min(_TINY)
+        keep(torch.where(square > 0, best, scale), zero)
+    return scale * base, zero
