@@ -10,6 +10,7 @@ and the least scale that clips nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes, Scheme, round_scales
 
-__all__ = ["Grid", "check_weight", "min_max", "mse", "to_planes"]
+__all__ = ["Grid", "check_weight", "grouped", "min_max", "mse", "search", "to_planes"]
 
 _TINY = torch.finfo(torch.float32).tiny
-# Rows searched at once: bounds the memory of the search on vocabularies.
-_ROWS = 4096
+# Rows searched at once: bounds the memory of a search on vocabularies.
+_ROWS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +45,8 @@ class Grid:
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest codes, uint8 [out, in]."""
-        grouped = _grouped(weight, self.group)  # [out, groups, group]
-        codes = _round(
-            grouped, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1), self.scheme
-        )
+        parts = grouped(weight, self.group)
+        codes = _round(parts, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1), self.scheme)
         return codes.flatten(1)[:, : weight.shape[1]].to(torch.uint8)
 
 
@@ -67,10 +66,11 @@ def check_weight(weight: Tensor) -> Tensor:
     return weight
 
 
-def _grouped(weight: Tensor, group: int) -> Tensor:
+def grouped(weight: Tensor, group: int) -> Tensor:
+    """[out, in] as [out, groups, group], the last group filled up with zeros."""
     # Zeros are on every grid, so padding changes neither a range nor an error.
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group))
-    return padded.reshape(len(weight), padded.shape[1] // group, group)  # [out, groups, group]
+    return padded.reshape(len(weight), padded.shape[1] // group, group)
 
 
 def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
@@ -85,12 +85,12 @@ def min_max(weight: Tensor, scheme: Scheme) -> Grid:
         scheme: bits, group, symmetric.
     """
     group = scheme.group_of(weight.shape[1])
-    grouped = _grouped(weight, group)
-    if not grouped.shape[1]:
+    parts = grouped(weight, group)
+    if not parts.shape[1]:
         empty = weight.new_ones(len(weight), 0)
         return Grid(empty, empty.clone(), scheme, group)
-    low = grouped.amin(-1).clamp_max(0.0)  # [out, groups]
-    high = grouped.amax(-1).clamp_min(0.0)
+    low = parts.amin(-1).clamp_max(0.0)  # [out, groups]
+    high = parts.amax(-1).clamp_min(0.0)
     half = 2 ** (scheme.bits - 1)
     if scheme.symmetric:
         scale = torch.maximum(high / (half - 1), -low / half)
@@ -105,6 +105,28 @@ def min_max(weight: Tensor, scheme: Scheme) -> Grid:
     return Grid(scale, zero_point, scheme, group)
 
 
+def search(
+    weight: Tensor, start: Grid, find: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Better scales and zero points [out, groups], some rows at a time.
+
+    Args:
+        weight: float32 [out, in].
+        start: where the search begins.
+        find: (weights [rows, groups, group], scale, zero point) to scale and zero point, all
+            [rows, groups]; rows do not depend on each other.
+    """
+    if not start.scale.numel():
+        return start.scale, start.zero_point
+    found = []
+    for first in range(0, len(weight), _ROWS):
+        rows = slice(first, first + _ROWS)
+        parts = grouped(weight[rows], start.group)
+        found.append(find(parts, start.scale[rows], start.zero_point[rows]))
+    scale, zero_point = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scale, zero_point
+
+
 def mse(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, steps: int = 40) -> Grid:
     """The min-max grid shrunk, group by group, to the least weighted squared error.
 
@@ -115,27 +137,26 @@ def mse(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, steps:
         steps: factors tried: 1, 1 - 0.8 / steps, ... above 0.2. The largest of equals wins.
     """
     whole = min_max(weight, scheme)
-    scales = []
     factors = 1.0 - 0.8 * torch.arange(steps) / steps
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
-        grouped = _grouped(weight[rows], whole.group)
-        weights = None
-        if importance is not None:
-            weights = _grouped(importance.float().unsqueeze(0), whole.group)  # [1, groups, group]
-        base, zero_point = whole.scale[rows], whole.zero_point[rows].unsqueeze(-1)
+    weights = None
+    if importance is not None:
+        weights = grouped(importance.float().unsqueeze(0), whole.group)  # [1, groups, group]
+
+    def find(parts: Tensor, base: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        middle = zero_point.unsqueeze(-1)
         best, least = base, torch.full_like(base, torch.inf)
         for factor in factors.tolist():
             scale = base * factor
             wide = scale.unsqueeze(-1)
-            codes = _round(grouped, wide, zero_point, scheme)
-            error = codes.sub_(zero_point).mul_(wide).sub_(grouped).square_()
+            codes = _round(parts, wide, middle, scheme)
+            error = codes.sub_(middle).mul_(wide).sub_(parts).square_()
             total = (error if weights is None else error.mul_(weights)).sum(-1)
             better = (total < least) & (scale >= _TINY)
             best, least = torch.where(better, scale, best), torch.where(better, total, least)
-        scales.append(best)
-    scale = torch.cat(scales) if scales else whole.scale
-    return Grid(scale, whole.zero_point, scheme, whole.group)
+        return best, zero_point
+
+    scale, zero_point = search(weight, whole, find)
+    return Grid(scale, zero_point, scheme, whole.group)
 
 
 def to_planes(codes: Tensor, grid: Grid) -> IntegerPlanes:

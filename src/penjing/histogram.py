@@ -45,13 +45,11 @@ class Histogram:
         low, high = float(flat.amin()), float(flat.amax())
         if not math.isfinite(low) or not math.isfinite(high):
             raise InputError("values of a histogram are NaN or infinite")
-        if not int(self.counts.sum()):
-            self.low, self.high = low, high
-        self.low, self.high = min(self.low, low), max(self.high, high)
         most = max(abs(low), abs(high), 2.0**-60)
         reach = 2.0 ** (math.floor(math.log2(most)) + 1)  # most < reach
         if not self.reach:
-            self.reach = reach
+            self.reach, self.low, self.high = reach, low, high
+        self.low, self.high = min(self.low, low), max(self.high, high)
         while self.reach < reach:
             pairs = self.counts.reshape(-1, 2).sum(1)  # [HALF]
             self.counts = torch.nn.functional.pad(pairs, (HALF // 2, HALF // 2))

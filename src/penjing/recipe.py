@@ -69,6 +69,17 @@ class ActivationRange:
     zero_point: int
     channels: Tensor | None = None
 
+    @property
+    def key(self) -> tuple[float, int, bytes]:
+        """Equal for equal ranges, and hashable."""
+        channels = b"" if self.channels is None else self.channels.numpy().tobytes()
+        return self.scale, self.zero_point, channels
+
+    @property
+    def factor(self) -> Tensor | None:
+        """1 / channels, float32 [in]: runtimes multiply."""
+        return None if self.channels is None else (1 / self.channels.double()).float()
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:

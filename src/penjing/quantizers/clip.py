@@ -25,8 +25,6 @@ needs: frozenset[str] = frozenset()
 families = frozenset({"integer"})
 
 _TINY = torch.finfo(torch.float32).tiny
-# Rows searched at once: bounds the memory on vocabularies.
-_ROWS = 2048
 _ROUNDS = 4
 
 
@@ -73,17 +71,13 @@ def search(
         importance = torch.ones(weight.shape[1])
     mean = importance.double().mean()
     weights = (importance.double() / mean if mean > 0 else torch.ones_like(importance)).float()
-    count = whole.scale.shape[1] * whole.group
-    pad = (0, count - weight.shape[1])
-    grouped = torch.nn.functional.pad(weight, pad).reshape(*whole.scale.shape, whole.group)
     # Padding has no weight at all, so that it does not draw the scale.
-    heavy = torch.nn.functional.pad(weights.clamp_min(1e-6), pad).reshape(-1, whole.group)
-    found = [
-        _search(grouped[rows], heavy, whole.scale[rows], whole.zero_point[rows], scheme,
-                steps, reach)
-        for rows in (slice(n, n + _ROWS) for n in range(0, len(weight), _ROWS))
-    ]  # fmt: skip
-    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+    heavy = grids.grouped(weights.clamp_min(1e-6).unsqueeze(0), whole.group)[0]
+    scale, zero = grids.search(
+        weight,
+        whole,
+        lambda parts, base, middle: _search(parts, heavy, base, middle, scheme, steps, reach),
+    )
     return Grid(scale, zero, scheme, whole.group)
 
 

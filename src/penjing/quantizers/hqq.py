@@ -28,7 +28,6 @@ needs: frozenset[str] = frozenset()
 families = frozenset({"integer"})
 
 _TINY = torch.finfo(torch.float32).tiny
-_ROWS = 2048
 
 
 def fit(
@@ -62,23 +61,21 @@ def fit(
     start = grids.min_max(weight, scheme)
     if not start.scale.numel():
         return grids.to_planes(start.codes(weight), start)
-    count = start.scale.shape[1] * start.group
-    padded = torch.nn.functional.pad(weight, (0, count - weight.shape[1]))
-    grouped = padded.reshape(*start.scale.shape, start.group)
-    real = torch.nn.functional.pad(torch.ones(weight.shape[1]), (0, count - weight.shape[1]))
-    real = real.reshape(-1, start.group)  # [groups, group]
-    parts = [
-        _alternate(grouped[rows], real, start.scale[rows], start.zero_point[rows], scheme,
-                   p, beta, growth, rounds, whole)
-        for rows in (slice(n, n + _ROWS) for n in range(0, len(weight), _ROWS))
-    ]  # fmt: skip
-    scale, zero = (torch.cat(part) for part in zip(*parts, strict=True))
+    real = grids.grouped(torch.ones(1, weight.shape[1]), start.group)[0]  # [groups, group]
+    scale, zero = grids.search(
+        weight,
+        start,
+        lambda parts, base, middle: _alternate(
+            parts, real, base, middle, scheme, p, beta, growth, rounds, whole
+        ),
+    )
     if whole or scheme.symmetric:
         grid = Grid(scale, zero, scheme, start.group)
         return grids.to_planes(grid.codes(weight), grid)
     scale = round_scales(scale, scheme.scale_bits)
     shift = round_scales(-scale * zero, scheme.scale_bits, signed=True)
-    codes = ((grouped - shift.unsqueeze(-1)) / scale.unsqueeze(-1)).round().clamp(0, scheme.levels)
+    parts = grids.grouped(weight, start.group)
+    codes = ((parts - shift.unsqueeze(-1)) / scale.unsqueeze(-1)).round().clamp(0, scheme.levels)
     return IntegerPlanes(
         codes.flatten(1)[None, :, : weight.shape[1]].to(torch.uint8).contiguous(),
         (scheme.bits,), scale.unsqueeze(0), shift, start.group, scale_bits=scheme.scale_bits,

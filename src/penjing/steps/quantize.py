@@ -146,19 +146,25 @@ class Quantize:
             name = canonical(unit.model, f"{path}.weight")
             own = stats.get(path, LayerStats())
             channels = divided.get(path)
-            weight: Tensor = layer.weight.detach().clone()  # type: ignore[operator]
-            if name not in unit.model.planes:
-                yield self._quantized(unit, path, layer, name, own, channels)
+            # The edit of the weight is made as soon as it is known, and the range is about the
+            # weight before it.
+            found = None
             # A layer that the data never reached has no range, and needs none.
             if self.activations and not table and (self.dynamic or own.count or path not in stats):
-                if self.dynamic:
-                    found = ActivationRange(0.0, 0, channels)
-                else:
-                    found = activation_range(
-                        own, path, self.observer, channels=channels, weight=weight
-                    )
+                found = self._range(layer, path, own, channels)
+            if name not in unit.model.planes:
+                yield self._quantized(unit, path, layer, name, own, channels)
+            if found is not None:
                 why = "8-bit input" + (", channels divided" if channels is not None else "")
                 yield Edit("activation", path, found, why)
+
+    def _range(
+        self, layer: nn.Module, path: str, own: LayerStats, channels: Tensor | None
+    ) -> ActivationRange:
+        if self.dynamic:
+            return ActivationRange(0.0, 0, channels)
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+        return activation_range(own, path, self.observer, channels=channels, weight=weight)
 
     def _quantized(
         self,

@@ -15,7 +15,7 @@ of the shift is a thin float product of each group's sum of inputs, see `_terms`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -159,7 +159,7 @@ def _stored(graph: Graph, name: str, blocks: Blocks, scale_bits: int, blocked: b
             repeated = np.repeat(blocks.zero, blocks.times, axis=1)[:, :count]
             zero = graph.constant(f"{name}.zero", _pack(repeated, blocks.bits))
     held = graph.constant(f"{name}.codes", packed)
-    return _Table(replace(blocks, codes=blocks.codes[:, :width]), held, scale, zero, blocked)
+    return _Table(blocks, held, scale, zero, blocked)
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -173,11 +173,11 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def _added(graph: Graph, parts: list[str], output: str) -> list[onnx.NodeProto]:
     """Nodes that add up `parts` to `output`."""
-    made = []
-    for index in range(1, len(parts)):
-        total = output if index == len(parts) - 1 else graph.name("sum")
-        made.append(graph.node("Add", [parts[0], parts[index]], [total]))
-        parts = [total, *parts[1:]]
+    made, total = [], parts[0]
+    for part in parts[1:]:
+        name = output if part is parts[-1] else graph.name("sum")
+        made.append(graph.node("Add", [total, part], [name]))
+        total = name
     return made
 
 

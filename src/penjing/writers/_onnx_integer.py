@@ -51,14 +51,11 @@ class Layer:
 
 def place_matrices(graph: Graph, layers: list[Layer]) -> None:
     """Linear layers with 8-bit inputs."""
-    groups: dict[tuple[str, float, int, bytes], list[Layer]] = {}
+    groups: dict[tuple[str, tuple[float, int, bytes]], list[Layer]] = {}
     for layer in layers:
-        key = (layer.use.node.input[0], layer.range.scale, layer.range.zero_point, b"")
-        if layer.range.channels is not None:
-            key = (*key[:3], layer.range.channels.numpy().tobytes())
-        groups.setdefault(key, []).append(layer)
+        groups.setdefault((layer.use.node.input[0], layer.range.key), []).append(layer)
     for key, group in groups.items():
-        value, scale, zero, _ = key
+        value, (scale, zero, _) = key
         names = [layer.name for layer in group]
         ends, gone = zip(*(_bias(graph, layer) for layer in group), strict=True)
         codes = np.concatenate([layer.codes for layer in group])  # [sum of out, in]
@@ -69,10 +66,10 @@ def place_matrices(graph: Graph, layers: list[Layer]) -> None:
         bias = graph.constant(f"{stem}.bias", biases) if biases.any() else ""
         output = ends[0][1] if len(group) == 1 else graph.name("merged")
         made = []
-        if (channels := group[0].range.channels) is not None:
-            factor = graph.constant(f"{stem}.factor", (1 / channels.double()).float().numpy())
+        if (factor := group[0].range.factor) is not None:
             divided = graph.name("divided")
-            made.append(graph.node("Mul", [value, factor], [divided]))
+            inputs = [value, graph.constant(f"{stem}.factor", factor.numpy())]
+            made.append(graph.node("Mul", inputs, [divided]))
             value = divided
         if scale == 0:
             weight_scale = graph.constant(f"{stem}.scale", scales)

@@ -173,7 +173,7 @@ def _activation(twins: list[Weight], module: str | None) -> ActivationRange | No
     for twin in twins:
         if module is not None and twin.path == f"{module}.weight":
             return twin.activation
-    if len({(*_limits(twin.activation), _channels(twin.activation)) for twin in twins}) > 1:
+    if len({twin.activation and twin.activation.key for twin in twins}) > 1:
         raise ExportError("equal weights with unequal input ranges", got=twins[0].path)
     return twins[0].activation
 
@@ -200,13 +200,11 @@ def _replace(
         data = user.get_node().input(0)
         source = data.get_source_output()
         low, high = _limits(activation)
-        name = source.get_node().get_name()
-        key = (name, source.get_index(), low, high, _channels(activation))
+        key = (source.get_node().get_name(), source.get_index(), activation.key)
         if key not in inputs:
-            if activation.channels is not None:
+            if (factor := activation.factor) is not None:
                 # Fused into what comes before; FakeQuantize itself takes no range a channel.
-                factor = (1 / activation.channels.double()).float().numpy()  # [in]
-                source = op.multiply(source, op.constant(factor)).output(0)
+                source = op.multiply(source, op.constant(factor.numpy())).output(0)
             ends = [np.float32(value) for value in (low, high, low, high)]
             inputs[key] = op.fake_quantize(source, *ends, 256)
         data.replace_source_output(inputs[key].output(0))
@@ -299,11 +297,6 @@ def _limits(activation: ActivationRange | None) -> tuple[float, float]:
         return (0.0, 0.0)
     zero = activation.zero_point
     return -zero * activation.scale, (255 - zero) * activation.scale
-
-
-def _channels(activation: ActivationRange | None) -> bytes:
-    channels = None if activation is None else activation.channels
-    return b"" if channels is None else channels.numpy().tobytes()
 
 
 def _digest(value: np.ndarray) -> bytes:
