@@ -18,6 +18,9 @@ __all__ = ["HALF", "Histogram"]
 HALF = 4096
 """Bins on each side of zero: 16 to 32 a step of an 8-bit grid over the whole range."""
 
+# Smaller values share the bins of this one: doubling starts somewhere.
+_LEAST = 2.0**-60
+
 
 class Histogram:
     """Counts of values.
@@ -43,10 +46,10 @@ class Histogram:
             return
         flat = values.detach().reshape(-1).double()
         low, high = float(flat.amin()), float(flat.amax())
-        if not math.isfinite(low) or not math.isfinite(high):
+        most = max(abs(low), abs(high), _LEAST)
+        if math.isnan(low + high) or not math.isfinite(2 * most):
             raise InputError("values of a histogram are NaN or infinite")
-        most = max(abs(low), abs(high), 2.0**-60)
-        reach = 2.0 ** (math.floor(math.log2(most)) + 1)  # most < reach
+        reach = math.ldexp(1.0, math.frexp(most)[1])  # most < reach <= 2 most
         if not self.reach:
             self.reach, self.low, self.high = reach, low, high
         self.low, self.high = min(self.low, low), max(self.high, high)

@@ -16,6 +16,7 @@ from penjing.errors import InputError
 
 __all__ = ["divisors", "input_scales"]
 
+# Least input or weight of a channel, relative to the largest of all.
 _TINY = 1e-5
 
 
@@ -31,7 +32,8 @@ def divisors(peak: Tensor, weights: list[Tensor], alpha: float = 0.9, floor: flo
     Raises:
         InputError: widths that do not agree, or values that are not finite.
     """
-    if not weights or any(w.ndim != 2 or w.shape[1] != len(peak) for w in weights):
+    fits = (w.ndim == 2 and len(w) and w.shape[1] == len(peak) for w in weights)
+    if not weights or not all(fits):
         got = [tuple(w.shape) for w in weights]
         raise InputError("weights of a migration", got=got, allowed=f"[out, {len(peak)}]")
     widest = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()  # [in]
@@ -39,9 +41,16 @@ def divisors(peak: Tensor, weights: list[Tensor], alpha: float = 0.9, floor: flo
     if not bool(torch.isfinite(peak).all() and torch.isfinite(widest).all()):
         raise InputError("inputs or weights of a migration are NaN or infinite")
     least = floor * peak.square().mean().sqrt()
-    peak = torch.maximum(peak, least).clamp_min(_TINY)
-    ratio = alpha * peak.log() - (1 - alpha) * widest.clamp_min(_TINY).log()
+    peak = torch.maximum(peak, least)
+    ratio = alpha * _log(peak) - (1 - alpha) * _log(widest)
     return (ratio - ratio.mean()).exp().float()
+
+
+def _log(size: Tensor) -> Tensor:
+    """Of sizes over the largest one; zeros where there is nothing at all."""
+    if not size.numel() or not float(size.max()):
+        return torch.zeros_like(size)
+    return (size / size.max()).clamp_min(_TINY).log()
 
 
 def input_scales(low: Tensor, high: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     argmin over ranges of  KL(P || Q)
 
 P is the histogram with everything outside the range added to its end bins; Q is the histogram
-inside the range, averaged over the bins of each grid step that hold anything (Migacz, 8-bit
-Inference with TensorRT, GTC 2017; here with a low end of its own).
+inside the range, averaged over the bins of each grid step that P has anything in (Migacz, 8-bit
+Inference with TensorRT, GTC 2017; here each end is searched, see `_ends`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 from penjing.histogram import Histogram
+from penjing.observers import _ends
 
-__all__ = ["fit"]
+__all__ = ["divergence", "fit"]
+
+# What Q has at least where P has something, as a share: P's clipped values may fall on a step
+# that holds nothing else.
+_LEAST = 1e-12
 
 
 def fit(histogram: Histogram, bits: int = 8, *, steps: int = 40) -> tuple[float, float]:
@@ -23,39 +28,46 @@ def fit(histogram: Histogram, bits: int = 8, *, steps: int = 40) -> tuple[float,
     Args:
         histogram: of the values.
         bits: of the grid.
-        steps: factors of the whole range tried, 1 down to 1 / steps.
+        steps: even factors of the whole range tried, 1 down to 1 / steps.
     """
-    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    if low == high:
-        return low, high
-    ends = ((low * (1 - k / steps), high * (1 - k / steps)) for k in range(steps))
-    return min(ends, key=lambda e: divergence(histogram, e, bits))
+    whole = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    if whole[0] == whole[1] or not bool(histogram.counts.any()):
+        return whole
+    return _ends.search(whole, lambda ends: divergence(histogram, ends, bits), steps)
 
 
 def divergence(histogram: Histogram, ends: tuple[float, float], bits: int) -> float:
-    """KL(P || Q) in nats of the grid over `ends`; infinite where no value is inside."""
-    centres, counts = histogram.centres, histogram.counts.double()
-    inside = (centres >= ends[0]) & (centres <= ends[1])
-    # A value on the end of the range may have its bin's centre outside.
-    if not bool(inside.any()) or not float(counts[inside].sum()):
+    """KL(P || Q) in nats of the grid over `ends`.
+
+    Infinite where no value is inside, and where there are fewer bins than steps: P and Q of one
+    bin are always equal.
+    """
+    p, q = _distributions(histogram, ends, bits)
+    if len(q) < 2**bits or not float(q.sum()):
         return float("inf")
-    own = counts[inside]  # [bins]
-    clipped = own.clone()
-    clipped[0] += counts[centres < ends[0]].sum()
-    clipped[-1] += counts[centres > ends[1]].sum()
-    scale = (ends[1] - ends[0]) / (2**bits - 1)
-    step = ((centres[inside] - ends[0]) / scale).round().long()
-    spread = _spread(own, step)
-    p, q = clipped / clipped.sum(), spread / spread.sum()
+    p, q = p / p.sum(), (q / q.sum()).clamp_min(_LEAST)
     some = p > 0
-    # Clipped values may fall on an empty end bin, which Q does not know.
-    return float((p[some] * (p[some] / q[some].clamp_min(1e-12)).log()).sum())
+    return float((p[some] * (p[some] / q[some]).log()).sum())
 
 
-def _spread(counts: Tensor, step: Tensor) -> Tensor:
-    """Counts averaged over the bins of each step that hold anything."""
-    held = (counts > 0).double()
-    size = int(step.max()) + 1
-    total = torch.zeros(size, dtype=torch.float64).index_add_(0, step, counts)
-    bins = torch.zeros(size, dtype=torch.float64).index_add_(0, step, held)
-    return held * (total / bins.clamp_min(1))[step]
+def _distributions(
+    histogram: Histogram, ends: tuple[float, float], bits: int
+) -> tuple[Tensor, Tensor]:
+    """P and Q over the bins of the range, the two that its ends lie in among them, as counts."""
+    centres, counts = histogram.centres, histogram.counts.double()
+    scale = (ends[1] - ends[0]) / (2**bits - 1)
+    half = histogram.width / 2
+    first = int((centres + half <= ends[0]).sum())
+    last = int((centres - half <= ends[1]).sum()) - 1
+    if scale <= 0 or last < first:
+        return counts, torch.zeros_like(counts)
+    own = counts[first : last + 1]
+    clipped = own.clone()  # [bins]
+    clipped[0] += counts[:first].sum()
+    clipped[-1] += counts[last + 1 :].sum()
+    step = ((centres[first : last + 1] - ends[0]) / scale).round().clamp(0, 2**bits - 1).long()
+    held = (clipped > 0).double()
+    sums = torch.zeros(2, 2**bits, dtype=torch.float64).index_add_(
+        1, step, torch.stack([own, held])
+    )
+    return clipped, held * (sums[0] / sums[1].clamp_min(1))[step]

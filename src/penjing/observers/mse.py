@@ -1,8 +1,8 @@
 """The range of the least mean squared error: rounding inside against clipping outside.
 
-    argmin over factors f of  sum_b count_b * (x_b - grid_f(x_b))^2,   range = f * (low, high)
+    argmin over (low, high) of  sum_b count_b * (x_b - grid(x_b))^2
 
-x_b are the centres of the bins; the low end is shrunk with the high one, and each end alone.
+x_b are the centres of the bins; ends are factors of the whole range, see `_ends`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from penjing.histogram import Histogram
+from penjing.observers import _ends
 
 __all__ = ["fit"]
 
@@ -21,22 +22,14 @@ def fit(histogram: Histogram, bits: int = 8, *, steps: int = 40) -> tuple[float,
     Args:
         histogram: of the values.
         bits: of the grid.
-        steps: factors tried, 1 down to 1 / steps.
+        steps: even factors tried, 1 down to 1 / steps.
     """
-    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    if low == high:
-        return low, high
+    whole = min(histogram.low, 0.0), max(histogram.high, 0.0)
     seen = histogram.counts > 0
+    if whole[0] == whole[1] or not bool(seen.any()):
+        return whole
     values, counts = histogram.centres[seen], histogram.counts[seen].double()
-    factors = [1 - k / steps for k in range(steps)]
-    low, high = min(
-        ((low * f, high * f) for f in factors),
-        key=lambda ends: _error(values, counts, ends, bits),
-    )
-    for _ in range(2):  # each end alone, the other one held
-        for ends in ([(low * f, high) for f in factors], [(low, high * f) for f in factors]):
-            low, high = min([(low, high), *ends], key=lambda e: _error(values, counts, e, bits))
-    return low, high
+    return _ends.search(whole, lambda ends: _error(values, counts, ends, bits), steps)
 
 
 def _error(values: Tensor, counts: Tensor, ends: tuple[float, float], bits: int) -> float:
