@@ -96,8 +96,11 @@ def min_max(weight: Tensor, scheme: Scheme) -> Grid:
         scale = torch.maximum(high / (half - 1), -low / half)
     else:
         scale = high / scheme.levels - low / scheme.levels
-    # A group of zeros, or of numbers too small to divide by.
-    scale = torch.where(scale >= _TINY, scale, 1.0)
+    # A group of zeros, or of numbers too small to divide by. In 8 bits a large scale would take
+    # the precision of its neighbours.
+    live = scale >= _TINY
+    dead = scale[live].min() if scheme.scale_bits == 8 and bool(live.any()) else 1.0
+    scale = torch.where(live, scale, dead)
     if scheme.symmetric:
         zero_point = torch.full_like(scale, half)
     else:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from penjing import grids
+from penjing.errors import InputError
 from penjing.grids import Grid
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers._feedback import check_gram
@@ -40,10 +41,12 @@ def fit(
         steps, reach: as in `search`.
 
     Raises:
-        InputError: not a matrix of finite floats, or a Gram matrix of another width.
+        InputError: not a matrix of finite floats, or a Gram matrix of another width or with NaN.
     """
     weight = grids.check_weight(weight)
     gram = check_gram(weight, stats)
+    if gram is not None and not bool(torch.isfinite(gram.diagonal()).all()):
+        raise InputError("a Gram matrix has NaN or infinite values", next="check the data")
     grid = search(weight, scheme, None if gram is None else gram.diagonal(), steps, reach)
     return grids.to_planes(grid.codes(weight), grid)
 

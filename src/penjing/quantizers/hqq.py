@@ -1,4 +1,4 @@
-"""HQQ: half-quadratic quantization, no data: zero points that few large errors do not draw.
+"""HQQ: half-quadratic quantization, no data: grids that few large errors do not draw.
 
     argmin over z of  sum |w - s (q - z)|^p,  q = clip(round(w / s + z)),  p = 0.7
 
@@ -7,8 +7,11 @@ split by half-quadratics (Badri & Shaji, 2023), in turn and with beta growing:
     e = shrink(w - s (q - z)) = sign(r) max(|r| - |r|^(p - 1) / beta, 0),   r the error
     z = mean over the group of (q - (w - e) / s)
 
-Errors are measured in units of the scale, so that beta means the same for every layer. A symmetric
-grid has its zero point in the middle and gets its scale that way instead.
+Errors are measured in units of the scale, so that beta means the same for every layer. A zero
+point that must be whole never leaves the one of min-max that way: such a grid, and a symmetric
+one, gets its scale instead,
+
+    s = sum of (q - z) (w - e) / sum of (q - z)^2
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from penjing import grids
+from penjing.errors import UsageError
 from penjing.grids import Grid
 from penjing.planes import IntegerPlanes, Scheme, round_scales
 
@@ -41,24 +45,28 @@ def fit(
     rounds: int = 20,
     whole: bool = True,
 ) -> IntegerPlanes:
-    """Fit each group's zero point.
+    """Fit each group's zero point or scale.
 
     Args:
         weight: [out, in].
         scheme: bits, group, symmetric, scale_bits.
         stats: not used.
-        p: power of the error, 0 to 1.
+        p: power of the error, above 0, at most 1.
         beta: of the first round; larger is nearer to plain averaging.
         growth: of beta from round to round.
         rounds: at most; a group keeps its best.
-        whole: round zero points to integers, which every runtime has; otherwise the offset is
-            stored as a scale is.
+        whole: keep whole zero points, which every runtime has, and fit scales; otherwise
+            zero points are fitted, and the offset is stored as a scale is.
 
     Raises:
         InputError: not a matrix of finite floats.
+        UsageError: a power outside its range.
     """
+    if not 0 < p <= 1:
+        raise UsageError("power of the error", got=p, allowed="above 0, at most 1")
     weight = grids.check_weight(weight)
     start = grids.min_max(weight, scheme)
+    held = whole or scheme.symmetric
     if not start.scale.numel():
         return grids.to_planes(start.codes(weight), start)
     real = grids.grouped(torch.ones(1, weight.shape[1]), start.group)[0]  # [groups, group]
@@ -66,10 +74,10 @@ def fit(
         weight,
         start,
         lambda parts, base, middle: _alternate(
-            parts, real, base, middle, scheme, p, beta, growth, rounds, whole
+            parts, real, base, middle, scheme, p, beta, growth, rounds, held
         ),
     )
-    if whole or scheme.symmetric:
+    if held:
         grid = Grid(scale, zero, scheme, start.group)
         return grids.to_planes(grid.codes(weight), grid)
     scale = round_scales(scale, scheme.scale_bits)
@@ -92,7 +100,7 @@ def _alternate(
     beta: float,
     growth: float,
     rounds: int,
-    whole: bool,
+    held: bool,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points [out, groups] for weights [out, groups, group]."""
     unit = grouped / base.unsqueeze(-1)
@@ -100,19 +108,18 @@ def _alternate(
     scale = torch.ones_like(base)
     kept, least = (scale, zero), torch.full_like(base, torch.inf)
     for _ in range(rounds):
-        place = zero.round().clamp(0, scheme.levels) if whole else zero
-        wide, at = scale.unsqueeze(-1), place.unsqueeze(-1)
+        wide, at = scale.unsqueeze(-1), zero.unsqueeze(-1)
         codes = (unit / wide).add_(at).round_().clamp_(0, scheme.levels)
         centred = codes - at
         error = unit - centred * wide
-        distance = error.abs()
-        total = (distance.pow(p) * real).sum(-1)
+        total = (error.abs().pow(p) * real).sum(-1)
         better = total < least
-        kept = (torch.where(better, scale, kept[0]), torch.where(better, place, kept[1]))
+        kept = (torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1]))
         least = torch.where(better, total, least)
-        large = (distance - distance.clamp_min(_TINY).pow(p - 1) / beta).clamp_min_(0)
+        distance = error.abs() / wide
+        large = (distance - distance.clamp_min(_TINY).pow(p - 1) / beta).clamp_min_(0) * wide
         near = unit - torch.copysign(large, error)
-        if scheme.symmetric:
+        if held:
             square = (centred.square() * real).sum(-1)
             new = (centred * near * real).sum(-1) / square.clamp_min(_TINY)
             scale = torch.where((square > 0) & (new * base >= _TINY), new, scale)
