@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -255,3 +256,16 @@ def test_a_method_of_ones_own(tmp_path: Path) -> None:
     torch.testing.assert_close(
         small.module.out.weight, 2 * model.module.out.weight, rtol=0.02, atol=0.02
     )
+
+
+def test_a_block_that_nothing_is_wanted_of() -> None:
+    """Blocks of other widths before and after the one that is quantized, as in CNNs."""
+    torch.manual_seed(0)
+    widths = (3, 5, 7, 4)
+    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
+    data = [{"x": torch.randn(6, 3)} for _ in range(3)]
+    model = net.wrap(nn.Sequential(*layers), "tensor", data[0])
+    model.blocks = ("0", "1", "2")
+    for targets in (("0.*",), ("1.*",), ("2.*",)):
+        made = apply(model, Recipe((Quantize(4, method="gptq", targets=targets),)), data).model
+        assert list(made.planes) == [f"{targets[0][0]}.0.weight"]

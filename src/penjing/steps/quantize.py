@@ -124,6 +124,8 @@ class Quantize:
         attention is calibrated on quantized queries, keys and values.
         """
         chosen = replace(unit, layers=self.layers(unit))
+        if not chosen.layers:  # the stream has not entered a block that nothing is wanted of
+            return
         if stats or unit.stream is None or not self.needs:
             yield from self._plan(chosen, stats)
             return
