@@ -1,5 +1,6 @@
 """GPTQ against a hand-solved pair, a slow textbook OBQ, and round to nearest."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_two_columns_by_hand() -> None:
     gram = torch.tensor([[5.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
     weight = torch.tensor([[0.4, -2.0]])
     planes = gptq.fit(
-        weight, Scheme(2, 0, True), SimpleNamespace(gram=gram), mse=False, damping=0.0
+        weight, Scheme(2, 0, True), SimpleNamespace(gram=gram), mse=False, damping=0.0, rounds=0
     )
     assert planes.dequantize().tolist() == [[0.0, -1.0]]
     assert error(weight, planes, gram) == pytest.approx(0.2, abs=1e-6)
@@ -63,7 +64,13 @@ def obq(weight: np.ndarray, gram: np.ndarray, grid: grids.Grid, order: np.ndarra
 def test_equals_textbook_obq(act_order: bool, scheme: Scheme, block: int) -> None:
     weight, gram = problem(6, 17)
     planes = gptq.fit(
-        weight, scheme, SimpleNamespace(gram=gram), act_order=act_order, mse=False, block=block
+        weight,
+        scheme,
+        SimpleNamespace(gram=gram),
+        act_order=act_order,
+        mse=False,
+        block=block,
+        rounds=0,
     )
     order = np.argsort(-gram.diagonal().numpy()) if act_order else np.arange(17)
     wanted = obq(weight.numpy(), gram.numpy(), grids.min_max(weight, scheme), order)
@@ -83,7 +90,7 @@ def test_the_mse_grid_and_the_order_each_help() -> None:
     stats = SimpleNamespace(gram=gram)
 
     def run(**options: bool) -> float:
-        return error(weight, gptq.fit(weight, Scheme(2, 16), stats, **options), gram)
+        return error(weight, gptq.fit(weight, Scheme(2, 16), stats, rounds=0, **options), gram)
 
     assert run() < 0.9 * run(mse=False)
     assert run() < 0.9 * run(act_order=False)
@@ -101,7 +108,8 @@ def test_blocks_do_not_change_the_codes() -> None:
 def test_without_a_gram_each_column_is_alone() -> None:
     weight, _ = problem(8, 32)
     planes = gptq.fit(weight, Scheme(3, 8), None)
-    same = gptq.fit(weight, Scheme(3, 8), SimpleNamespace(gram=torch.eye(32).double()))
+    eye = SimpleNamespace(gram=torch.eye(32).double())
+    same = gptq.fit(weight, Scheme(3, 8), eye, rounds=0)
     assert torch.equal(planes.codes, same.codes)
     plain = gptq.fit(weight, Scheme(3, 8), None, mse=False)
     assert torch.equal(plain.codes, rtn.fit(weight, Scheme(3, 8)).codes)
@@ -113,3 +121,26 @@ def test_a_gram_of_another_layer_is_refused() -> None:
     nan = SimpleNamespace(gram=torch.full((3, 3), float("nan")))
     with pytest.raises(InputError, match="NaN"):
         gptq.fit(torch.ones(2, 3), Scheme(4), nan)
+
+
+def test_rounds_are_never_worse_and_end_where_no_single_code_is_better() -> None:
+    weight, gram = problem(6, 24, 4)
+    stats = SimpleNamespace(gram=gram)
+    smooth = gram + 0.01 * gram.diagonal().mean() * torch.eye(24)
+    for scheme in (Scheme(2, 8), Scheme(3, 8, True), Scheme(4, scale_bits=16)):
+        errors = [
+            error(weight, gptq.fit(weight, scheme, stats, rounds=r, damping=0.01), smooth)
+            for r in (0, 1, 4, 40)
+        ]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[2] < 0.97 * errors[0]
+        planes = gptq.fit(weight, scheme, stats, rounds=40)
+        least = error(weight, planes, smooth)
+        better = 0
+        for o in range(6):
+            for i in range(24):
+                for code in range(2 ** int(scheme.bits)):
+                    other = planes.codes.clone()
+                    other[0, o, i] = code
+                    better += error(weight, replace(planes, codes=other), smooth) < least - 1e-6
+        assert better <= 3  # a round may have ended a little before the last

@@ -1,29 +1,39 @@
 """GPTQ: round column by column, each rounding error repaired by the columns still to come.
 
-Minimises tr((W - Q) H (W - Q)^T), H = X^T X / n, greedily (Frantar et al., arXiv 2210.17323).
-With U upper and U^T U = (H + lambda I)^-1, for column j in turn:
+Minimises tr((W - Q) H (W - Q)^T), H = X^T X / n, greedily (Frantar et al., arXiv 2210.17323):
+`_feedback.run` with the nearest point of each group's grid. Columns go in descending order of
+H's diagonal (act-order) with static groups: the grids come from the weights as they were, in
+their own order, so nothing is permuted at run time.
 
-    q_j = round(w_j);  e = (w_j - q_j) / U[j, j];  w_k -= e U[j, k]  for k > j
+The grid was made for the weights, not for what feedback made of them. So `rounds` times more:
 
-Columns go in descending order of H's diagonal (act-order) with static groups: the grids come
-from the weights as they were, in their own order, so nothing is permuted at run time.
+    refit     argmin over scales (and zero points, rounded) of the same loss, every row alone
+    polish    coordinate descent over the codes
+
+and what is best of all is kept.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from penjing import grids, linalg
-from penjing.errors import InputError
+from penjing import grids
+from penjing.grids import Grid
 from penjing.planes import IntegerPlanes, Scheme
+from penjing.quantizers import _feedback
+from penjing.quantizers._refit import solve
 
 __all__ = ["families", "fit", "needs"]
 
 needs = frozenset({"gram"})
 families = frozenset({"integer"})
+
+# From so many bits on the grid hardly matters.
+_MANY = 6
 
 
 def fit(
@@ -35,55 +45,99 @@ def fit(
     mse: bool = True,
     damping: float = 0.01,
     block: int = 128,
+    rounds: int = 4,
 ) -> IntegerPlanes:
     """Quantize with error feedback.
 
     Args:
         weight: [out, in].
-        scheme: bits, group, symmetric.
+        scheme: bits, group, symmetric, scale_bits.
         stats: its `gram` [in, in] is H. Without one H is the identity: every column alone,
             which is rounding to nearest on the grid.
         act_order: most important column first.
         mse: shrink each group's range to the least error weighted by H's diagonal; else min-max.
         damping: lambda as a fraction of the mean diagonal.
         block: columns whose updates are made together on the columns after them.
+        rounds: refits and passes of coordinate descent after the feedback; none from 6 bits on.
 
     Raises:
         InputError: not a matrix of finite floats, or a Gram matrix of another width.
     """
     weight = grids.check_weight(weight)
-    out, inputs = weight.shape
-    gram = getattr(stats, "gram", None)
-    if gram is not None and tuple(gram.shape) != (inputs, inputs):
-        raise InputError("Gram matrix", got=tuple(gram.shape), allowed=(inputs, inputs))
+    gram = _feedback.check_gram(weight, stats)
     diagonal = None if gram is None else _relative(gram.diagonal())
     grid = grids.mse(weight, scheme, diagonal) if mse else grids.min_max(weight, scheme)
     if gram is None or not weight.numel():
         return grids.to_planes(grid.codes(weight), grid)
+    order = None if act_order else torch.arange(weight.shape[1])
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    made = _feedback.run(
+        weight, gram, _assigner(grid, codes), order=order, damping=damping, block=block
+    )
+    if scheme.bits >= _MANY or not rounds:
+        return grids.to_planes(codes, grid)
+    smooth = _feedback.damped(gram, damping=damping)
+    best, least = (codes, grid), _loss(weight - made, smooth)  # [out]
+    for _ in range(rounds):
+        grid = _refit(weight, codes, grid, smooth)
+        codes = codes.clone()
+        made = grids.to_planes(codes, grid).dequantize()
+        made = _feedback.polish(weight, made, smooth, _assigner(grid, codes), block=block)
+        loss = _loss(weight - made, smooth)
+        better = loss < least
+        best, least = _rows(better, (codes, grid), best), torch.minimum(loss, least)
+    return grids.to_planes(*best)
 
-    order = torch.arange(inputs)
-    if act_order:
-        order = gram.diagonal().argsort(descending=True, stable=True)
-    upper = linalg.inverse_cholesky_upper(gram[order][:, order], damping).float()  # [in, in]
-    # Transposed, so that a column of the weight is contiguous.
-    rest = weight.T[order]  # [in, out]
-    codes = torch.empty(inputs, out, dtype=torch.uint8)
-    scales, zeros, shifts = (t.T.contiguous() for t in (grid.scale, grid.zero_point, grid.shift))
-    places = (order // grid.group).tolist()
-    for start in range(0, inputs, block):
-        stop = min(start + block, inputs)
-        errors = torch.empty(stop - start, out)
-        for j in range(start, stop):
-            scale, zero, shift = (t[places[j]] for t in (scales, zeros, shifts))  # [out]
-            code = (rest[j] / scale).round_().add_(zero).clamp_(0, scheme.levels)
-            codes[j] = code
-            error = errors[j - start]
-            torch.sub(rest[j], code.mul_(scale).add_(shift), out=error).div_(upper[j, j])
-            rest[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-        rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    unordered = torch.empty_like(codes)
-    unordered[order] = codes
-    return grids.to_planes(unordered.T.contiguous(), grid)
+
+def _assigner(grid: Grid, codes: Tensor) -> _feedback.Assign:
+    """Nearest point of the grid; writes the codes [out, in] in place."""
+    scales, zeros = grid.scale.T.contiguous(), grid.zero_point.T.contiguous()  # [groups, out]
+    shifts = grid.shift.T.contiguous()
+    top = grid.scheme.levels
+
+    def assign(columns: Tensor, place: int) -> Tensor:
+        g = place // grid.group
+        scale = scales[g]
+        code = (columns[:, 0] / scale).round_().add_(zeros[g]).clamp_(0, top)
+        codes[:, place] = code
+        return code.mul_(scale).add_(shifts[g]).unsqueeze(1)
+
+    return assign
+
+
+def _refit(weight: Tensor, codes: Tensor, grid: Grid, gram: Tensor) -> Grid:
+    """Zero points, then scales, of least error for the codes that are there."""
+    if not grid.scheme.symmetric:
+
+        def both(rows: slice) -> Tensor:
+            own = codes[rows].float()
+            return torch.stack([own, torch.ones_like(own)])
+
+        start = torch.stack([grid.scale, grid.shift])
+        scale, shift = solve(weight, both, start, grid.group, gram, 1)
+        zero = (-shift / scale.clamp_min(1e-30)).round().clamp(0, grid.scheme.levels)
+        grid = replace(grid, zero_point=torch.where(scale > 0, zero, grid.zero_point))
+    wide = grid.zero_point.repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
+    found = solve(
+        weight, lambda rows: (codes[rows] - wide[rows]).unsqueeze(0), grid.scale.unsqueeze(0),
+        grid.group, gram, 1,
+    )[0]  # fmt: skip
+    return replace(grid, scale=torch.where(found > 0, found, grid.scale))
+
+
+def _loss(error: Tensor, gram: Tensor) -> Tensor:
+    return ((error @ gram) * error).sum(1)
+
+
+def _rows(
+    chosen: Tensor, new: tuple[Tensor, Grid], old: tuple[Tensor, Grid]
+) -> tuple[Tensor, Grid]:
+    """The new codes and grid where `chosen` [out], else the old."""
+    pick = chosen.unsqueeze(1)
+    scale = torch.where(pick, new[1].scale, old[1].scale)
+    zero_point = torch.where(pick, new[1].zero_point, old[1].zero_point)
+    grid = replace(new[1], scale=scale, zero_point=zero_point)
+    return torch.where(pick, new[0], old[0]), grid
 
 
 def _relative(diagonal: Tensor) -> Tensor:
