@@ -16,7 +16,10 @@ from penjing.apply import apply
 from penjing.calibrate import Unit
 from penjing.errors import InputError, UsageError
 from penjing.model import Model
+from penjing.planes import IntegerPlanes, Scheme
+from penjing.quantizers import rtn
 from penjing.recipe import Recipe
+from penjing.steps._grid import Grid
 from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
 from penjing.steps.recover import Recover
@@ -58,7 +61,7 @@ def test_masks_and_planes_stay() -> None:
         if name in edited.masks:
             assert not parameter[~edited.masks[name]].any()
         if name in edited.planes:
-            assert torch.equal(parameter, edited.planes[name].dequantize())
+            assert torch.equal(parameter, found.planes[name].dequantize())
             assert torch.equal(found.planes[name].codes, edited.planes[name].codes)
         else:
             moved += not torch.equal(parameter, old)
@@ -191,3 +194,54 @@ def test_refusals() -> None:
         broken.module.out.bias[0] = float("inf")
     with pytest.raises(InputError, match="loss is not finite"):
         apply(broken, Recipe((_recover(3),)), BATCHES, original=model)
+
+
+def test_scales_of_quantized_weights_learn_and_the_file_holds_what_was_learned() -> None:
+    model = net.stack()
+    for scheme in (Quantize(3, 8, method="rtn"), Quantize(2, method="rtn", symmetric=True)):
+        small = apply(model, Recipe((scheme,))).model
+        found = apply(small, Recipe((_recover(80, 1e-2),)), BATCHES, original=model).model
+        moved = [
+            n for n, p in found.planes.items() if not torch.equal(p.scale, small.planes[n].scale)
+        ]
+        assert len(moved) == len(small.planes)
+        for name, planes in found.planes.items():
+            assert torch.equal(planes.codes, small.planes[name].codes)
+            assert torch.equal(found.module.get_parameter(name), planes.dequantize())
+            again = IntegerPlanes.from_tensors(planes.tensors(), planes.describe())
+            assert torch.equal(again.dequantize(), planes.dequantize())
+        assert _kl(found, model, SEEN_BY_NONE) < _kl(small, model, SEEN_BY_NONE)
+
+
+def test_learned_codes_change_and_help_beyond_scales() -> None:
+    model = net.stack()
+    small = apply(model, Recipe((Quantize(2, 8, method="rtn"),))).model
+    errors = []
+    for codes in (False, True):
+        step = _recover(300, 3e-3, codes=codes)
+        found = apply(small, Recipe((step,)), BATCHES, original=model).model
+        errors.append(sum(_kl(found, model, b) for b in BATCHES))
+    assert errors[1] < errors[0] < sum(_kl(small, model, b) for b in BATCHES)
+    changed = [not torch.equal(p.codes, small.planes[n].codes) for n, p in found.planes.items()]
+    assert any(changed)
+    assert all(int(p.codes.max()) <= 3 for p in found.planes.values())
+
+
+def test_the_gradient_of_a_grid_is_that_of_the_formula() -> None:
+    """d/da of sum(c * w) by finite differences of the planes' own dequantization."""
+    torch.manual_seed(1)
+    planes = rtn.fit(torch.randn(3, 10), Scheme(4, 4))
+    weights, grid = torch.randn(3, 10), Grid(planes)
+    (grid(torch.empty(0)) * weights).sum().backward()
+    for o, g in ((0, 0), (2, 2)):
+        values = []
+        for sign in (1, -1):
+            scale = planes.scale.double().clone()
+            scale[0, o, g] *= 1 + sign * 1e-3
+            shift = -scale[0] * planes.zero_point
+            made = planes.codes[0].double() * planes.spread(scale[0]) + planes.spread(shift)
+            values.append(float((made * weights).sum()))
+        assert grid.a.grad is not None
+        assert float(grid.a.grad[0, o, g]) == pytest.approx(
+            (values[0] - values[1]) / 2e-3, rel=1e-3
+        )

@@ -1,8 +1,8 @@
 """Recover: gradient descent after an edit, toward the original network's outputs.
 
 Distillation without labels (Hinton et al., arXiv 1503.02531): the edited network is trained on
-the calibration data to give what the original gives. Masked connections stay zero; quantized
-weights stay on their grid because they are not trained.
+the calibration data to give what the original gives. Masked connections stay zero. Of quantized
+weights the scales are trained, and where asked the codes: see `_grid`. Tables keep theirs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from penjing.errors import InputError, UsageError
 from penjing.model import Batch, Model
 from penjing.recipe import Edit
 from penjing.registry import lookup
+from penjing.steps._grid import Grid, attach
 
 __all__ = ["Recover"]
+
+# Learning rates of scales and of codes, both in units of the scale, over that of floats.
+_SCALES, _CODES = 2.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Recover:
         lr: peak learning rate of AdamW, reached after 5 % and falling to 0 as a cosine.
         loss: a name of `penjing.losses`; by default `cosine` for embeddings, `kl` for logits.
         seed: order of the batches.
-        targets: globs of parameter paths; without any, every one that is not quantized.
+        targets: globs of parameter paths; without any, every one.
+        codes: learn the codes of quantized weights too (quantization-aware training); of one
+            plane of integers, without removed connections.
     """
 
     name: ClassVar[str] = "recover"
@@ -49,6 +55,7 @@ class Recover:
     loss: str | None = None
     seed: int = 0
     targets: tuple[str, ...] = ()
+    codes: bool = False
 
     def __post_init__(self) -> None:
         if self.seconds < 0 or self.steps < 0 or not (self.seconds or self.steps):
@@ -90,14 +97,14 @@ class Recover:
 
         before = held_out()
         trained = {
-            n: p
-            for n, p in student.parameters()
-            if n not in student.planes
-            and (not self.targets or any(fnmatchcase(n, t) for t in self.targets))
+            n: p for n, p in student.parameters() if n not in student.planes and self._wanted(n)
         }
-        if not trained:
-            raise UsageError("nothing to train", got=", ".join(self.targets) or "all quantized")
-        taken, last = self._train(train, trained, student, compare)
+        chosen = [n for n in student.planes if self._wanted(n)]
+        behind = dict(teacher.parameters()) if self.codes else {}
+        grids = attach(student, chosen, {n: p.detach() for n, p in behind.items()})
+        if not trained and not grids:
+            raise UsageError("nothing to train", got=", ".join(self.targets) or "only tables")
+        taken, last = self._train(train, trained, grids, student, compare)
         after = held_out()
         if test and not after < before:
             return
@@ -108,19 +115,34 @@ class Recover:
         for name, parameter in trained.items():
             if not torch.equal(parameter.data, old[name].data):
                 yield Edit("weight", name, parameter.detach().clone(), why, {"loss": last})
+        for name, grid in grids.items():
+            yield Edit("quantize", name, grid.result(), f"scales by {why}", {"loss": last})
+
+    def _wanted(self, name: str) -> bool:
+        return not self.targets or any(fnmatchcase(name, t) for t in self.targets)
 
     def _train(
         self,
         batches: list[Batch],
         trained: dict[str, nn.Parameter],
+        grids: dict[str, Grid],
         student: Model,
         compare: object,
     ) -> tuple[int, float]:
         for parameter in student.module.parameters():
             parameter.requires_grad_(False)
-        for parameter in trained.values():
+        kinds: list[tuple[list[nn.Parameter], float]] = [
+            (list(trained.values()), self.lr),
+            ([p for g in grids.values() for p in g.scales()], self.lr * _SCALES),
+            ([g.v for g in grids.values() if g.v is not None], self.lr * _CODES),
+        ]
+        kinds = [(own, rate) for own, rate in kinds if own]
+        parameters = [p for own, _ in kinds for p in own]
+        for parameter in parameters:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(trained.values(), lr=self.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [{"params": own, "lr": rate} for own, rate in kinds], weight_decay=0.0
+        )
         generator = torch.Generator().manual_seed(self.seed)
         start, step, last = time.monotonic(), 0, float("nan")
         done = 0.0
@@ -132,11 +154,11 @@ class Recover:
                     done = max(done, (time.monotonic() - start) / self.seconds)
                 if done >= 1:
                     return step, last
-                rate = min(1.0, done / 0.05 + 0.05) * (
+                share = min(1.0, done / 0.05 + 0.05) * (
                     0.5 + 0.5 * torch.cos(torch.tensor(done * torch.pi))
                 )
-                for group in optimizer.param_groups:
-                    group["lr"] = self.lr * float(rate)
+                for group, (_, rate) in zip(optimizer.param_groups, kinds, strict=True):
+                    group["lr"] = rate * float(share)
                 with torch.autocast(student.device.type, torch.bfloat16):
                     value: Tensor = compare(batches[index])  # type: ignore[operator]
                 if not torch.isfinite(value):
@@ -144,7 +166,7 @@ class Recover:
                     raise InputError("the loss is not finite", got=last, next="lower lr")
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(trained.values(), 1.0)
+                nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 with torch.no_grad():
                     for name, mask in student.masks.items():
