@@ -16,7 +16,8 @@ LAYERS = [
     ["planes", "result"],
     ["recipe"],
     ["model"],
-    ["linalg", "grids", "masks", "meter", "statistics", "progress", "histogram", "migration"],
+    ["linalg", "grids", "masks", "meter", "statistics", "progress", "histogram", "migration",
+     "equalize"],
     ["criteria", "quantizers", "losses", "observers", "neurons"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
     ["edits", "calls"],
@@ -33,7 +34,7 @@ LAYERS = [
     ["cli"],
     ["__init__"],
     ["__main__"],
-]
+]  # fmt: skip
 TOGETHER = {"readers", "steps", "fit", "report", "cli", "data", "writers", "runtimes"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
