@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from penjing import grids
 from penjing.errors import InputError
-from penjing.migration import divisors, input_scales
+from penjing.migration import activation_aware, divisors, input_scales
+from penjing.planes import Scheme
 
 
 def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,3 +98,68 @@ def test_bad_input_is_named() -> None:
 def test_peaks_of_ranges() -> None:
     low, high = torch.tensor([-3.0, 0.5, -1.0]), torch.tensor([2.0, 4.0, -0.5])
     assert input_scales(low, high).tolist() == [3.0, 4.0, 1.0]
+
+
+def nearest(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    grid = grids.min_max(weight, Scheme(3))
+    return grids.to_planes(grid.codes(weight), grid).dequantize()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_awq_is_the_best_of_its_powers_on_the_data_themselves(seed: int) -> None:
+    x, weight = inputs(seed)
+    x, weights = x.double(), [weight, inputs(seed + 9)[1]]
+    found = activation_aware(x.T @ x / len(x), weights, nearest).double()
+
+    def change(s: torch.Tensor) -> float:
+        """Of the outputs, from data."""
+        s = s.float()
+        backs = [(nearest(w * s, s) / s - w).double() for w in weights]
+        return sum(float((x @ off.T).square().sum()) for off in backs)
+
+    norm = x.square().mean(0).sqrt()
+    powers = [norm ** (k / 20) for k in range(20)]
+    errors = [change(s / s.log().mean().exp()) for s in powers]
+    assert change(found) == pytest.approx(min(errors), rel=1e-3)
+    assert change(found) < 0.7 * errors[0]
+    assert float(found.log().mean()) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close((x / found) @ (weight * found).T, x @ weight.double().T)
+
+
+def test_awq_leaves_channels_of_one_size() -> None:
+    weight = inputs()[1]
+    assert torch.equal(activation_aware(torch.eye(12) * 3, [weight], nearest), torch.ones(12))
+    assert torch.equal(activation_aware(torch.zeros(12, 12), [weight], nearest), torch.ones(12))
+
+
+def test_awq_gives_the_gram_matrix_of_the_divided_input() -> None:
+    x, weight = inputs()
+    gram = (x.T @ x / len(x)).double()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(scaled: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        seen.append((scaled, own))
+        return scaled.round()
+
+    activation_aware(gram, [weight], note, steps=3)
+    for scaled, own in seen:
+        s = (scaled / weight)[0]
+        divided = x / s
+        torch.testing.assert_close(own.float(), divided.T @ divided / len(x), rtol=1e-3, atol=1e-4)
+    assert len(seen) == 3
+
+
+def test_awq_with_a_dead_input_and_bad_ones() -> None:
+    x, weight = inputs()
+    x[:, 3] = 0
+    found = activation_aware((x.T @ x).double(), [weight], nearest)
+    assert found.isfinite().all()
+    assert (found > 0).all()
+    with pytest.raises(InputError, match="Gram matrix"):
+        activation_aware(torch.ones(3, 4), [torch.ones(2, 3)], nearest)
+    with pytest.raises(InputError, match="weights"):
+        activation_aware(torch.eye(4), [torch.ones(2, 3)], nearest)
+    bad = torch.eye(3)
+    bad[0, 1] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        activation_aware(bad, [torch.ones(2, 3)], nearest)

@@ -5,16 +5,26 @@
 with p_j the largest input of channel j and w_j its largest weight over all layers that read
 the input (Xiao et al., SmoothQuant, arXiv 2211.10438). Channels that calibration hardly woke
 get p_j = floor * rms(p) at the least: other data will wake them, and a tiny s_j would clip.
+
+For weights alone (Lin et al., AWQ, arXiv 2306.00978) it goes the other way: a weight of a large
+input is multiplied so that its rounding counts less,
+
+    argmin over a of  sum over layers of tr(E H E^T),  E = Q(W s) / s - W,  s_j = norm_j^a
+
+over the geometric mean. No multiplication is left at run time only where what makes the input can
+hold 1 / s: the weight of a norm, rows of a layer before that is linear up to there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from penjing.errors import InputError
 
-__all__ = ["divisors", "input_scales"]
+__all__ = ["activation_aware", "divisors", "input_scales"]
 
 # Least input or weight of a channel, relative to the largest of all.
 _TINY = 1e-5
@@ -44,6 +54,45 @@ def divisors(peak: Tensor, weights: list[Tensor], alpha: float = 0.9, floor: flo
     peak = torch.maximum(peak, least)
     ratio = alpha * _log(peak) - (1 - alpha) * _log(widest)
     return (ratio - ratio.mean()).exp().float()
+
+
+def activation_aware(
+    gram: Tensor,
+    weights: Sequence[Tensor],
+    quantize: Callable[[Tensor, Tensor], Tensor],
+    steps: int = 20,
+) -> Tensor:
+    """AWQ's divisors of the input channels, float32 [in], geometric mean 1.
+
+    Args:
+        gram: H [in, in], mean outer product of the input.
+        weights: [out, in] each, of every layer that reads the input.
+        quantize: (W s, H over s by rows and columns) to what the stored weight is, [out, in].
+        steps: powers a tried, 0 to 1 - 1 / steps. With 0 nothing is divided: of equals it wins,
+            and no result has more error than it.
+
+    Raises:
+        InputError: widths that do not agree, or values that are not finite.
+    """
+    gram = gram.double()
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise InputError("a Gram matrix", got=tuple(gram.shape), allowed="[in, in]")
+    norm = gram.diagonal().clamp_min(0).sqrt()
+    # Checks all widths, and that everything is finite.
+    best = torch.ones_like(divisors(norm, list(weights), 1.0, 0.0))
+    if not bool(torch.isfinite(gram).all()):
+        raise InputError("a Gram matrix has NaN or infinite values")
+    log, least = _log(norm), torch.inf
+    for step in range(steps):
+        ratio = log * (step / steps)
+        scale = (ratio - ratio.mean()).exp().float()  # [in]
+        seen, total = gram / torch.outer(scale, scale).double(), 0.0
+        for weight in weights:
+            off = (quantize(weight * scale, seen) / scale - weight).double()
+            total += float(((off @ gram) * off).sum())
+        if total < least:
+            best, least = scale, total
+    return best
 
 
 def _log(size: Tensor) -> Tensor:
