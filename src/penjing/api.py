@@ -190,10 +190,12 @@ def cut(
 
 def quantize(
     model: Model | Place,
-    bits: int = 8,
+    bits: float = 8,
     *,
     group: int = 0,
     method: str | None = None,
+    codes: str = "integer",
+    scale_bits: int = 32,
     activations: int | None = None,
     embeddings: int | None = None,
     symmetric: bool | None = None,
@@ -218,6 +220,8 @@ def quantize(
         embeddings=embeddings or 0,
         embedding_group=32 if (embeddings or 8) < 8 else 0,
         targets=tuple(targets or ()),
+        codes=codes,
+        scale_bits=scale_bits,
     )
     steps = (Fold(), step) if has_norms(loaded) else (step,)
     return apply(loaded, Recipe(steps, seed), data, **options)

@@ -269,3 +269,48 @@ def test_a_block_that_nothing_is_wanted_of() -> None:
     for targets in (("0.*",), ("1.*",), ("2.*",)):
         made = apply(model, Recipe((Quantize(4, method="gptq", targets=targets),)), data).model
         assert list(made.planes) == [f"{targets[0][0]}.0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "bits", "most"),
+    [
+        ("binary", 2, 3.0),
+        ("residual", 3, 4.0),
+        ("ternary", 1.6, 2.5),
+        ("power2", 3, 4.0),
+        ("additive", 2, 4.5),  # its books are most of a layer this small
+        ("e8", 2, 2.6),
+    ],
+)
+def test_other_codes_inside_a_network(codes: str, bits: float, most: float) -> None:
+    """With feedback nearer on the output than the nearest codes, at the stored bits said."""
+    model, batches = net.stack(width=32, hidden=64), net.arrays(12)
+    errors = []
+    for method in ("rtn", "gptq"):
+        step = Quantize(bits, 32, method, codes=codes, scale_bits=8, targets=("blocks.*",))
+        small = apply(model, Recipe((step,)), batches).model
+        assert len(small.planes) == 6
+        for name, planes in small.planes.items():
+            assert torch.equal(small.module.get_parameter(name), planes.dequantize())
+            assert planes.stored_bits <= most
+        with torch.no_grad():
+            errors.append(sum(float((small.run(b) - model.run(b)).norm()) for b in batches))
+    assert errors[1] < errors[0]
+    assert Recipe.from_toml(Recipe((step,)).to_toml(), {"quantize": Quantize}).steps == (step,)
+
+
+def test_refusals_of_other_codes() -> None:
+    for options in (
+        {"bits": 2.5},
+        {"bits": 2, "codes": "binry"},
+        {"bits": 3, "codes": "ternary"},
+        {"bits": 2, "codes": "binary", "method": "hqq"},
+        {"bits": 8, "scale_bits": 7},
+        {"bits": 2, "codes": "trellis"},
+        {"bits": 8, "codes": "binary", "activations": 8, "symmetric": True},
+    ):
+        with pytest.raises(UsageError):
+            Quantize(**options)  # type: ignore[arg-type]
+    pruned = apply(net.stack(), Recipe((Prune(0.5, "magnitude"),))).model
+    with pytest.raises(InputError, match="removed connections"):
+        apply(pruned, Recipe((Quantize(2, method="rtn", codes="binary"),)))

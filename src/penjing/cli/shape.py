@@ -20,6 +20,7 @@ from penjing.cli.options import (
 )
 from penjing.cli.work import is_bare, removed, show_file, technique
 from penjing.errors import InputError, UsageError
+from penjing.scheme import Scheme
 
 __all__ = ["cut", "prune", "quantize", "recover", "replay", "shrink"]
 
@@ -174,7 +175,7 @@ def cut(
 
 @click.command()
 @model_options
-@click.option("--bits", type=click.IntRange(2, 8), default=8, show_default=True)
+@click.option("--bits", type=click.FloatRange(1, 8), default=8, show_default=True)
 @click.option(
     "--group",
     type=click.IntRange(0),
@@ -182,7 +183,14 @@ def cut(
     show_default=True,
     help="Inputs that share a scale; 0 is the whole row.",
 )
-@click.option("--codes", default="integer", show_default=True, help="integer, so far.")
+@click.option("--codes", default="integer", show_default=True, help="Kind of codes, see the docs.")
+@click.option(
+    "--scale-bits",
+    type=click.Choice(["32", "16", "8"]),
+    default="32",
+    show_default=True,
+    help="Bits of a stored scale.",
+)
 @click.option("--activations", type=click.IntRange(8, 8), help="8 for 8-bit layer inputs.")
 @click.option("--embeddings", type=click.IntRange(2, 8), help="Bits of embedding tables.")
 @click.option("--method", type=Leaf("quantizers"), help="Default: gptq with data, rtn without.")
@@ -195,9 +203,10 @@ def cut(
 @json_option
 def quantize(
     model: str,
-    bits: int,
+    bits: float,
     group: int,
     codes: str,
+    scale_bits: str,
     activations: int | None,
     embeddings: int | None,
     method: str | None,
@@ -215,16 +224,23 @@ def quantize(
     penjing quantize ./my-model --bits 4 --group 64 --data calibration.jsonl -o ./small
     penjing quantize params.npy --bits 8 -o out.npz
     """
-    if codes != "integer":
-        raise UsageError("such codes are not there yet", got=codes, allowed="integer")
+    if bits == int(bits):
+        bits = int(bits)
+    Scheme(bits, group, bool(symmetric), codes, int(scale_bits))
     if is_bare(model, output):
         check_model(model)
+        if codes != "integer" or scale_bits != "32":
+            raise UsageError(
+                "codes of a bare weight file",
+                got=f"{codes}, scales of {scale_bits} bits",
+                allowed="integer, scales of 32 bits",
+            )
         from penjing.weights import quantize_file
 
         found = quantize_file(
             Path(model),
             output,
-            bits,
+            int(bits),
             group=group,
             method=method or "rtn",
             dequantize=dequantize,
@@ -242,6 +258,8 @@ def quantize(
         overwrite=overwrite,
         as_json=as_json,
         group=group,
+        codes=codes,
+        scale_bits=int(scale_bits),
         method=method,
         activations=activations,
         embeddings=embeddings,

@@ -29,6 +29,8 @@ SMALL_TABLE = 16384
 # Least peak of an input channel, over the root mean square of all: half of NNCF's error on
 # sentences of other kinds than the calibration data needed 1, without it the error doubled.
 _FLOOR = 1.0
+# Families whose codes stand for 8 weights.
+_VECTORS = ("additive", "e8")
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Quantize:
     """Quantize weights, and activations where asked.
 
     Attributes:
-        bits: of linear and convolution weights, 2 to 8; 0 leaves them. An output layer that is
-            tied to an embedding is one of them, unless `embeddings` quantized the table before.
+        bits: of linear and convolution weights, 2 to 8 (for `codes` other than integers see
+            `penjing.scheme.FAMILIES`); 0 leaves them. An output layer that is tied to an
+            embedding is one of them, unless `embeddings` quantized the table before.
         group: inputs that share a scale; 0 is the whole row.
-        method: a name of `penjing.quantizers`, or `file.py:function`.
+        method: a name of `penjing.quantizers`, or `file.py:function`. With `codes` other than
+            integers `gptq` is error feedback, and `rtn` the nearest codes without data.
         symmetric: integer zero point in the middle; 8-bit activations need it.
         activations: 8 for 8-bit layer inputs, 0 for none.
         dynamic: find activation ranges at run time instead of from data.
@@ -52,13 +56,15 @@ class Quantize:
         targets: globs of layer paths; without any, every layer.
         skip: globs of layer paths that stay as they are.
         alpha: how far a layer makes up for what was lost before it, 0 to 1.
+        codes: the family of codes, see `Scheme`; tables always have integers.
+        scale_bits: 32, 16 or 8 of a stored scale.
     """
 
     name: ClassVar[str] = "quantize"
     scope: ClassVar[str] = "block"
     staged: ClassVar[bool] = True
 
-    bits: int = 8
+    bits: float = 8
     group: int = 0
     method: str = "gptq"
     symmetric: bool = False
@@ -71,13 +77,21 @@ class Quantize:
     targets: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     alpha: float = 0.5
+    codes: str = "integer"
+    scale_bits: int = 32
 
     def __post_init__(self) -> None:
         if self.bits:
-            Scheme(self.bits, self.group, self.symmetric)
+            self._scheme(self.bits, self.group, self.codes)
         if self.embeddings:
-            Scheme(self.embeddings, self.embedding_group, self.symmetric)
+            self._scheme(self.embeddings, self.embedding_group)
         lookup("quantizers", self.method, "fit")
+        if self.codes != "integer":
+            if self.method not in ("gptq", "rtn"):
+                raise UsageError(
+                    f"method of {self.codes} codes", got=self.method, allowed="gptq, rtn"
+                )
+            lookup("quantizers", self.codes, "fit")
         if self.observer != "auto":
             lookup("observers", self.observer, "fit")
         if not 0 <= self.migrate <= 1:
@@ -86,10 +100,16 @@ class Quantize:
             raise UsageError("alpha", got=self.alpha, allowed="0 to 1")
         if self.activations not in (0, 8):
             raise UsageError("activations", got=self.activations, allowed="0 or 8 bits")
-        if self.activations and (self.bits != 8 or self.group or not self.symmetric):
+        plain = self.bits == 8 and self.codes == "integer" and not self.group and self.symmetric
+        if self.activations and not plain:
             raise UsageError(
-                "8-bit activations", allowed="with bits = 8, group = 0 and symmetric weights"
+                "8-bit activations",
+                allowed="with bits = 8, codes = integer, group = 0 and symmetric weights",
             )
+
+    def _scheme(self, bits: float, group: int, codes: str = "integer") -> Scheme:
+        whole = int(bits) if bits == int(bits) else bits
+        return Scheme(whole, group, self.symmetric, codes, self.scale_bits)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -111,7 +131,7 @@ class Quantize:
             and (self._bits(layer) and layer.weight.numel() >= self._least(layer))  # type: ignore[operator]
         }
 
-    def _bits(self, layer: nn.Module) -> int:
+    def _bits(self, layer: nn.Module) -> float:
         return self.embeddings if isinstance(layer, nn.Embedding) else self.bits
 
     def _least(self, layer: nn.Module) -> int:
@@ -183,7 +203,10 @@ class Quantize:
         group = self.embedding_group if table else self.group
         if isinstance(layer, nn.Conv1d | nn.Conv2d):
             group = 0  # runtimes have one scale an output channel of a convolution
-        scheme = Scheme(bits, group, self.symmetric)
+        codes = "integer" if table else self.codes
+        if codes in _VECTORS and group % 8:
+            raise UsageError(f"group of {codes} codes", got=group, allowed="0 or a multiple of 8")
+        scheme = self._scheme(bits, group, codes)
         if own.gram is not None and not torch.isfinite(own.gram).all():
             raise InputError(f"the Gram matrix of {path} is not finite")
         matrix = weight.reshape(len(weight), -1).float()  # [out, in]
@@ -193,14 +216,23 @@ class Quantize:
         if channels is not None:
             target, own = target * channels, _divided(own, channels)
             weight = weight * channels
-        fit = lookup("quantizers", self.method, "fit")
-        planes = replace(fit(target, scheme, own), shape=tuple(weight.shape))
+        blind = codes != "integer" and self.method == "rtn"
+        fit = lookup("quantizers", self.method if codes == "integer" else codes, "fit")
+        planes = fit(target, scheme, LayerStats() if blind else own)
+        planes = replace(planes, shape=tuple(weight.shape))
         if (mask := unit.model.masks.get(name)) is not None:
+            if not planes.is_integer:
+                raise InputError(
+                    f"{path} has removed connections",
+                    got=f"{codes} codes, which have no zero",
+                    next="use integer codes",
+                )
             planes = _masked(planes, mask.reshape(matrix.shape))
         error = float((planes.dequantize() - weight).norm() / weight.norm().clamp_min(1e-12))
+        said = self.method if codes == "integer" else f"{codes} codes, {self.method}"
         where = f"group {scheme.group}" if scheme.group else "per channel"
         return Edit(
-            "quantize", name, planes, f"{bits} bits {where} by {self.method}",
+            "quantize", name, planes, f"{bits:g} bits {where} by {said}",
             {"bits": float(bits), "weight_error": error},
         )  # fmt: skip
 
