@@ -8,10 +8,12 @@ from transformers import BertConfig, BertModel
 from penjing import edits
 from penjing.errors import ExportError, UsageError
 from penjing.export import export, probes, tolerance
+from penjing.load import load
 from penjing.model import Model, Source
 from penjing.planes import Scheme
 from penjing.quantizers import rtn
 from penjing.recipe import ActivationRange, Edit
+from penjing.writers._compressed import _words
 
 
 def encoder() -> Model:
@@ -87,3 +89,29 @@ def test_a_network_that_cannot_be_traced_says_so(tmp_path: Path) -> None:
 def test_an_unknown_target_lists_the_targets(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="onnx, openvino"):
         export(encoder(), tmp_path, ["tflite"])
+
+
+def test_files_that_no_runtime_here_runs_are_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = encoder()
+    path = tmp_path / "source"
+    found.module.save_pretrained(path)  # type: ignore[operator]
+    model = load(path)
+    assert tolerance(model, "compressed-tensors") == 1e-3
+    name = "encoder.layer.0.output.dense.weight"
+    planes = rtn.fit(model.module.get_parameter(name).detach(), Scheme(4, 16), None)
+    edits.perform(model, Edit("quantize", name, planes, "test"))
+    assert tolerance(model, "compressed-tensors") == 0.01
+    out = tmp_path / "out"
+    out.mkdir()
+    assert export(model, out, ["compressed-tensors"])["compressed-tensors"] < 1e-5
+    assert (out / "compressed-tensors" / "config.json").is_file()
+    with pytest.raises(ExportError, match="carried over from a GGUF file"):
+        export(model, out, ["gguf"])
+    from penjing.writers import _compressed
+
+    monkeypatch.setattr(_compressed, "_words", lambda codes, bits: _words(15 - codes, bits))
+    with pytest.raises(ExportError, match="compressed-tensors file does not agree"):
+        export(model, out, ["compressed-tensors"])
+    assert [p.name for p in out.iterdir()] == ["compressed-tensors"]

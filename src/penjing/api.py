@@ -259,7 +259,7 @@ def save(
     recipe: Recipe | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an artifact, with exports (`onnx`, `openvino`) that passed parity."""
+    """Write an artifact, with exports (as `penjing export --to`) that passed parity."""
 
     def extra(folder: Path) -> None:
         if to:

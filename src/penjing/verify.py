@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from penjing.errors import InputError, PenjingError, UsageError
-from penjing.export import TARGETS, deviation, tolerance
+from penjing.export import READ_BACK, TARGETS, deviation, file_of, tolerance
 from penjing.files import read_json, sha256
 from penjing.load import load
 from penjing.model import Model
-from penjing.registry import lookup
 from penjing.result import Result
 
 __all__ = ["Check", "verify"]
@@ -67,8 +66,8 @@ def verify(folder: str | Path, *, threads: int = 1) -> list[Check]:
         checks.append(Check("structure", False, str(error)))
     if (place / "results.json").is_file():
         checks.append(_results(place / "results.json"))
-    for target in TARGETS:
-        path = place / lookup("runtimes", TARGETS[target], "file")
+    for target in (*TARGETS, *READ_BACK):
+        path = place / file_of(target)
         if path.exists():
             checks.append(_parity(model, target, path, threads))
     return checks
@@ -118,6 +117,6 @@ def _parity(model: Model | None, target: str, path: Path, threads: int) -> Check
         return Check(name, False, f"could not be tried: {error}")
     except PenjingError as error:
         return Check(name, False, str(error))
-    allowed = tolerance(model)
+    allowed = tolerance(model, target)
     # NaN compares false, so it fails.
     return Check(name, found <= allowed, f"deviation {found:.3g}, allowed {allowed:g}")

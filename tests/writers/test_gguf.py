@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf as package
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import penjing
 from penjing import edits
@@ -229,3 +231,18 @@ def test_layers_of_several_shapes_are_refused(tmp_path: Path) -> None:
         setattr(mlp, name, torch.nn.Linear(64, 32, bias=False))
     mlp.down_proj = torch.nn.Linear(32, 64, bias=False)  # type: ignore[union-attr,assignment]
     assert gguf.check(model) == ["layers of several shapes"]
+
+
+def test_an_artifact_is_exported_and_verified(tmp_path: Path) -> None:
+    model = penjing.load(source(tmp_path / "source.gguf", tied=True))
+    quantize(model, Scheme(4, 32, True, scale_bits=16))
+    penjing.save(model, tmp_path / "artifact")
+    found = penjing.export(tmp_path / "artifact", ["gguf", "compressed-tensors"])
+    assert max(found.values()) < 1e-5
+    checks = {check.name: check for check in penjing.verify(tmp_path / "artifact")}
+    assert all(check.ok for check in checks.values())
+    assert {"parity gguf", "parity compressed-tensors", "model.gguf"} <= set(checks)
+    config = json.loads((tmp_path / "artifact/compressed-tensors/config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    tensors = load_file(tmp_path / "artifact/compressed-tensors/model.safetensors")
+    assert "lm_head.weight" not in tensors

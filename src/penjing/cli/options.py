@@ -176,7 +176,7 @@ to_option = click.option(
     type=_Several("writers", without=("artifact",)),
     default=(),
     metavar="NAME,NAME",
-    help="Export too: onnx, openvino.",
+    help="Export too: onnx, openvino, gguf, compressed-tensors.",
 )
 
 
