@@ -11,8 +11,9 @@ ROOT = Path(penjing.__file__).parent
 # only where the package is listed in TOGETHER.
 LAYERS = [
     ["errors"],
-    ["units", "registry", "files", "packing", "scales", "codebooks"],
-    ["scheme", "stored"],
+    ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames"],
+    ["scales"],
+    ["stored"],
     ["planes", "result"],
     ["recipe"],
     ["model"],

@@ -58,10 +58,10 @@ def export(
         UsageError: an unknown target, or a scheme that it cannot express.
         ExportError: it cannot be written, or deviates more than `tolerance`; nothing is left.
     """
+    known = (*TARGETS, *READ_BACK)
     for target in to:
-        if target not in (*TARGETS, *READ_BACK) or target not in choices("writers"):
-            allowed_names = ", ".join((*TARGETS, *READ_BACK))
-            raise UsageError("unknown export target", got=target, allowed=allowed_names)
+        if target not in known or target not in choices("writers"):
+            raise UsageError("unknown export target", got=target, allowed=", ".join(known))
     found = {}
     with tempfile.TemporaryDirectory(prefix=".export.", dir=folder) as work:
         # Those that are read back say at once what they cannot express.
@@ -140,8 +140,7 @@ def _runner(model: Model, target: str, path: Path, threads: int) -> Callable[[Ba
     else:
         twin = model.copy()
         found = lookup("writers", target, "tensors")(path)
-        tied = {name for group in model.tied() for name in group[1:]}
-        if missing := set(model.module.state_dict()) - set(found) - tied:
+        if missing := set(model.state()) - set(found):
             raise ExportError(f"{sorted(missing)[0]} is not in the {target} file")
         twin.module.load_state_dict(found, strict=False)
 

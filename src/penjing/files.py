@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from penjing.errors import InputError
 
 __all__ = [
-    "check_output", "disk_errors", "read_json", "sha256", "sync", "whole_file", "whole_folder",
-    "write_json",
+    "check_output", "disk_errors", "fingerprint", "read_json", "sha256", "sync", "whole_file",
+    "whole_folder", "write_json",
 ]  # fmt: skip
 
 
@@ -31,6 +31,14 @@ def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """SHA-256 over the SHA-256 of each file, in order; names do not count."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes, Scheme, round_scales
 
-__all__ = ["Grid", "check_weight", "grouped", "min_max", "mse", "search", "to_planes"]
+__all__ = ["Grid", "check_weight", "grouped", "min_max", "mse", "search", "spread", "to_planes"]
 
 _TINY = torch.finfo(torch.float32).tiny
 # Rows searched at once: bounds the memory of a search on vocabularies.
@@ -71,6 +71,11 @@ def grouped(weight: Tensor, group: int) -> Tensor:
     # Zeros are on every grid, so padding changes neither a range nor an error.
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group))
     return padded.reshape(len(weight), padded.shape[1] // group, group)
+
+
+def spread(per_group: Tensor, group: int, inputs: int) -> Tensor:
+    """[out, groups] as [out, inputs], each repeated over its group."""
+    return per_group.repeat_interleave(group, dim=1)[:, :inputs]
 
 
 def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:

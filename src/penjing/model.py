@@ -136,6 +136,11 @@ class Model:
         """Named parameters, a tied one once under its first name."""
         return self.module.named_parameters(remove_duplicate=True)
 
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of the state dict, a tied one once under its first name."""
+        again = {name for group in self.tied() for name in group[1:]}
+        return {n: t for n, t in self.module.state_dict().items() if n not in again}
+
     @property
     def parameter_count(self) -> int:
         """Weights of the network, tied ones once."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from penjing.errors import InputError, UsageError
+from penjing.scheme import WIDTHS
 
 __all__ = [
     "RUN",
-    "WIDTHS",
     "centred",
     "codes_of",
     "read",
@@ -28,7 +28,6 @@ __all__ = [
     "store",
 ]
 
-WIDTHS = (32, 16, 8)
 RUN = 64
 _HALF = torch.finfo(torch.float16)
 # The least float16 above zero: a scale of zero would lose its group.

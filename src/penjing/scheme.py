@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from penjing.errors import UsageError
-from penjing.scales import WIDTHS
 
-__all__ = ["FAMILIES", "Scheme"]
+__all__ = ["FAMILIES", "WIDTHS", "Scheme"]
+
+# Bits of a stored scale; the module imports nothing large, for the command's sake.
+WIDTHS = (32, 16, 8)
 
 _EIGHTHS = [n / 8 for n in range(8, 33)]
 # Bits a weight by family, and how they are said.

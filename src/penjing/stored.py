@@ -23,6 +23,7 @@ from torch import Tensor
 from penjing import codebooks, scales
 from penjing.errors import InputError
 from penjing.packing import TERNARY, is_width, row_bytes, unpack_bits, values
+from penjing.scheme import WIDTHS
 
 __all__ = ["fields", "is_shared", "names", "places", "scale_parts"]
 
@@ -105,7 +106,7 @@ def _fields(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> di
         and shape
         and min(shape) >= 0
         and group >= 1
-        and scale_bits in scales.WIDTHS
+        and scale_bits in WIDTHS
         and 1 <= dim <= 64
         and 1 <= window <= 16
         and all(1 <= k < len(bits) for k in nested)

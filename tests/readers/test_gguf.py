@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from penjing import ggufnames
 from penjing.errors import InputError
 from penjing.readers import gguf
 from penjing.readers._ggufheader import read_header
@@ -97,7 +98,7 @@ def _write(path: Path, model: Any, drop: str = "") -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_rope_freq_base(10000.0)
-    parts = {v: k for k, v in gguf._LAYER.items()} | {v: k for k, v in gguf._TOP.items()}
+    parts = ggufnames._LAYER | ggufnames._TOP
     for name, value in model.state_dict().items():
         array = value.numpy()
         for part, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["Ends", "factors", "search"]
+from penjing.histogram import Histogram
+
+__all__ = ["Ends", "factors", "search", "whole_range"]
 
 Ends = tuple[float, float]
 
@@ -24,14 +26,22 @@ def factors(steps: int) -> list[float]:
     return even + [10 ** (-k / 4) / steps for k in range(1, 17)]
 
 
-def search(whole: Ends, cost: Callable[[Ends], float], steps: int) -> Ends:
+def whole_range(histogram: Histogram) -> Ends:
+    """Of all values, zero among them."""
+    return min(histogram.low, 0.0), max(histogram.high, 0.0)
+
+
+def search(histogram: Histogram, cost: Callable[[Ends], float], steps: int) -> Ends:
     """The range of least cost; of equals the widest.
 
     Args:
-        whole: low <= 0 <= high, not equal.
+        histogram: of the values; without any, or of zeros alone, nothing is searched.
         cost: of a range.
         steps: as in `factors`.
     """
+    whole = whole_range(histogram)
+    if whole[0] == whole[1] or not bool(histogram.counts.any()):
+        return whole
     known: dict[Ends, float] = {}
 
     def paid(ends: Ends) -> float:

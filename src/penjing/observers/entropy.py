@@ -30,10 +30,7 @@ def fit(histogram: Histogram, bits: int = 8, *, steps: int = 40) -> tuple[float,
         bits: of the grid.
         steps: even factors of the whole range tried, 1 down to 1 / steps.
     """
-    whole = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    if whole[0] == whole[1] or not bool(histogram.counts.any()):
-        return whole
-    return _ends.search(whole, lambda ends: divergence(histogram, ends, bits), steps)
+    return _ends.search(histogram, lambda ends: divergence(histogram, ends, bits), steps)
 
 
 def divergence(histogram: Histogram, ends: tuple[float, float], bits: int) -> float:

@@ -24,12 +24,9 @@ def fit(histogram: Histogram, bits: int = 8, *, steps: int = 40) -> tuple[float,
         bits: of the grid.
         steps: even factors tried, 1 down to 1 / steps.
     """
-    whole = min(histogram.low, 0.0), max(histogram.high, 0.0)
     seen = histogram.counts > 0
-    if whole[0] == whole[1] or not bool(seen.any()):
-        return whole
     values, counts = histogram.centres[seen], histogram.counts[seen].double()
-    return _ends.search(whole, lambda ends: _error(values, counts, ends, bits), steps)
+    return _ends.search(histogram, lambda ends: _error(values, counts, ends, bits), steps)
 
 
 def _error(values: Tensor, counts: Tensor, ends: tuple[float, float], bits: int) -> float:

@@ -6,6 +6,7 @@ import torch
 
 from penjing.errors import UsageError
 from penjing.histogram import Histogram
+from penjing.observers import _ends
 
 __all__ = ["fit"]
 
@@ -26,7 +27,7 @@ def fit(histogram: Histogram, bits: int = 8, *, quantile: float = 0.9999) -> tup
     sums = histogram.counts.cumsum(0)  # [bins]
     total = int(sums[-1])
     if not total:
-        return min(histogram.low, 0.0), max(histogram.high, 0.0)
+        return _ends.whole_range(histogram)
     # The first bin by whose end more than the tail has been passed; linear within the bin.
     tail = (1 - quantile) * total
     last = int(torch.searchsorted(sums.double(), total - tail))

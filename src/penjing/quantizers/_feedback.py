@@ -23,7 +23,9 @@ from torch import Tensor
 from penjing import linalg
 from penjing.errors import InputError
 
-__all__ = ["Assign", "Factor", "act_order", "check_gram", "damped", "factor", "polish", "run"]
+__all__ = [
+    "Assign", "Factor", "act_order", "check_gram", "damped", "factor", "loss", "polish", "run",
+]  # fmt: skip
 
 # assign(columns [out, d], place) -> quantized [out, d]; columns place * d and on.
 Assign = Callable[[Tensor, int], Tensor]
@@ -55,13 +57,20 @@ def check_gram(weight: Tensor, stats: Any) -> Tensor | None:
     """The Gram matrix of `stats` for a weight [out, in], float64, or None.
 
     Raises:
-        InputError: a Gram matrix of another width.
+        InputError: a Gram matrix of another width, or with NaN or infinite values.
     """
     gram: Tensor | None = getattr(stats, "gram", None)
     wanted = (weight.shape[1], weight.shape[1])
     if gram is not None and tuple(gram.shape) != wanted:
         raise InputError("Gram matrix", got=tuple(gram.shape), allowed=wanted)
+    if gram is not None and not bool(torch.isfinite(gram).all()):
+        raise InputError("a Gram matrix has NaN or infinite values", next="check the data")
     return gram
+
+
+def loss(error: Tensor, gram: Tensor) -> Tensor:
+    """e H e^T of each row of `error` [out, in], [out]."""
+    return ((error @ gram) * error).sum(1)
 
 
 def damped(gram: Tensor, width: int = 1, damping: float = 0.01) -> Tensor:

@@ -95,7 +95,7 @@ def _assigner(
         if keep:
             before = value(code.tables, now, scale)
             off, was = columns - made, columns - before
-            better = ((off @ metric) * off).sum(1) < ((was @ metric) * was).sum(1)
+            better = _feedback.loss(off, metric) < _feedback.loss(was, metric)
             codes = torch.where(better, codes, now)
             made = torch.where(better.unsqueeze(1), made, before)
         found.codes[..., place] = codes

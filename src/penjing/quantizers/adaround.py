@@ -22,7 +22,7 @@ from torch import Tensor
 
 from penjing import grids
 from penjing.planes import IntegerPlanes, Scheme
-from penjing.quantizers import _rounding
+from penjing.quantizers import _feedback, _rounding
 
 __all__ = ["families", "fit", "needs"]
 
@@ -68,7 +68,7 @@ def fit(
     if metrics is None:
         return grids.to_planes(codes, grid)
     scale, zero = (
-        _rounding.wide(t, grid.group, weight.shape[1]) for t in (grid.scale, grid.zero_point)
+        grids.spread(t, grid.group, weight.shape[1]) for t in (grid.scale, grid.zero_point)
     )
     for first in range(0, len(weight), _rounding.ROWS):
         rows = slice(first, first + _rounding.ROWS)
@@ -76,7 +76,7 @@ def fit(
         found = _learn(weight[rows], scale[rows], ends, metrics[0], rounds, rate, strength)
         found += zero[rows]
         was, now = (
-            _rounding.loss((c - zero[rows]) * scale[rows] - weight[rows], metrics[1])
+            _feedback.loss((c - zero[rows]) * scale[rows] - weight[rows], metrics[1])
             for c in (codes[rows], found)
         )
         codes[rows] = torch.where((now < was).unsqueeze(1), found.to(torch.uint8), codes[rows])

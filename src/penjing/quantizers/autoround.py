@@ -25,7 +25,7 @@ from torch import Tensor
 from penjing import grids
 from penjing.grids import Grid
 from penjing.planes import IntegerPlanes, Scheme
-from penjing.quantizers import _rounding
+from penjing.quantizers import _feedback, _rounding
 
 __all__ = ["families", "fit", "needs"]
 
@@ -77,7 +77,7 @@ def fit(
     planes = grids.to_planes(
         codes.round().to(torch.uint8), Grid(scale, zero.round(), scheme, grid.group)
     )
-    was, now = (_rounding.loss(p.dequantize() - weight, metrics[1]).sum() for p in (start, planes))
+    was, now = (_feedback.loss(p.dequantize() - weight, metrics[1]).sum() for p in (start, planes))
     return planes if now < was else start
 
 
@@ -103,9 +103,9 @@ def _learn(weight: Tensor, grid: Grid, gram: Tensor, rounds: int, rate: float) -
             below, above = middle * (1 + low), (top - middle) * (1 + high)
             ratio = (below + above) / top
             scale, zero = base * ratio, _straight(below / ratio).clamp(0, top)
-        size, place = (_rounding.wide(t, grid.group, weight.shape[1]) for t in (scale, zero))
+        size, place = (grids.spread(t, grid.group, weight.shape[1]) for t in (scale, zero))
         codes = (_straight(weight / size + offset) + place).clamp(0, top)
-        total = _rounding.loss(((codes - place) * size - weight) * unit, gram)  # [rows]
+        total = _feedback.loss(((codes - place) * size - weight) * unit, gram)  # [rows]
         with torch.no_grad():
             better = (total < least).unsqueeze(1)
             new = zip((codes, scale, zero), best, strict=True)

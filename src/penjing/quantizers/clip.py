@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from penjing import grids
-from penjing.errors import InputError
 from penjing.grids import Grid
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers._feedback import check_gram
@@ -45,8 +44,6 @@ def fit(
     """
     weight = grids.check_weight(weight)
     gram = check_gram(weight, stats)
-    if gram is not None and not bool(torch.isfinite(gram.diagonal()).all()):
-        raise InputError("a Gram matrix has NaN or infinite values", next="check the data")
     grid = search(weight, scheme, None if gram is None else gram.diagonal(), steps, reach)
     return grids.to_planes(grid.codes(weight), grid)
 

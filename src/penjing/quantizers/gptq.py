@@ -77,13 +77,13 @@ def fit(
     if scheme.bits >= _MANY or not rounds:
         return grids.to_planes(codes, grid)
     smooth = _feedback.damped(gram, damping=damping)
-    best, least = (codes, grid), _loss(weight - made, smooth)  # [out]
+    best, least = (codes, grid), _feedback.loss(weight - made, smooth)  # [out]
     for _ in range(rounds):
         grid = _refit(weight, codes, grid, smooth)
         codes = codes.clone()
         made = grids.to_planes(codes, grid).dequantize()
         made = _feedback.polish(weight, made, smooth, _assigner(grid, codes), block=block)
-        loss = _loss(weight - made, smooth)
+        loss = _feedback.loss(weight - made, smooth)
         better = loss < least
         best, least = _rows(better, (codes, grid), best), torch.minimum(loss, least)
     return grids.to_planes(*best)
@@ -117,16 +117,12 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, gram: Tensor) -> Grid:
         scale, shift = solve(weight, both, start, grid.group, gram, 1)
         zero = (-shift / scale.clamp_min(1e-30)).round().clamp(0, grid.scheme.levels)
         grid = replace(grid, zero_point=torch.where(scale > 0, zero, grid.zero_point))
-    wide = grid.zero_point.repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
+    wide = grids.spread(grid.zero_point, grid.group, weight.shape[1])
     found = solve(
         weight, lambda rows: (codes[rows] - wide[rows]).unsqueeze(0), grid.scale.unsqueeze(0),
         grid.group, gram, 1,
     )[0]  # fmt: skip
     return replace(grid, scale=torch.where(found > 0, found, grid.scale))
-
-
-def _loss(error: Tensor, gram: Tensor) -> Tensor:
-    return ((error @ gram) * error).sum(1)
 
 
 def _rows(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 
 from penjing.errors import InputError
-from penjing.files import sha256
 
-__all__ = ["fingerprint", "regular"]
+__all__ = ["regular"]
 
 
 def regular(path: Path, root: Path | None = None) -> Path:
@@ -38,11 +35,3 @@ def regular(path: Path, root: Path | None = None) -> Path:
                 f"{path.name} is a link that leaves its folder", got=target, allowed=f"in {home}"
             )
     return path
-
-
-def fingerprint(paths: Iterable[Path]) -> str:
-    """SHA-256 over the SHA-256 of each file, in order; names do not count."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(bytes.fromhex(sha256(path)))
-    return digest.hexdigest()

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from penjing.errors import InputError
+from penjing.files import fingerprint
 from penjing.model import Batch, Model, Source
-from penjing.readers._files import fingerprint, regular
+from penjing.readers._files import regular
 from penjing.readers._safetensors import read_safetensors
 from penjing.readers._tensors import assign, read_pickle, to_float32
 from penjing.registry import attribute_of

@@ -8,7 +8,6 @@ interleaves the rows of the query and key matrices to match, and this reader und
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,14 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from penjing.errors import InputError
+from penjing.files import fingerprint
+from penjing.ggufnames import parameter_of
 from penjing.model import Model, Source
-from penjing.readers._files import fingerprint
 from penjing.readers._ggufheader import Header, TensorInfo, read_header
 from penjing.readers._tensors import assign, to_float32
 from penjing.readers._transformers import build, check_config
 
 __all__ = ["read", "recognises"]
-
-_LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 def recognises(path: Path) -> bool:
@@ -118,12 +110,8 @@ def _config(header: Header, path: Path) -> dict[str, Any]:
 
 
 def _name(name: str, path: Path) -> str:
-    stem, _, kind = name.rpartition(".")
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-        if match[2] in _LAYER:
-            return f"model.layers.{int(match[1])}.{_LAYER[match[2]]}.{kind}"
-    elif stem in _TOP:
-        return f"{_TOP[stem]}.{kind}"
+    if found := parameter_of(name):
+        return found
     raise InputError(
         f"{path} has a tensor the model has no place for",
         got=name,

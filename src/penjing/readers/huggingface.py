@@ -17,9 +17,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from penjing.errors import InputError
-from penjing.files import read_json
+from penjing.files import fingerprint, read_json
 from penjing.model import Model, Source
-from penjing.readers._files import fingerprint, regular
+from penjing.readers._files import regular
 from penjing.readers._safetensors import read_names, read_safetensors
 from penjing.readers._tensors import assign, named, read_pickle, to_float32
 from penjing.readers._transformers import build, check_config, choose, read_tokenizer

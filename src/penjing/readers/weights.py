@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from penjing import weightfiles
 from penjing.errors import InputError
+from penjing.files import fingerprint
 from penjing.model import Model, Source
-from penjing.readers._files import fingerprint, regular
+from penjing.readers._files import regular
 from penjing.readers._safetensors import read_names
 from penjing.readers._tensors import assign, read_pickle, to_float32
 

@@ -43,6 +43,7 @@ class Grid(nn.Module):
     whole: Tensor  # [planes, out, groups, group]
     scale: Tensor
     shift: Tensor
+    zero: Tensor  # used where the shift is stored as a zero point
 
     def __init__(self, planes: IntegerPlanes, behind: Tensor | None = None) -> None:
         super().__init__()
@@ -57,6 +58,8 @@ class Grid(nn.Module):
         self.register_buffer("whole", wide.reshape(count, out, groups, planes.group))
         self.register_buffer("scale", planes.scale)
         self.register_buffer("shift", planes.shift)
+        if planes.offset == "zero":
+            self.register_buffer("zero", planes.zero_point)
         self.a = nn.Parameter(torch.zeros_like(planes.scale))
         self.b = nn.Parameter(torch.zeros_like(planes.shift)) if planes.offset == "float" else None
         self.v: nn.Parameter | None = None
@@ -81,10 +84,7 @@ class Grid(nn.Module):
             return scale, self.shift + self.scale[0].abs() * self.b
         if self.planes.offset == "centre":
             return scale, centred(scale, self.planes.centre)
-        return scale, -scale[0] * self._zero()
-
-    def _zero(self) -> Tensor:
-        return self.planes.zero_point.to(self.shift)
+        return scale, -scale[0] * self.zero
 
     def _codes(self) -> Tensor:
         if self.v is None:
@@ -113,7 +113,7 @@ class Grid(nn.Module):
         elif planes.offset == "centre":
             shift = centred(held, planes.centre)
         else:
-            shift = -held[0] * self._zero()
+            shift = -held[0] * self.zero
         return replace(planes, scale=held, shift=shift)
 
 

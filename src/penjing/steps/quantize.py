@@ -29,8 +29,6 @@ SMALL_TABLE = 16384
 # Least peak of an input channel, over the root mean square of all: half of NNCF's error on
 # sentences of other kinds than the calibration data needed 1, without it the error doubled.
 _FLOOR = 1.0
-# Families whose codes stand for 8 weights.
-_VECTORS = ("additive", "e8")
 
 
 @dataclass(frozen=True)
@@ -204,8 +202,6 @@ class Quantize:
         if isinstance(layer, nn.Conv1d | nn.Conv2d):
             group = 0  # runtimes have one scale an output channel of a convolution
         codes = "integer" if table else self.codes
-        if codes in _VECTORS and group % 8:
-            raise UsageError(f"group of {codes} codes", got=group, allowed="0 or a multiple of 8")
         scheme = self._scheme(bits, group, codes)
         if own.gram is not None and not torch.isfinite(own.gram).all():
             raise InputError(f"the Gram matrix of {path} is not finite")

@@ -72,13 +72,12 @@ def write(model: Model, folder: Path) -> None:
         )
     forms = _layouts(model)
     found: dict[str, Tensor] = {}
-    again = {name for group in model.tied() for name in group[1:]}
-    for name, value in model.module.state_dict().items():
+    for name, value in model.state().items():
         path = name.rpartition(".")[0]
         if path in forms and name == f"{path}.weight":
             parts = stored(model.planes[name], forms[path])
             found |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
-        elif name not in again:
+        else:
             found[name] = value.detach().cpu().contiguous()
     with whole_folder(folder) as beside:
         for asset in model.source.assets:
@@ -86,7 +85,8 @@ def write(model: Model, folder: Path) -> None:
         if not model.source.assets and model.tokenizer is not None:
             model.tokenizer.save_pretrained(str(beside))
         save_file(found, beside / _WEIGHTS, metadata={"format": "pt"})
-        write_json(beside / "config.json", _config(model) | {"quantization_config": _groups(model)})
+        config = _config(model) | {"quantization_config": _groups(model, forms)}
+        write_json(beside / "config.json", config)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -115,8 +115,7 @@ def _layouts(model: Model) -> dict[str, Layout]:
     return found
 
 
-def _groups(model: Model) -> dict[str, Any]:
-    forms = _layouts(model)
+def _groups(model: Model, forms: dict[str, Layout]) -> dict[str, Any]:
     by_form: dict[Layout, list[str]] = {}
     for path, form in forms.items():
         by_form.setdefault(form, []).append(path)

@@ -6,18 +6,16 @@ set anew.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import gguf
-from torch import Tensor
 
 from penjing.errors import ExportError
-from penjing.files import sha256, whole_file
+from penjing.files import fingerprint, whole_file
+from penjing.ggufnames import interleaved, name_of
 from penjing.model import Model
 from penjing.writers._gguf_blocks import blocks, kind_of, plain, problem
-from penjing.writers._gguf_names import interleaved, name_of
 
 __all__ = ["check", "file", "write"]
 
@@ -33,9 +31,9 @@ def check(model: Model) -> list[str]:
     if model.source.kind != "gguf":
         return [f"a {model.source.kind} model: the tokenizer is carried over from a GGUF file"]
     origin = _origin(model)
-    if not origin.is_file() or _fingerprint(origin) != model.source.fingerprint:
+    if not origin.is_file() or fingerprint([origin]) != model.source.fingerprint:
         return [f"the model without its source {origin} as it was, whose tokenizer it needs"]
-    lines = [f"{name}: not a tensor of llama" for name in _state(model) if not name_of(name)]
+    lines = [f"{name}: not a tensor of llama" for name in model.state() if not name_of(name)]
     lines += [f"{path}: 8-bit inputs" for path in model.activations]
     for name, planes in model.planes.items():
         if reason := problem(planes):
@@ -70,7 +68,7 @@ def _write(model: Model, path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     counts: dict[str, int] = {}
     quantized, width = _quantized(model), _sizes(model)["attention.key_length"]
-    for name, value in _state(model).items():
+    for name, value in model.state().items():
         rows = interleaved(name, len(value), width)
         if name in quantized:
             planes = quantized[name]
@@ -120,22 +118,11 @@ def _sizes(model: Model) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _state(model: Model) -> dict[str, Tensor]:
-    """Tensors by name, a tied one once under its first."""
-    again = {name for group in model.tied() for name in group[1:]}
-    return {n: t for n, t in model.module.state_dict().items() if n not in again}
-
-
 def _quantized(model: Model) -> dict[str, Any]:
-    """Planes by the name `_state` has for them."""
+    """Planes by the name `Model.state` has for them."""
     first = {name: group[0] for group in model.tied() for name in group}
     return {first.get(name, name): planes for name, planes in model.planes.items()}
 
 
 def _origin(model: Model) -> Path:
     return Path(str(model.source.details.get("location", model.source.path)))
-
-
-def _fingerprint(path: Path) -> str:
-    """As the reader took it; its header has been checked."""
-    return hashlib.sha256(bytes.fromhex(sha256(path))).hexdigest()
