@@ -11,7 +11,8 @@ ROOT = Path(penjing.__file__).parent
 # only where the package is listed in TOGETHER.
 LAYERS = [
     ["errors"],
-    ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames"],
+    ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames",
+     "processor"],
     ["scales"],
     ["stored"],
     ["planes", "result"],

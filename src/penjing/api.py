@@ -35,6 +35,7 @@ from penjing.inspect import inspect
 from penjing.load import load, original
 from penjing.measure import Candidate, measure_files, physical_cores, quality
 from penjing.model import Batch, Model
+from penjing.processor import weight_bits
 from penjing.recipe import Recipe
 from penjing.registry import lookup
 from penjing.report import write as report
@@ -207,8 +208,11 @@ def quantize(
     """A copy with integer weights, and with `activations=8` integer inputs; see the step.
 
     Without a method: `gptq` with data, `rtn` without. With activations and no data, ranges are
-    found at run time. Batch norms are folded into their convolutions first.
+    found at run time. Batch norms are folded into their convolutions first. Where this processor's
+    sums of byte products saturate, weights beside integer inputs have 7 of their 8 bits.
     """
+    if activations and bits == 8:
+        bits = weight_bits()
     loaded = _model(model)
     step = Quantize(
         bits,

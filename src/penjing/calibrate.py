@@ -7,6 +7,7 @@ cached hidden states; otherwise the network is run again up to that block.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from penjing.calls import Call, record
 from penjing.errors import InputError
 from penjing.graph import is_weighted
-from penjing.linalg import Cross, Gram
+from penjing.linalg import Cross, Gram, Sums
 from penjing.model import Batch, Model
 
 # Input vectors sampled from a batch, and in all, to choose a range by.
@@ -38,6 +39,8 @@ class LayerStats:
         gram: [in, in] mean outer product, float64; None where it was not asked for.
         cross: [in, in] mean outer product of the reference's inputs (rows) and these (columns).
         norm: [in] root mean square of each input.
+        mean: [in] mean of each input, float64, with `gram`.
+        was: [in] the same of the reference's inputs, with `cross`.
         low, high: range of all values seen.
         lows, highs: [channels], range of each input channel, with `range`.
         rows: [n, channels], a sample of input vectors spread over the data, with `range`; of a
@@ -48,6 +51,8 @@ class LayerStats:
     gram: Tensor | None = None
     norm: Tensor | None = None
     cross: Tensor | None = None
+    mean: Tensor | None = None
+    was: Tensor | None = None
     low: float = 0.0
     high: float = 0.0
     count: int = 0
@@ -279,7 +284,12 @@ class Stream:
         return stages
 
     def collect(
-        self, unit: Unit, needs: frozenset[str], reference: Stream | None = None
+        self,
+        unit: Unit,
+        needs: frozenset[str],
+        reference: Stream | None = None,
+        *,
+        stage: bool = False,
     ) -> dict[str, LayerStats]:
         """Statistics of the inputs of a unit's layers; embeddings have none.
 
@@ -288,6 +298,7 @@ class Stream:
             needs: any of `gram`, `range`, `cross`.
             reference: the same batches on their way through the network before the edits; a
                 layer whose input has another width there has no `cross`.
+            stage: the layers run once each, as in `stages`; what comes after them is not run.
 
         Raises:
             InputError: an activation is NaN or infinite.
@@ -302,18 +313,44 @@ class Stream:
             modules = dict(other.model.module.named_modules())
             twins = {n: modules[n] for n in names if n in modules}
         seen: dict[str, list[Tensor]] = {}
+        # Layers that read one tensor share its rows and their sums within a call.
+        # The tensors are kept with them, so that no address is used twice.
+        shared: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
+        sums: tuple[Sums, Sums] = {}, {}
+        left = {False: set(names), True: set(twins)}
+
+        def rows_of(module: nn.Module, x: Tensor, twin: bool) -> Tensor:
+            if not isinstance(module, nn.Linear):
+                return x
+            key = twin, id(x)
+            if key not in shared:
+                shared[key] = x, _unpadded(x, self._mask)
+            return shared[key][1]
+
+        def passed(name: str, twin: bool) -> None:
+            left[twin].discard(name)
+            if stage and unit.index is not None and not left[twin]:
+                raise _Stop
 
         def note(module: nn.Module, args: Any, name: str) -> None:
-            if (rows := _vectors(module, _rows_of(module, args[0], self._mask))) is not None:
+            if (rows := _vectors(module, rows_of(module, args[0], True))) is not None:
                 seen.setdefault(name, []).append(rows)
+            passed(name, True)
 
         def see(module: nn.Module, args: Any, name: str) -> None:
-            x = _rows_of(module, args[0], self._mask)
-            rows = _update(name, module, x, stats[name], grams, needs)
+            x = rows_of(module, args[0], False)
+            own, both = sums if isinstance(module, nn.Linear) else (None, None)
+            rows = _update(name, module, x, stats[name], grams, needs, own)
             if rows is not None and (before := seen.get(name)):
                 was = before.pop(0)
                 if was.shape == rows.shape:
-                    crosses.setdefault(name, Cross(rows.shape[1])).add(was, rows)
+                    crosses.setdefault(name, Cross(rows.shape[1])).add(was, rows, both)
+            passed(name, False)
+
+        def fresh() -> None:
+            for known in (seen, shared, *sums):
+                known.clear()
+            left[False], left[True] = set(names), set(twins)
 
         # Appended, so that the hook sees what the layer sees.
         handles = [
@@ -332,13 +369,16 @@ class Stream:
                         else zip(self.calls(), other.calls(), strict=True)
                     )
                     for call, was in pairs:
-                        seen.clear()
+                        fresh()
                         if other is not None and was is not None:
-                            was.run(other.model.module.get_submodule(unit.name), was.hidden)
-                        call.run(block, call.hidden)
+                            twin = other.model.module.get_submodule(unit.name)
+                            with contextlib.suppress(_Stop):
+                                was.run(twin, was.hidden)
+                        with contextlib.suppress(_Stop):
+                            call.run(block, call.hidden)
                 else:
                     for batch in self.batches:
-                        seen.clear()
+                        fresh()
                         self._mask = batch.get("attention_mask")
                         if other is not None:
                             other.model.run(batch)
@@ -347,15 +387,12 @@ class Stream:
             for handle in handles:
                 handle.remove()
         for name, gram in grams.items():
-            stats[name].gram, stats[name].norm = gram.matrix, gram.norm
+            own = stats[name]
+            own.gram, own.norm, own.mean = gram.matrix, gram.norm, gram.mean
         for name, cross in crosses.items():
             if cross.count == grams[name].count:  # every row had its pair
-                stats[name].cross = cross.matrix
+                stats[name].cross, stats[name].was = cross.matrix, cross.mean
         return stats
-
-
-def _rows_of(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    return _unpadded(x, mask) if isinstance(module, nn.Linear) else x
 
 
 def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -371,6 +408,7 @@ def _update(
     stats: LayerStats,
     grams: dict[str, Gram],
     needs: frozenset[str],
+    sums: Sums | None,
 ) -> Tensor | None:
     if not x.numel():  # an expert that no token was sent to
         return None
@@ -389,7 +427,7 @@ def _update(
     if vectors is not None:
         if name not in grams:
             grams[name] = Gram(vectors.shape[1])
-        grams[name].add(vectors)
+        grams[name].add(vectors, sums)
     return vectors
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from penjing import processor
 from penjing.data import Dataset, encode, prepare
 from penjing.errors import InputError, UsageError
 from penjing.model import Batch, Model
@@ -55,7 +56,7 @@ def torch_predictor(model: Model, *, fast: bool = False) -> Predictor:
     def predict(batch: Batch) -> np.ndarray:
         device = model.device
         moved = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
+        with torch.no_grad(), processor.autocast(device.type, fast):
             return model.run(moved).float().cpu().numpy()
 
     return predict

@@ -19,6 +19,7 @@ from penjing.errors import InputError
 __all__ = [
     "Cross",
     "Gram",
+    "Sums",
     "affine_ridge",
     "asymmetric_target",
     "damped_cholesky",
@@ -29,6 +30,9 @@ __all__ = [
 # Tokens multiplied in float32 before the float64 sum: relative rounding stays near 1e-6.
 _CHUNK = 2048
 _RETRIES = 6
+
+# Of x^T x, by address, shape and strides of x.
+Sums = dict[tuple[int, ...], Tensor]
 
 
 def _check_finite(what: str, *tensors: Tensor | None) -> None:
@@ -58,12 +62,15 @@ class Gram:
         self.width = width
         self.count = 0
         self._sum = torch.zeros(width, width, dtype=torch.float64)
+        self._first = torch.zeros(width, dtype=torch.float64)
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, memo: Sums | None = None) -> None:
         """Add tokens.
 
         Args:
             x: [..., width], any float type.
+            memo: sums that are known, for layers that read the same x; the caller keeps every x
+                alive while it keeps the memo.
 
         Raises:
             InputError: another width, or NaN or infinite values; nothing is added then.
@@ -73,15 +80,16 @@ class Gram:
                 "width of the inputs", got=tuple(x.shape), allowed=f"[..., {self.width}]"
             )
         x = x.detach().reshape(-1, self.width)  # [tokens, width]
-        _check_finite("a layer's input", x)
-        for start in range(0, len(x), _CHUNK):
-            chunk = x[start : start + _CHUNK]
-            single = chunk.float()
-            product = single.T @ single  # [width, width]
-            if not bool(torch.isfinite(product).all()):
-                double = chunk.double()
-                product = double.T @ double
-            self._sum += product
+        place = x.data_ptr(), *x.shape, *x.stride()
+        if memo is None or place not in memo:
+            _check_finite("a layer's input", x)
+            found = _outer(x, x)
+            if memo is not None:
+                memo[place] = found
+        else:
+            found = memo[place]
+        self._sum += found
+        self._first += x.sum(0, dtype=torch.float64)
         self.count += len(x)
 
     @property
@@ -93,6 +101,16 @@ class Gram:
         """
         self._check_count()
         return self._sum / self.count
+
+    @property
+    def mean(self) -> Tensor:
+        """[width] float64.
+
+        Raises:
+            InputError: nothing was added.
+        """
+        self._check_count()
+        return self._first / self.count
 
     @property
     def norm(self) -> Tensor:
@@ -124,22 +142,43 @@ class Cross:
     def __init__(self, width: int) -> None:
         self.count = 0
         self._sum = torch.zeros(width, width, dtype=torch.float64)
+        self._first = torch.zeros(width, dtype=torch.float64)
 
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """Add pairs of rows y, x [tokens, width]."""
-        _check_finite("a layer's input", y)
-        for start in range(0, len(x), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            product = y[rows].float().T @ x[rows].float()
-            if not bool(torch.isfinite(product).all()):
-                product = y[rows].double().T @ x[rows].double()
-            self._sum += product
+    def add(self, y: Tensor, x: Tensor, memo: Sums | None = None) -> None:
+        """Add pairs of rows y, x [tokens, width]; `memo` as in `Gram.add`."""
+        place = x.data_ptr(), *x.shape, *x.stride()
+        if memo is None or place not in memo:
+            _check_finite("a layer's input", y)
+            found = _outer(y, x)
+            if memo is not None:
+                memo[place] = found
+        else:
+            found = memo[place]
+        self._sum += found
+        self._first += y.sum(0, dtype=torch.float64)
         self.count += len(x)
 
     @property
     def matrix(self) -> Tensor:
         """[width, width] float64: sum of y^T x / count."""
         return self._sum / self.count
+
+    @property
+    def mean(self) -> Tensor:
+        """[width] float64, of y."""
+        return self._first / self.count
+
+
+def _outer(y: Tensor, x: Tensor) -> Tensor:
+    """Sum of y^T x over rows [tokens, width], float64, chunk by chunk."""
+    total = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float64)
+    for start in range(0, len(x), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        product = y[rows].float().T @ x[rows].float()
+        if not bool(torch.isfinite(product).all()):
+            product = y[rows].double().T @ x[rows].double()
+        total += product
+    return total
 
 
 def asymmetric_target(

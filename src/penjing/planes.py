@@ -241,6 +241,20 @@ class IntegerPlanes:
         return _zeros(self.scale[0], self.shift)
 
     @property
+    def signed(self) -> Tensor | None:
+        """int8 [out, in], codes - 2**(bits - 1): what integer kernels take as w / scale.
+
+        None unless this is one symmetric plane of 7 or 8 bits with one scale a row.
+        """
+        if not self.is_integer or self.bits not in ((7,), (8,)) or self.group < self.inputs:
+            return None
+        half = 2 ** (int(self.bits[0]) - 1)
+        if not bool((self.zero_point == half).all()):
+            return None
+        signed: Tensor = self.codes[0].to(torch.int16) - half
+        return signed.to(torch.int8)
+
+    @property
     def kind(self) -> str:
         """In a few words what this is, for messages."""
         count = f"{len(self.bits)} plane{'s' * (len(self.bits) > 1)}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from penjing.graph import is_weighted
 from penjing.model import Model
+from penjing.processor import weight_bits
 from penjing.recipe import Recipe
 from penjing.steps.cut import Cut
 from penjing.steps.fold import Fold, has_norms
@@ -46,7 +47,7 @@ FORMATS = {
     f.name: f
     for f in (
         Format("fp32", 32, None),
-        Format("int8", 8, (("bits", 8), ("symmetric", True), ("activations", 8))),
+        Format("int8", 8, (("bits", weight_bits()), ("symmetric", True), ("activations", 8))),
         Format("w8", 8, (("bits", 8), ("group", 64))),
         Format("w4", 4, (("bits", 4), ("group", 64))),
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from penjing import processor
 from penjing.apply import apply
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.errors import InputError, PenjingError
@@ -155,10 +156,7 @@ def survey(
 @contextlib.contextmanager
 def _fast(model: Model) -> Iterator[None]:
     # Without its cache: it would keep the weights of every variant until the survey ends.
-    with (
-        torch.no_grad(),
-        torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False),
-    ):
+    with torch.no_grad(), processor.autocast(model.device.type, cache=False):
         yield
 
 

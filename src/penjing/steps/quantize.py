@@ -43,7 +43,8 @@ class Quantize:
         method: a name of `penjing.quantizers`, or `file.py:function`. With `codes` other than
             integers `gptq` is error feedback, and `rtn` the nearest codes without data.
         symmetric: integer zero point in the middle; 8-bit activations need it.
-        activations: 8 for 8-bit layer inputs, 0 for none.
+        activations: 8 for 8-bit layer inputs, 0 for none; with 8 bits of weights, or 7 for
+            processors whose sums of byte products saturate (`penjing.processor`).
         dynamic: find activation ranges at run time instead of from data.
         embeddings: bits of embedding tables, 0 leaves them.
         embedding_group: entries that share a scale in an embedding row; 0 is the whole row.
@@ -56,6 +57,8 @@ class Quantize:
         alpha: how far a layer makes up for what was lost before it, 0 to 1.
         codes: the family of codes, see `Scheme`; tables always have integers.
         scale_bits: 32, 16 or 8 of a stored scale.
+        bias: where a layer has one, it takes up the mean of the error, and what is left to
+            minimise is the error's variance.
     """
 
     name: ClassVar[str] = "quantize"
@@ -77,6 +80,7 @@ class Quantize:
     alpha: float = 0.5
     codes: str = "integer"
     scale_bits: int = 32
+    bias: bool = True
 
     def __post_init__(self) -> None:
         if self.bits:
@@ -98,11 +102,11 @@ class Quantize:
             raise UsageError("alpha", got=self.alpha, allowed="0 to 1")
         if self.activations not in (0, 8):
             raise UsageError("activations", got=self.activations, allowed="0 or 8 bits")
-        plain = self.bits == 8 and self.codes == "integer" and not self.group and self.symmetric
-        if self.activations and not plain:
+        integers = self.bits in (7, 8) and self.codes == "integer"
+        if self.activations and not (integers and not self.group and self.symmetric):
             raise UsageError(
                 "8-bit activations",
-                allowed="with bits = 8, codes = integer, group = 0 and symmetric weights",
+                allowed="with bits = 8 or 7, codes = integer, group = 0 and symmetric weights",
             )
 
     def _scheme(self, bits: float, group: int, codes: str = "integer") -> Scheme:
@@ -147,9 +151,10 @@ class Quantize:
         if stats or unit.stream is None or not self.needs:
             yield from self._plan(chosen, stats)
             return
-        for layers in unit.stream.stages(chosen):
+        stages = unit.stream.stages(chosen)
+        for layers in stages:
             stage = replace(chosen, layers=layers)
-            found = unit.stream.collect(stage, self.needs, unit.reference)
+            found = unit.stream.collect(stage, self.needs, unit.reference, stage=len(stages) > 1)
             yield from self._plan(stage, found)
 
     def _plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
@@ -173,7 +178,7 @@ class Quantize:
             if self.activations and not table and (self.dynamic or own.count or path not in stats):
                 found = self._range(layer, path, own, channels)
             if name not in unit.model.planes:
-                yield self._quantized(unit, path, layer, name, own, channels)
+                yield from self._quantized(unit, path, layer, name, own, channels)
             if found is not None:
                 why = "8-bit input" + (", channels divided" if channels is not None else "")
                 yield Edit("activation", path, found, why)
@@ -194,7 +199,7 @@ class Quantize:
         name: str,
         own: LayerStats,
         channels: Tensor | None = None,
-    ) -> Edit:
+    ) -> list[Edit]:
         table = isinstance(layer, nn.Embedding)
         bits = self._bits(layer)
         weight: Tensor = layer.weight.detach()  # type: ignore[operator]
@@ -206,6 +211,10 @@ class Quantize:
         if own.gram is not None and not torch.isfinite(own.gram).all():
             raise InputError(f"the Gram matrix of {path} is not finite")
         matrix = weight.reshape(len(weight), -1).float()  # [out, in]
+        bias = getattr(layer, "bias", None) if self.bias else None
+        mean, was = own.mean, own.mean if own.was is None else own.was
+        if bias is not None:
+            own = _about_mean(own)
         target = matrix
         if own.gram is not None and own.cross is not None and self.alpha:
             target = asymmetric_target(matrix, own.gram, own.cross, self.alpha)
@@ -227,10 +236,33 @@ class Quantize:
         error = float((planes.dequantize() - weight).norm() / weight.norm().clamp_min(1e-12))
         said = self.method if codes == "integer" else f"{codes} codes, {self.method}"
         where = f"group {scheme.group}" if scheme.group else "per channel"
-        return Edit(
-            "quantize", name, planes, f"{bits:g} bits {where} by {said}",
-            {"bits": float(bits), "weight_error": error},
-        )  # fmt: skip
+        edits = [
+            Edit(
+                "quantize", name, planes, f"{bits:g} bits {where} by {said}",
+                {"bits": float(bits), "weight_error": error},
+            )
+        ]  # fmt: skip
+        if bias is not None and mean is not None and was is not None:
+            made = planes.dequantize().reshape(matrix.shape).double()
+            made = made @ (mean if channels is None else mean / channels)
+            moved = matrix.double() @ was - made  # [out]
+            value = (bias.detach().double() + moved).to(bias.dtype)
+            edits.append(Edit("weight", f"{path}.bias", value, "takes up the mean of the error"))
+        return edits
+
+
+def _about_mean(stats: LayerStats) -> LayerStats:
+    """Covariances in place of second moments: what a layer with a free bias has to fit."""
+    if stats.gram is None or stats.mean is None:
+        return stats
+    cross = stats.cross
+    if cross is not None and stats.was is not None:
+        cross = cross - torch.outer(stats.was, stats.mean)
+    gram = stats.gram - torch.outer(stats.mean, stats.mean)
+    # A constant input has a variance of rounding noise around zero.
+    dead = gram.diagonal() <= 1e-9 * stats.gram.diagonal()
+    gram[dead], gram[:, dead] = 0.0, 0.0
+    return replace(stats, gram=gram, cross=cross)
 
 
 def _divided(stats: LayerStats, channels: Tensor) -> LayerStats:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from penjing import processor
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import InputError, UsageError
 from penjing.model import Batch, Model
@@ -160,7 +161,7 @@ class Recover:
                 )
                 for group, (_, rate) in zip(optimizer.param_groups, kinds, strict=True):
                     group["lr"] = rate * float(share)
-                with torch.autocast(student.device.type, torch.bfloat16):
+                with processor.autocast(student.device.type):
                     value: Tensor = compare(batches[index])  # type: ignore[operator]
                 if not torch.isfinite(value):
                     last = float(value.detach())
@@ -187,5 +188,5 @@ def _at_least_two(batches: list[Batch]) -> list[Batch]:
 
 
 def _output(model: Model, batch: Batch) -> Tensor:
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+    with torch.no_grad(), processor.autocast(model.device.type):
         return model.run(batch)

@@ -68,8 +68,8 @@ def problem(planes: IntegerPlanes, *, inputs: bool = False) -> str:
         return "zero points that are no whole numbers"
     if not 0 <= float(zero.min()) <= float(zero.max()) < 2**bits:
         return "zero points beyond the codes"
-    if inputs and not (bits == 8 and whole and bool((zero == 128).all())):
-        return "8-bit inputs on weights that are not symmetric, 8 bits, one scale a row"
+    if inputs and planes.signed is None:
+        return "8-bit inputs on weights that are not symmetric, 8 or 7 bits, one scale a row"
     return ""
 
 
@@ -77,15 +77,17 @@ def layout(planes: IntegerPlanes, *, inputs: bool = False) -> Layout:
     """The layout of a weight without `problem`."""
     bits = int(planes.bits[0])
     group = 0 if planes.group >= planes.inputs else planes.group
-    return Layout(bits, group, bool((_zeros(planes) == 2 ** (bits - 1)).all()), inputs)
+    half = 2 ** (bits - 1)
+    bits = 8 if inputs else bits  # 7 of 8, see `penjing.processor`
+    return Layout(bits, group, bool((_zeros(planes) == half).all()), inputs)
 
 
 def stored(planes: IntegerPlanes, form: Layout) -> dict[str, Tensor]:
     """Tensors by their last name; 8-bit scales are written as the float32 they stand for."""
     scale = planes.scale[0].to(torch.float16 if planes.scale_bits == 16 else torch.float32)
     if form.inputs:
-        codes = (planes.codes[0].to(torch.int16) - 128).to(torch.int8)
-        return {"weight": codes, "weight_scale": scale.clone()}
+        assert planes.signed is not None
+        return {"weight": planes.signed, "weight_scale": scale.clone()}
     found = {
         "weight_packed": _words(planes.codes[0], form.bits),
         "weight_scale": scale.clone(),

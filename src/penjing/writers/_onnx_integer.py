@@ -31,7 +31,7 @@ _PASSED = ("Clip", "Relu")
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A use of a symmetric 8-bit weight whose input has a range."""
+    """A use of a weight with signed codes whose input has a range."""
 
     name: str
     use: Use
@@ -41,7 +41,9 @@ class Layer:
     @property
     def codes(self) -> np.ndarray:
         """int8 [out, in]."""
-        return (self.planes.codes[0].numpy().astype(np.int16) - 128).astype(np.int8)
+        codes = self.planes.signed
+        assert codes is not None  # `onnx.py` makes layers of such weights alone
+        return np.asarray(codes.numpy())
 
     @property
     def scale(self) -> np.ndarray:

@@ -13,7 +13,6 @@ from torch import nn
 
 from penjing.errors import ExportError, UsageError
 from penjing.model import Model
-from penjing.planes import IntegerPlanes
 from penjing.writers._onnx_blocks import place, problem
 from penjing.writers._onnx_edit import Graph
 from penjing.writers._onnx_graph import float_graph, turn_constants
@@ -49,8 +48,8 @@ def check(model: Model) -> list[str]:
         own = model.planes.get(_canonical(model, f"{path}.weight".lstrip(".")) or "")
         if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             lines.append(f"{path}: 8-bit inputs of a {type(layer).__name__}")
-        elif own is None or not _is_symmetric_8(own):
-            lines.append(f"{path}: 8-bit inputs need symmetric 8-bit weights, group 0")
+        elif own is None or own.signed is None:
+            lines.append(f"{path}: 8-bit inputs need symmetric 8- or 7-bit weights, group 0")
     return lines
 
 
@@ -119,16 +118,6 @@ def _unfuse_residuals(graph: Graph) -> None:
         constant = any(name in graph.constants for name in node.input)
         if node.op_type == "Add" and node.output[0] in normalized and not constant:
             node.op_type = "Sum"
-
-
-def _is_symmetric_8(planes: IntegerPlanes) -> bool:
-
-    return (
-        planes.bits == (8,)
-        and planes.tables is None
-        and planes.group >= planes.inputs
-        and bool((planes.zero_point == 128).all())
-    )
 
 
 def _layers(model: Model) -> list[tuple[str, nn.Module]]:

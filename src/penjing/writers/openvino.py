@@ -216,7 +216,7 @@ def low_bit(planes: IntegerPlanes, shape: list[int], *, signed: bool = False) ->
     Args:
         planes: the integers.
         shape: of the result; the product of its first few sizes is out.
-        signed: store codes - 128 as i8 when the zero point is 128 all over (int8 kernels
+        signed: store signed codes as i8 where the zero point is in the middle (int8 kernels
             take no others).
     """
     from openvino import opset13 as op
@@ -258,8 +258,9 @@ def _affine(
     near = np.rint(zero)
     if np.abs(zero - near).max() < 1e-3:
         zero = near
-    if signed and bits == 8 and (zero == 128).all():
-        node = op.convert(op.constant((codes.astype(np.int16) - 128).astype(np.int8)), "f32")
+    half = 2 ** (int(bits) - 1)
+    if signed and bits in (7, 8) and (zero == half).all():
+        node = op.convert(op.constant((codes.astype(np.int16) - half).astype(np.int8)), "f32")
         return op.multiply(node, op.constant(scale))
     if (zero == near).all() and zero.min() >= 0 and zero.max() < 2 ** _width(bits):
         points = op.convert(_constant(zero.astype(np.uint8), bits), "f32")
