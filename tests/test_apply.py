@@ -384,7 +384,7 @@ def test_transformers_killed_in_the_middle(
 def test_blocks_are_calibrated_on_the_edited_front() -> None:
     """The first block's Gram matrix is that of the quantized front's output, not of the old one."""
     model, batches = net.stack(), net.arrays()
-    small = apply(model, Recipe((Quantize(2, alpha=0.0),)), batches).model
+    small = apply(model, Recipe((Quantize(2, alpha=0.0, bias=False),)), batches).model
     rows = {}
     with torch.no_grad():
         for name, network in (("old", model), ("new", small)):

@@ -20,6 +20,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from penjing.apply import apply as _apply
 from penjing.data import Dataset, encode, prepare
 from penjing.data import read as _read
@@ -79,7 +81,14 @@ def _batches(model: Model, data: Dataset | Place | None, samples: int, length: i
         return []
     length = model.at_most(length)
     dataset = prepare(_dataset(data), model, length).spread(samples)
-    return list(encode(dataset, model, length=length, batch=8))
+    if dataset.kind != "text":
+        return list(encode(dataset, model, length=length, batch=8))
+    # Texts of one length go together, so that little of a batch is padding; the batches in
+    # random order, because steps hold out the first or the last.
+    sizes = [len(text) for text in dataset.samples]
+    dataset = dataset.subset(sorted(range(len(sizes)), key=sizes.__getitem__))
+    batches = list(encode(dataset, model, length=length, batch=8))
+    return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
 
 
 def apply(

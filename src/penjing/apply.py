@@ -78,10 +78,7 @@ def apply(
                 edits = log.read(number, "whole")
                 if edits is None:
                     _seed(recipe, number, "whole")
-                    stream = Stream(result.model, batches) if batches else None
-                    whole = Unit(
-                        "whole", result.model, {}, stream, None, original or model, batches
-                    )
+                    whole = Unit("whole", result.model, {}, None, None, original or model, batches)
                     edits = list(step.plan(whole, {}))
                     log.write(number, "whole", edits)
                 _make(result, step.name, edits)

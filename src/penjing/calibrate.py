@@ -68,7 +68,7 @@ class Unit:
     Attributes:
         name: path of the block, or `front` / `back` for what stands before and after the blocks.
         layers: layers with a weight matrix, by path.
-        stream: gives the block's inputs; None without data.
+        stream: gives the block's inputs; None without data, and for the whole network.
         index: position among the blocks, None for `front`, `back` and the whole network.
         original: the network before any edit, for steps that plan the whole network.
         reference: inputs of the same block in the network as it was before this step.

@@ -85,10 +85,32 @@ def test_gptq_beats_rtn_beats_random_on_the_output() -> None:
     assert errors[0] < errors[1] < errors[2]
 
 
+def test_the_bias_takes_up_the_mean_of_the_error() -> None:
+    """Mean outputs over the calibration data, by hand, of the first layer and of a later one."""
+    model, batches = net.stack(), net.arrays(4)
+    for name in ("inp", "blocks.1.up"):  # inputs with means that are not zero
+        model.module.get_submodule(name).bias.data += 0.5
+    small = apply(model, Recipe((Quantize(2),)), batches).model
+    plain = apply(model, Recipe((Quantize(2, bias=False),)), batches).model
+    for name in ("inp", "blocks.1.up"):
+        wanted, got, kept = (
+            _mean_output(network, name, batches) for network in (model, small, plain)
+        )
+        assert np.abs(got - wanted).max() < 1e-5
+        assert np.abs(kept - wanted).max() > 1e-3
+    assert torch.equal(plain.module.inp.bias, model.module.inp.bias)
+
+
+def _mean_output(network: Model, layer: str, batches: list[net.Batch]) -> np.ndarray:
+    module = network.module.get_submodule(layer)
+    weight, bias = module.weight.detach().double(), module.bias.detach().double()
+    return _inputs(network, layer, batches).mean(0) @ weight.numpy().T + bias.numpy()
+
+
 def test_later_blocks_are_calibrated_on_edited_earlier_ones() -> None:
     """Block 1's planes are those of a Gram matrix of the quantized block 0's output."""
     model, batches = net.stack(), net.arrays(4)
-    small = apply(model, Recipe((Quantize(2, alpha=0.0),)), batches).model
+    small = apply(model, Recipe((Quantize(2, alpha=0.0, bias=False),)), batches).model
     partly = model.copy()
     partly.module.inp.load_state_dict(small.module.inp.state_dict())
     partly.module.blocks[0].load_state_dict(small.module.blocks[0].state_dict())

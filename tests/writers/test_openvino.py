@@ -166,7 +166,7 @@ def test_static_activations_run_in_int8(kind: str, tmp_path: Path) -> None:
     for name in layers:
         module = model.module.get_submodule(name)
         module._forward_pre_hooks.clear()
-        quantize(model, f"{name}.weight", planes_of(module.weight, 8, 0, True))
+        quantize(model, f"{name}.weight", planes_of(module.weight, 7, 0, True))
         low, high = min(seen[name].min().item(), 0.0), seen[name].max().item()
         scale = (high - low) / 255
         zero = round(-low / scale)
@@ -196,7 +196,7 @@ def test_equal_weights_keep_their_own_input_ranges(tmp_path: Path) -> None:
     ranges = {"0": ActivationRange(0.05, 128), "2": ActivationRange(0.005, 0)}
     for name, r in ranges.items():
         quantize(
-            model, f"{name}.weight", planes_of(model.module.get_submodule(name).weight, 8, 0, True)
+            model, f"{name}.weight", planes_of(model.module.get_submodule(name).weight, 7, 0, True)
         )
         model.activations[name] = r
 

@@ -90,15 +90,21 @@ def fit(
             bench.start(original, reference)
         # Two of the exports and measurements just made, and distillation.
         usual = settings.recover + 0.5 * (time.monotonic() - start)
-        drops = drop_of(model, data, task, settings.length, settings.seed, notes)
+        within = budget.within or math.inf
+        drops = drop_of(
+            model, data, task, settings.length, settings.seed, notes, seconds=0.02 * within
+        )
         remains = _remains(model, data, settings.recover)
         # A set of cuts that distillation can mend is worth knowing.
         limit = 3 * budget.max_drop / remains if budget.max_drop is not None else 0.1
-        began, within = time.monotonic(), budget.within or math.inf
+        began = time.monotonic()
+        # What one candidate leaves, half for the units and half for the sets of cut blocks; on a
+        # slow machine the first steps took so long that nothing is left, but little is better.
+        left = max(0.15 * within, start + within - 1.2 * usual - began)
         found = survey(
             model, data.edits, data.search, lambda variant: drops(variant).value,
-            formats_for(model), limit=limit, seconds=min(90.0, 0.25 * within),
-            about=about(data, task, settings.length), deadline=start + 0.5 * within,
+            formats_for(model), limit=limit, seconds=min(90.0, 0.5 * left),
+            about=about(data, task, settings.length), deadline=began + 0.5 * left,
         )  # fmt: skip
         notes.append(_surveyed(found, time.monotonic() - began))
         predictor = Predictor(model, found, latencies, _slope(found), remains, memory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,13 +93,28 @@ def divide(
 
 
 def drop_of(
-    model: Model, samples: Samples, task: Task, length: int, seed: int, notes: list[str]
+    model: Model,
+    samples: Samples,
+    task: Task,
+    length: int,
+    seed: int,
+    notes: list[str],
+    seconds: float = math.inf,
 ) -> Callable[[Model], Drop]:
     """A function: drop of the user's metric of an edited network, on calibration data.
 
+    With as many samples as the original takes `seconds` for, 128 at the least, 512 at the most.
     Always 0 of 0 samples, with a note, where calibration data is not enough for the metric.
     """
-    some = samples.calibration.subset(range(min(len(samples.calibration), 512)))
+    original = torch_predictor(model, fast=True)
+    batch, times = samples.everything[0], []
+    for _ in range(2):  # the first warms up
+        began = time.monotonic()
+        original(batch)
+        times.append(time.monotonic() - began)
+    rate = len(next(iter(batch.values()))) / (times[1] + 1e-9)  # samples a second
+    count = min(len(samples.calibration), 512, max(128, round(min(seconds * rate, 512))))
+    some = samples.calibration.subset(range(count))
     if model.interface == "causal":
         some = some.subset(range(min(len(some), 48)))
     try:
@@ -105,7 +122,6 @@ def drop_of(
     except InputError as error:
         notes.append(f"no drops are known before a candidate is measured: {error}")
         return lambda variant: Drop(0.0, 0.0, 0.0, 0.95, 0, task.relative)
-    original = torch_predictor(model, fast=True)
     before = evaluate(original, model, some, task, length=length, reference=original)
 
     def drop(variant: Model) -> Drop:

@@ -73,6 +73,7 @@ class Survey:
         seconds: time it took, in all runs together.
         complete: whether every unit was measured.
         fresh: networks run this time; 0 where an earlier survey served.
+        batches: of search data that errors were measured on.
     """
 
     cuts: dict[str, float] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class Survey:
     seconds: float = 0.0
     complete: bool = False
     fresh: int = 0
+    batches: int = 0
 
 
 def cache_folder() -> Path:
@@ -126,17 +128,23 @@ def survey(
         formats: names of `FORMATS` to try.
         limit: the ladder stops where the drop is above this.
         seconds: the ladder stops growing after this.
-        deadline: on the monotonic clock, for the units; those that are left then count as the
-            worst that was measured, and the survey is not kept.
+        deadline: on the monotonic clock, for the units. Where a look at the machine says that
+            all of `search` would take longer, fewer of its batches are used; units that are left
+            all the same count as the worst that was measured, and the survey is not kept.
         about: all that `drop_of` depends on, for telling surveys apart.
     """
     key = _key(model, calibration, search, formats, about)
     path = cache_folder() / f"survey-{key}.json"
     start = time.monotonic()
     found = _read(path)
+    if found.batches < len(search) and deadline == math.inf:
+        found = Survey()  # of an earlier fit that had less time
+    search = search[: found.batches or len(search)]
     reference: list[Tensor] = []  # the original's outputs, run when they are first needed
     if not found.complete:
-        found = Survey()
+        with _fast(model):
+            search = search[: _affordable(model, search, formats, deadline)]
+        found = Survey(batches=len(search))
         with _fast(model):
             reference += (model.run(b) for b in search)
             found.complete = _singles(
@@ -151,6 +159,24 @@ def survey(
         found.seconds += time.monotonic() - start
         whole_file(path, lambda p: _write(p, found), overwrite=True)
     return found
+
+
+def _affordable(
+    model: Model, search: Sequence[Batch], formats: Sequence[str], deadline: float
+) -> int:
+    """Batches of `search` on which every unit can be measured before the deadline, at least 1."""
+    if deadline == math.inf:
+        return len(search)
+    times = []
+    for _ in range(2):  # the first warms up
+        began = time.monotonic()
+        model.run(search[0])
+        times.append(time.monotonic() - began)
+    # A format, a width and a cut of every block, run from that block on; the same again goes to
+    # fitting the edits.
+    networks = (len(formats) + 2) * max(len(model.blocks), 1) / 2
+    each = 2 * networks * times[1] + 1e-9
+    return max(1, min(len(search), int((deadline - time.monotonic()) / each)))
 
 
 @contextlib.contextmanager

@@ -66,18 +66,18 @@ class Cut:
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """Patches first, in the old numbering, then drops from the last to the first."""
-        if unit.stream is None:
+        if not unit.batches:
             raise UsageError("cut needs data", next="give --data")
         blocks = unit.model.blocks
         if len(blocks) < 2:
             raise InputError("no repeated blocks to cut", got=len(blocks), allowed="2 or more")
-        gone, why = self._choose(unit.stream, blocks)
+        gone, why = self._choose(unit, blocks)
         if self.patch == "linear":
             yield from self._patches(Stream(unit.model, unit.batches), gone)
         for index in sorted(gone, reverse=True):
             yield Edit("drop", blocks[index], None, why[index])
 
-    def _choose(self, stream: Stream, blocks: tuple[str, ...]) -> tuple[set[int], dict[int, str]]:
+    def _choose(self, unit: Unit, blocks: tuple[str, ...]) -> tuple[set[int], dict[int, str]]:
         if self.blocks:
             if unknown := sorted(set(self.blocks) - set(blocks)):
                 raise InputError("no such block", got=unknown[0], allowed=", ".join(blocks))
@@ -86,7 +86,7 @@ class Cut:
                 raise InputError("all blocks are to be cut", allowed="leave at least one")
             return gone, dict.fromkeys(gone, "asked for by name")
         count = self.layers or max(1, round((self.ratio or 0) * len(blocks)))
-        scores = influence(stream)
+        scores = influence(Stream(unit.model, unit.batches))
         if count > min(len(scores), len(blocks) - 1):
             raise InputError(
                 "too many blocks to cut",

@@ -69,8 +69,39 @@ class _Cached(nn.Module):
         return (output.logits.float(), *present)
 
 
+# The last graph made, and of what: several runtimes' files are written from one. All that it was
+# told by is kept with it, so that no address is used again.
+_last: list[tuple[tuple[Any, ...], list[Any], onnx.ModelProto]] = []
+# Above so many parameters a graph is not kept.
+_KEPT = 100_000_000
+
+
 def float_graph(model: Model) -> onnx.ModelProto:
     """The model in float32, weights dequantized, activation ranges ignored.
+
+    Raises: as `_traced`.
+    """
+    if model.parameter_count > _KEPT:
+        return _traced(model)
+    tensors = model.module.state_dict(keep_vars=True)
+    modules = list(model.module.modules())
+    # Changes with every tensor that is written or exchanged, every module and every patch.
+    key = (
+        model.interface,
+        tuple((name, id(t), t.data_ptr(), t._version) for name, t in tensors.items()),
+        tuple((id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules),
+    )
+    if not _last or _last[0][0] != key:
+        _last.clear()
+        kept = [modules, tensors, [t.detach() for t in tensors.values()]]
+        _last.append((key, kept, _traced(model)))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(_last[0][2])
+    return copy
+
+
+def _traced(model: Model) -> onnx.ModelProto:
+    """`float_graph`, made anew.
 
     Raises:
         UsageError: a bare weight file.
