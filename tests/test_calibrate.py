@@ -342,3 +342,47 @@ def test_the_first_sample_runs_as_it_does_alone(name: str) -> None:
     short = call.first(1, length)
     whole = call.run(block, call.hidden)
     torch.testing.assert_close(short.run(block, short.hidden), whole[:1, :length])
+
+
+def test_stages_have_the_statistics_of_the_whole_block() -> None:
+    """What runs only up to a stage, beside a run of the whole block; nothing behind it runs."""
+    model = net.bert(2)
+    batches = [net.text_batch(seed) for seed in (1, 2)]
+    stream, other = Stream(model, batches), Stream(model.copy(), batches)
+    stream.enter(1)
+    other.enter(1)
+    name = model.blocks[1]
+    block = model.module.get_submodule(name)
+    layers = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    unit = Unit(name, model, layers, stream, 1)
+    needs = frozenset({"gram", "cross"})
+    whole = stream.collect(unit, needs, other)
+    stages = stream.stages(unit)
+    assert [len(stage) for stage in stages] == [3, 1, 1, 1]  # query, key and value together
+    ran: list[int] = []
+    for stage, later in zip(stages, [*stages[1:], {}], strict=True):
+        handles = [
+            layer.register_forward_pre_hook(lambda *_: ran.append(1)) for layer in later.values()
+        ]
+        own = Unit(name, model, stage, stream, 1)
+        found = stream.collect(own, needs, other, stage=True)
+        for handle in handles:
+            handle.remove()
+        assert not ran
+        for path, stats in found.items():
+            for wanted, got in (
+                (whole[path].gram, stats.gram), (whole[path].cross, stats.cross),
+                (whole[path].mean, stats.mean), (whole[path].was, stats.was),
+            ):  # fmt: skip
+                assert torch.equal(wanted, got)
+    # By hand, of the tokens that are there.
+    rows = []
+    layer = layers[f"{name}.output.dense"]
+    handle = layer.register_forward_pre_hook(lambda _, x: rows.append(x[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model.run(batch)
+    handle.remove()
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    kept = torch.cat([x[mask] for x, mask in zip(rows, masks, strict=True)]).double()
+    torch.testing.assert_close(whole[f"{name}.output.dense"].mean, kept.mean(0), atol=1e-6, rtol=0)

@@ -53,16 +53,16 @@ class Gram:
 
     Args:
         width: inputs.
-
-    Attributes:
-        count: tokens added.
     """
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.count = 0
-        self._sum = torch.zeros(width, width, dtype=torch.float64)
-        self._first = torch.zeros(width, dtype=torch.float64)
+        self._own = Cross(width)
+
+    @property
+    def count(self) -> int:
+        """Tokens added."""
+        return self._own.count
 
     def add(self, x: Tensor, memo: Sums | None = None) -> None:
         """Add tokens.
@@ -80,17 +80,7 @@ class Gram:
                 "width of the inputs", got=tuple(x.shape), allowed=f"[..., {self.width}]"
             )
         x = x.detach().reshape(-1, self.width)  # [tokens, width]
-        place = x.data_ptr(), *x.shape, *x.stride()
-        if memo is None or place not in memo:
-            _check_finite("a layer's input", x)
-            found = _outer(x, x)
-            if memo is not None:
-                memo[place] = found
-        else:
-            found = memo[place]
-        self._sum += found
-        self._first += x.sum(0, dtype=torch.float64)
-        self.count += len(x)
+        self._own.add(x, x, memo)
 
     @property
     def matrix(self) -> Tensor:
@@ -100,7 +90,7 @@ class Gram:
             InputError: nothing was added.
         """
         self._check_count()
-        return self._sum / self.count
+        return self._own.matrix
 
     @property
     def mean(self) -> Tensor:
@@ -110,7 +100,7 @@ class Gram:
             InputError: nothing was added.
         """
         self._check_count()
-        return self._first / self.count
+        return self._own.mean
 
     @property
     def norm(self) -> Tensor:
@@ -120,7 +110,7 @@ class Gram:
             InputError: nothing was added.
         """
         self._check_count()
-        return (self._sum.diagonal() / self.count).sqrt().float()
+        return self._own.matrix.diagonal().sqrt().float()
 
     def _check_count(self) -> None:
         if not self.count:
