@@ -204,7 +204,7 @@ def table(found: dict[str, list[float]]) -> None:
         ratios = []
         for method in ("rtn", "plain gptq"):
             other = found.get(f"{nominal} bits, {method}")
-            ratios.append(f"{error / other[1]:.2f}" if other else "")
+            ratios.append(f"{error / other[1]:.3f}" if other else "")
         text.append(
             f"| {name} | {bits:.2f} | {error:.5f} ± {half:.5f} | {' | '.join(ratios)} "
             f"| {seconds:.0f} |"

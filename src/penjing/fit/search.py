@@ -161,10 +161,12 @@ def _sized(budget: Budget, predictor: Predictor) -> Budget:
 def _make(work: Work, choice: Choice, said: Prediction, number: int) -> Made | None:
     model, data, settings = work.model, work.data, work.settings
     few = any(FORMATS[f].bits < 8 for f in (*choice.formats, choice.rest))
+    # Eight bits of an encoder are as good rounded to nearest; of a convolutional network not at
+    # all: EfficientNet-Lite0 kept 52 % of its top-1, with error feedback 91 %.
+    method = "gptq" if few or model.is_image else "rtn"
     structural, numbers = recipe_of(
-        model, choice, method="gptq" if few else "rtn", recover=settings.recover,
-        seed=settings.seed,
-    )  # fmt: skip
+        model, choice, method=method, recover=settings.recover, seed=settings.seed
+    )
     with progress(f"candidate {number + 1}: {choice.describe()}"):
         done: list[Done] = []
         edited = model
