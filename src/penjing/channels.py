@@ -77,11 +77,11 @@ def shared_channels(model: Model) -> list[Channels]:
     return watch.found()
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tensors of one run, joined where channels pass from one to the other."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kept: list[Tensor] = []  # alive, so that an id is not used twice
         self._above: dict[int, int] = {}
         self._closed: set[int] = set()
@@ -141,9 +141,7 @@ class _Watch(TorchDispatchMode):
 
         return hook
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._inside is not None:  # the layer as a whole is known
             return result
@@ -167,14 +165,15 @@ class _Watch(TorchDispatchMode):
         names = [[n for n, _ in side] for side in (self._writes, self._reads)]
         for name in {n for n in names[0] if names[0].count(n) > 1}:
             self.freeze(name)
-        sets: dict[int, tuple[list[str], list[str], int]] = {}
+        sets: dict[int, tuple[list[str], list[str]]] = {}
+        widths: dict[int, int] = {}
         for index, side in enumerate((self._writes, self._reads)):
             for name, tensor in side:
                 top = self._top(tensor)
                 if top not in self._closed:
-                    own = sets.setdefault(top, ([], [], tensor.shape[1]))
-                    own[index].append(name)
-        return [Channels(n, tuple(w), tuple(r)) for w, r, n in sets.values() if w and r]
+                    sets.setdefault(top, ([], []))[index].append(name)
+                    widths[top] = tensor.shape[1]
+        return [Channels(widths[t], tuple(w), tuple(r)) for t, (w, r) in sets.items() if w and r]
 
 
 def _passes(func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> bool:

@@ -88,7 +88,11 @@ class Equalize:
     ) -> Tensor:
         """s, float32 [channels]."""
         seen = [stats[n] for n in found.readers if n in stats]
-        peaks = [input_scales(s.lows, s.highs) for s in seen if s.lows is not None and s.highs is not None]
+        peaks = [
+            input_scales(s.lows, s.highs)
+            for s in seen
+            if s.lows is not None and s.highs is not None
+        ]
         if not peaks:
             peaks = [_weight(layers[n]).abs().flatten(1).amax(1) for n in found.writers]
         read = [_by_input(layers[n]) for n in found.readers]
@@ -150,5 +154,6 @@ def _by_input(layer: nn.Module) -> Tensor:
     """Weights [n, in] by the channel that they read."""
     weight = _weight(layer)
     if getattr(layer, "groups", 1) > 1:  # [in * each, 1, h, w]
-        return weight.reshape(layer.in_channels, -1).T  # type: ignore[call-overload]
+        width: int = layer.in_channels  # type: ignore[assignment]
+        return weight.reshape(width, -1).T
     return weight.transpose(0, 1).flatten(1).T
