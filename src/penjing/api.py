@@ -43,6 +43,7 @@ from penjing.registry import lookup
 from penjing.report import write as report
 from penjing.result import Result
 from penjing.steps.cut import Cut
+from penjing.steps.equalize import Equalize
 from penjing.steps.fold import Fold, has_norms
 from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
@@ -60,7 +61,7 @@ __all__ = [
 
 Place = str | os.PathLike[str]
 
-STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Quantize, Recover)}
+STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Quantize, Recover)}
 
 
 def _model(model: Model | Place) -> Model:

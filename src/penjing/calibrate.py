@@ -22,6 +22,7 @@ from penjing.errors import InputError
 from penjing.graph import is_weighted
 from penjing.linalg import Cross, Gram, Sums
 from penjing.model import Batch, Model
+from penjing.patches import Patches, is_grouped
 
 # Input vectors sampled from a batch, and in all, to choose a range by.
 _SAMPLE, _SAMPLES = 256, 8192
@@ -39,8 +40,10 @@ class LayerStats:
         gram: [in, in] mean outer product, float64; None where it was not asked for.
         cross: [in, in] mean outer product of the reference's inputs (rows) and these (columns).
         norm: [in] root mean square of each input.
-        mean: [in] mean of each input, float64, with `gram`.
-        was: [in] the same of the reference's inputs, with `cross`.
+        grams: of a grouped convolution in place of `gram`: [groups, row, row], row = in / groups
+            * h * w, mean outer product of the patches of each group.
+        mean: [in] mean of each input, float64, with `gram`; with `grams` [groups, row].
+        was: the same of the reference's inputs, with `cross`.
         low, high: range of all values seen.
         lows, highs: [channels], range of each input channel, with `range`.
         rows: [n, channels], a sample of input vectors spread over the data, with `range`; of a
@@ -49,6 +52,7 @@ class LayerStats:
     """
 
     gram: Tensor | None = None
+    grams: Tensor | None = None
     norm: Tensor | None = None
     cross: Tensor | None = None
     mean: Tensor | None = None
@@ -313,6 +317,8 @@ class Stream:
             modules = dict(other.model.module.named_modules())
             twins = {n: modules[n] for n in names if n in modules}
         seen: dict[str, list[Tensor]] = {}
+        # Of grouped convolutions, of this network and of the reference.
+        patches: dict[tuple[str, bool], Patches] = {}
         # Layers that read one tensor share its rows and their sums within a call.
         # The tensors are kept with them, so that no address is used twice.
         shared: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
@@ -332,7 +338,12 @@ class Stream:
             if stage and unit.index is not None and not left[twin]:
                 raise _Stop
 
+        def add_patches(module: nn.Module, x: Tensor, name: str, twin: bool) -> None:
+            if "gram" in needs and is_grouped(module) and x.numel():
+                patches.setdefault((name, twin), Patches()).add(module, x)
+
         def note(module: nn.Module, args: Any, name: str) -> None:
+            add_patches(module, args[0], name, True)
             if (rows := _vectors(module, rows_of(module, args[0], True))) is not None:
                 seen.setdefault(name, []).append(rows)
             passed(name, True)
@@ -340,6 +351,7 @@ class Stream:
         def see(module: nn.Module, args: Any, name: str) -> None:
             x = rows_of(module, args[0], False)
             own, both = sums if isinstance(module, nn.Linear) else (None, None)
+            add_patches(module, args[0], name, False)
             rows = _update(name, module, x, stats[name], grams, needs, own)
             if rows is not None and (before := seen.get(name)):
                 was = before.pop(0)
@@ -389,6 +401,11 @@ class Stream:
         for name, gram in grams.items():
             own = stats[name]
             own.gram, own.norm, own.mean = gram.matrix, gram.norm, gram.mean
+        for (name, before_edits), known in patches.items():
+            if not before_edits:
+                stats[name].grams, stats[name].mean = known.grams, known.mean
+            elif (now := patches.get((name, False))) and now.mean.shape == known.mean.shape:
+                stats[name].was = known.mean
         for name, cross in crosses.items():
             if cross.count == grams[name].count:  # every row had its pair
                 stats[name].cross, stats[name].was = cross.matrix, cross.mean

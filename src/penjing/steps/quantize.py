@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from penjing import kernels
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import InputError, UsageError
 from penjing.linalg import asymmetric_target
@@ -41,7 +42,8 @@ class Quantize:
             embedding is one of them, unless `embeddings` quantized the table before.
         group: inputs that share a scale; 0 is the whole row.
         method: a name of `penjing.quantizers`, or `file.py:function`. With `codes` other than
-            integers `gptq` is error feedback, and `rtn` the nearest codes without data.
+            integers `gptq` is error feedback, and `rtn` the nearest codes without data. Grouped
+            convolutions: `gptq` is `penjing.kernels`, the others have no Gram matrix there.
         symmetric: integer zero point in the middle; 8-bit activations need it.
         activations: 8 for 8-bit layer inputs, 0 for none; with 8 bits of weights, or 7 for
             processors whose sums of byte products saturate (`penjing.processor`).
@@ -223,7 +225,10 @@ class Quantize:
             weight = weight * channels
         blind = codes != "integer" and self.method == "rtn"
         fit = lookup("quantizers", self.method if codes == "integer" else codes, "fit")
-        planes = fit(target, scheme, LayerStats() if blind else own)
+        if own.grams is not None and codes == "integer" and self.method == "gptq":
+            planes = kernels.fit(target, scheme, own.grams)
+        else:
+            planes = fit(target, scheme, LayerStats() if blind else own)
         planes = replace(planes, shape=tuple(weight.shape))
         if (mask := unit.model.masks.get(name)) is not None:
             if not planes.is_integer:
@@ -244,8 +249,8 @@ class Quantize:
         ]  # fmt: skip
         if bias is not None and mean is not None and was is not None:
             made = planes.dequantize().reshape(matrix.shape).double()
-            made = made @ (mean if channels is None else mean / channels)
-            moved = matrix.double() @ was - made  # [out]
+            now = _mean_output(made, mean if channels is None else mean / channels)
+            moved = _mean_output(matrix.double(), was) - now  # [out]
             value = (bias.detach().double() + moved).to(bias.dtype)
             edits.append(Edit("weight", f"{path}.bias", value, "takes up the mean of the error"))
         return edits
@@ -253,6 +258,9 @@ class Quantize:
 
 def _about_mean(stats: LayerStats) -> LayerStats:
     """Covariances in place of second moments: what a layer with a free bias has to fit."""
+    if stats.grams is not None and stats.mean is not None:
+        pairs = stats.mean.unsqueeze(2) * stats.mean.unsqueeze(1)  # [groups, row, row]
+        return replace(stats, grams=stats.grams - pairs)
     if stats.gram is None or stats.mean is None:
         return stats
     cross = stats.cross
@@ -263,6 +271,13 @@ def _about_mean(stats: LayerStats) -> LayerStats:
     dead = gram.diagonal() <= 1e-9 * stats.gram.diagonal()
     gram[dead], gram[:, dead] = 0.0, 0.0
     return replace(stats, gram=gram, cross=cross)
+
+
+def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
+    """[out] of a mean input that is every output's, [in], or its group's, [groups, in]."""
+    if mean.ndim == 1:
+        return matrix @ mean
+    return (matrix * mean.repeat_interleave(len(matrix) // len(mean), 0)).sum(1)
 
 
 def _divided(stats: LayerStats, channels: Tensor) -> LayerStats:
