@@ -144,17 +144,22 @@ def rows() -> dict[str, Quantize]:
             bits, f"{HERE / 'quantization.py'}:plain_gptq", **plain
         )
         made[f"{bits} bits, gptq"] = integer(bits, "gptq")
-    for codes, bits, group in FAMILIES:
+    for codes, bits, group, scale in FAMILIES:
         name = f"{bits:g} bits, {codes}" + (f" g{group}" if group else " a row")
-        made[name] = Quantize(bits=bits, group=group, codes=codes, targets=ENCODER, scale_bits=16)
+        name += "" if scale == 16 else f", {scale}-bit scales"
+        made[name] = Quantize(
+            bits=bits, group=group, codes=codes, targets=ENCODER, scale_bits=scale
+        )  # fmt: skip
     return made
 
 
+# Codes, bits, group and bits of a scale.
 FAMILIES = [
-    ("binary", 1, 0), ("e8", 1, 0), ("e8", 1.5, 0), ("ternary", 1.6, 0), ("e8", 1.75, 0),
-    ("binary", 2, 0), ("residual", 2, 64), ("additive", 2, 0), ("e8", 2, 0), ("power2", 2, 64),
-    ("e8", 2.5, 0), ("e8", 2.75, 0), ("binary", 3, 0), ("e8", 3, 0), ("ternary", 3.2, 0),
-    ("e8", 3.5, 0), ("e8", 3.75, 0), ("residual", 4, 64),
+    ("binary", 1, 0, 16), ("e8", 1, 0, 16), ("e8", 1.5, 0, 16), ("ternary", 1.6, 0, 16),
+    ("e8", 1.75, 0, 16), ("binary", 2, 0, 16), ("binary", 2, 0, 8), ("residual", 2, 64, 16),
+    ("additive", 2, 0, 16), ("e8", 2, 0, 16), ("power2", 2, 64, 16), ("e8", 2.5, 0, 16),
+    ("e8", 2.75, 0, 16), ("binary", 3, 0, 16), ("e8", 3, 0, 16), ("ternary", 3.2, 0, 16),
+    ("e8", 3.5, 0, 16), ("e8", 3.75, 0, 16), ("residual", 4, 64, 16),
 ]  # fmt: skip
 
 
