@@ -164,14 +164,19 @@ def test_shrink_and_cut_by_ratio(model: Model, data: Path) -> None:
     assert len(model.blocks) == 4
 
 
-def test_quantized_inputs_without_data_have_ranges_at_run_time(model: Model, data: Path) -> None:
+@pytest.mark.parametrize("bits", [7, 8])
+def test_quantized_inputs_without_data_have_ranges_at_run_time(
+    model: Model, data: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """And weights the bits whose products the processor adds exactly."""
+    monkeypatch.setattr(api, "weight_bits", lambda: bits)
     dynamic = penjing.quantize(model, 8, activations=8)
     static = penjing.quantize(model, 8, activations=8, data=data)
     assert dynamic.activations.keys() == static.activations.keys()
     assert len(dynamic.activations) == 9
     assert all(r.scale == 0 for r in dynamic.activations.values())
     assert all(r.scale > 0 for r in static.activations.values())
-    assert all(p.bits == (8,) for p in dynamic.planes.values())
+    assert all(p.bits == (bits,) for p in dynamic.planes.values())
 
 
 def test_the_method_follows_the_data(model: Model, data: Path) -> None:
