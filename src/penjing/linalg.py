@@ -31,7 +31,7 @@ __all__ = [
 _CHUNK = 2048
 _RETRIES = 6
 
-# Of x^T x, by address, shape and strides of x.
+# Of y^T x, by address, shape and strides of both.
 Sums = dict[tuple[int, ...], Tensor]
 
 
@@ -136,7 +136,7 @@ class Cross:
 
     def add(self, y: Tensor, x: Tensor, memo: Sums | None = None) -> None:
         """Add pairs of rows y, x [tokens, width]; `memo` as in `Gram.add`."""
-        place = x.data_ptr(), *x.shape, *x.stride()
+        place = tuple(n for t in (y, x) for n in (t.data_ptr(), *t.shape, *t.stride()))
         if memo is None or place not in memo:
             _check_finite("a layer's input", y)
             found = _outer(y, x)

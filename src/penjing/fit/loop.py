@@ -26,7 +26,7 @@ from penjing.fit.check import preflight
 from penjing.fit.choose import uniform
 from penjing.fit.outcome import Made, result_of, write
 from penjing.fit.predict import Predictor
-from penjing.fit.samples import Samples, about, divide, drop_of
+from penjing.fit.samples import Samples, about, divide, drop_of, timed
 from penjing.fit.search import Settings, Work, failing, search
 from penjing.fit.space import FORMATS, Choice, formats_for, recipe_of
 from penjing.fit.survey import Survey, survey
@@ -180,14 +180,9 @@ def _remains(model: Model, data: Samples, seconds: float) -> float:
     """
     if not seconds:
         return 1.0
-    batch, times = data.everything[0], []
     predict = torch_predictor(model, fast=True)
-    for _ in range(2):
-        began = time.monotonic()
-        predict(batch)
-        times.append(time.monotonic() - began)
     # Forward and backward of the student, forward of the original.
-    steps = seconds / (4 * min(times) + 1e-9)
+    steps = seconds / (4 * timed(lambda: predict(data.everything[0])))
     return 1 - 0.75 * min(1.0, steps / 50)
 
 

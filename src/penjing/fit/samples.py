@@ -19,7 +19,7 @@ from penjing.model import Batch, Model
 from penjing.result import Drop
 from penjing.tasks import Task
 
-__all__ = ["Samples", "about", "divide", "drop_of"]
+__all__ = ["Samples", "about", "divide", "drop_of", "timed"]
 
 # Most evaluation samples; windows of text cost a language model far more than a sentence.
 _MOST = {"causal": 400}
@@ -92,6 +92,16 @@ def divide(
     return Samples(tuned, prepared, used, rest, everything)
 
 
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of a call, above 0: the quicker of two, of which the first warms up."""
+    times = []
+    for _ in range(2):
+        began = time.monotonic()
+        run()
+        times.append(time.monotonic() - began)
+    return min(times) + 1e-9
+
+
 def drop_of(
     model: Model,
     samples: Samples,
@@ -107,12 +117,8 @@ def drop_of(
     Always 0 of 0 samples, with a note, where calibration data is not enough for the metric.
     """
     original = torch_predictor(model, fast=True)
-    batch, times = samples.everything[0], []
-    for _ in range(2):  # the first warms up
-        began = time.monotonic()
-        original(batch)
-        times.append(time.monotonic() - began)
-    rate = len(next(iter(batch.values()))) / (times[1] + 1e-9)  # samples a second
+    batch = samples.everything[0]
+    rate = len(next(iter(batch.values()))) / timed(lambda: original(batch))  # samples a second
     count = min(len(samples.calibration), 512, max(128, round(min(seconds * rate, 512))))
     some = samples.calibration.subset(range(count))
     if model.interface == "causal":

@@ -27,6 +27,7 @@ from penjing.apply import apply
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.errors import InputError, PenjingError
 from penjing.files import whole_file
+from penjing.fit.samples import timed
 from penjing.fit.space import FORMATS, TABLES
 from penjing.fit.variant import Suffixes, variant
 from penjing.model import Batch, Model
@@ -167,16 +168,12 @@ def _affordable(
     """Batches of `search` on which every unit can be measured before the deadline, at least 1."""
     if deadline == math.inf:
         return len(search)
-    times = []
-    for _ in range(2):  # the first warms up
-        began = time.monotonic()
-        model.run(search[0])
-        times.append(time.monotonic() - began)
+    once = timed(lambda: model.run(search[0]))
     # A format, a width and a cut of every block, run from that block on; the same again goes to
     # fitting the edits.
     networks = (len(formats) + 2) * max(len(model.blocks), 1) / 2
-    each = 2 * networks * times[1] + 1e-9
-    return max(1, min(len(search), int((deadline - time.monotonic()) / each)))
+    left = deadline - time.monotonic()
+    return max(1, min(len(search), int(left / (2 * networks * once))))
 
 
 @contextlib.contextmanager
