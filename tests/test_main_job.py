@@ -89,9 +89,7 @@ def test_the_artifact_verifies_and_loads(fitted: Path) -> None:
 
 
 def test_the_recipe_replays(place: Path, fitted: Path) -> None:
-    again = penjing.apply(
-        place / "model", fitted / "recipe.toml", place / "data.jsonl", length=16
-    )
+    again = penjing.apply(place / "model", fitted / "recipe.toml", place / "data.jsonl", length=16)
     loaded = penjing.load(str(fitted))
     shapes = {n: tuple(p.shape) for n, p in again.parameters()}
     assert shapes == {n: tuple(p.shape) for n, p in loaded.parameters()}

@@ -49,9 +49,9 @@ def bbc_news() -> Path:
 
 
 def demo(output: Path, *, overwrite: bool = False) -> Result:
-    """Fit MiniLM within five minutes to a drop of at most one percentage point."""
+    """Fit MiniLM within six minutes to a drop of at most one percentage point."""
     check_output(output, overwrite)
     return fit(
-        minilm(), bbc_news(), output, task="retrieval", max_drop=0.01, within=300.0,
+        minilm(), bbc_news(), output, task="retrieval", max_drop=0.01, within=340.0,
         overwrite=overwrite,
     )  # fmt: skip

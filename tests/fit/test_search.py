@@ -101,7 +101,7 @@ def test_nothing_is_begun_that_cannot_end_in_time(
 ) -> None:
     asked, _ = made
     work = work_of(bert(4), Budget(max_drop=0.2, within=60.0), usual=90.0)
-    there = [SimpleNamespace(choice=None)] if known else []
+    there = [None] if known else []
     found = search.search(work, there)  # type: ignore[arg-type]
     assert len(asked) >= count
     assert (len(found) > 0) is (count > 0)

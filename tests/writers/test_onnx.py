@@ -19,12 +19,15 @@ from transformers import (
 )
 
 from penjing import edits
+from penjing.apply import apply
 from penjing.errors import UsageError
 from penjing.model import Model, Source
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers import rtn
-from penjing.recipe import ActivationRange, Edit
+from penjing.recipe import ActivationRange, Edit, Recipe
 from penjing.runtimes import onnxruntime as runtime
+from penjing.steps.cut import Cut
+from penjing.writers import _onnx_graph as graphs
 from penjing.writers import onnx as writer
 
 SOURCE = Source("huggingface", "tiny", "0")
@@ -392,3 +395,41 @@ def test_a_graph_is_made_again_after_every_kind_of_change(tmp_path: Path) -> Non
     assert same()
     model.module[1] = nn.Tanh()  # no tensor of its own
     assert same()
+
+
+def test_a_graph_is_traced_once_for_all_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that changed are in the second graph; another structure is traced anew."""
+    model = bert()
+    with torch.no_grad():  # fresh networks have equal tensors, which the tracer merges
+        for parameter in model.module.parameters():
+            parameter.normal_()
+    traced = []
+    real = graphs._traced
+    monkeypatch.setattr(graphs, "_last", [])
+    monkeypatch.setattr(graphs, "_traced", lambda m: traced.append(m) or real(m))
+    first = writer.float_graph(model)
+    twin = model.copy()
+    with torch.no_grad():
+        for parameter in twin.module.parameters():
+            parameter.mul_(1.5)
+    second = writer.float_graph(twin)
+    assert len(traced) == 1
+    assert second != first
+    assert second == real(twin)
+    model.blocks = ("encoder.layer.0", "encoder.layer.1")
+    short = apply(model, Recipe((Cut(layers=1, patch="none"),)), [model.example]).model
+    assert writer.float_graph(short) == real(short)
+    assert len(traced) == 2
+
+
+def test_equal_weights_that_the_tracer_merged_are_traced_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = bert()  # its norms and biases are ones and zeros
+    monkeypatch.setattr(graphs, "_last", [])
+    writer.float_graph(model)
+    twin = model.copy()
+    with torch.no_grad():
+        for parameter in twin.module.parameters():
+            parameter.normal_()
+    assert writer.float_graph(twin) == graphs._traced(twin)

@@ -67,6 +67,7 @@ class Work:
         drops: drop of the metric of an edited network, on calibration data.
         start: of the fit, on the monotonic clock.
         usual: seconds that a candidate is expected to take, before one was made.
+        reserve: seconds to be kept until a candidate meets the budget, for what stands in for it.
     """
 
     model: Model
@@ -79,19 +80,20 @@ class Work:
     drops: Callable[[Model], Drop]
     start: float
     usual: float
+    reserve: float = 0.0
 
 
-def search(work: Work, known: Sequence[Made]) -> list[Made]:
+def search(work: Work, known: Sequence[Choice]) -> list[Made]:
     """Make and measure candidates until one meets the budget and nothing better is in sight.
 
-    `known` are artifacts there already: with one of them a candidate that cannot end within
-    the budget's time is not begun.
+    `known` are exported already: with one of them a candidate that cannot end within the
+    budget's time is not begun.
     """
     predictor, budget, settings, notes = (
         work.predictor, work.budget, work.settings, work.bench.notes,
     )  # fmt: skip
     made: list[Made] = []
-    seen = {m.choice for m in known}
+    seen = set(known)
     good: list[Choice] = []
     ceiling = float("inf")
     slowest = work.usual
@@ -101,7 +103,9 @@ def search(work: Work, known: Sequence[Made]) -> list[Made]:
         spent = time.monotonic() - work.start
         if len(made) == settings.tries:
             break
-        if (made or known) and spent + slowest > within:
+        # The first is worth the risk: what stands in for it is seldom what was hoped for.
+        reserve = 0.0 if good or not number else work.reserve
+        if (made or known) and spent + slowest + reserve > within:
             notes.append(
                 f"no further candidate after {spent:.0f} s: it would take about {slowest:.0f} s, "
                 f"--within is {within:.0f} s"

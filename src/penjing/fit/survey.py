@@ -128,7 +128,7 @@ def survey(
         drop_of: drop of the user's metric of an edited network, on calibration data.
         formats: names of `FORMATS` to try.
         limit: the ladder stops where the drop is above this.
-        seconds: the ladder stops growing after this.
+        seconds: the ladder stops growing after this; it begins when the units are done.
         deadline: on the monotonic clock, for the units. Where a look at the machine says that
             all of `search` would take longer, fewer of its batches are used; units that are left
             all the same count as the worst that was measured, and the survey is not kept.
@@ -153,8 +153,9 @@ def survey(
             )
     before, known = len(found.ladder), found.evaluations if not reference else 0
     with _fast(model):
-        until = min(time.monotonic() + seconds, deadline)
-        _climb(model, calibration, search, reference, drop_of, found, limit, until)
+        until = time.monotonic() + seconds
+        some = calibration[: len(search)]
+        _climb(model, some, search, reference, drop_of, found, limit, until)
     found.fresh = found.evaluations - known
     if found.complete and (len(found.ladder) > before or not path.exists()):
         found.seconds += time.monotonic() - start
@@ -169,11 +170,11 @@ def _affordable(
     if deadline == math.inf:
         return len(search)
     once = timed(lambda: model.run(search[0]))
-    # A format, a width and a cut of every block, run from that block on; the same again goes to
+    # A format, a width and a cut of every block, run from that block on; twice that goes to
     # fitting the edits.
     networks = (len(formats) + 2) * max(len(model.blocks), 1) / 2
     left = deadline - time.monotonic()
-    return max(1, min(len(search), int(left / (2 * networks * once))))
+    return max(1, min(len(search), int(left / (3 * networks * once))))
 
 
 @contextlib.contextmanager
@@ -323,7 +324,9 @@ def _climb(
         (k for k, v in found.cuts.items() if math.isfinite(v)), key=found.cuts.__getitem__
     )
     most = len(model.blocks) - 1
-    while len(found.ladder) < min(most, len(order)) and time.monotonic() < deadline:
+    taken = 0.0  # by the last depth
+    while len(found.ladder) < min(most, len(order)) and time.monotonic() + taken < deadline:
+        began = time.monotonic()
         if found.ladder and found.ladder[-1].drop > limit:
             return
         reference = reference or [model.run(b) for b in search]
@@ -343,6 +346,7 @@ def _climb(
             found.ladder.append(Depth(cut, error, drop_of(variant)))
         except PenjingError:  # outputs that no metric can be taken of: deeper is no better
             return
+        taken = time.monotonic() - began
 
 
 def _key(

@@ -139,7 +139,7 @@ def groups_of(unit: Unit) -> list[Group]:
     signature = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
     known: dict[object, list[Group]] = vars(unit.model).setdefault("_groups", {})
     if signature not in known:
-        short = call.first(batch=1, length=8).double()
+        short = call.first(batch=1, length=4).double()
         known[signature] = coupled_groups(block, short.hidden, lambda b, h: short.run(b, h))
     return known[signature]
 

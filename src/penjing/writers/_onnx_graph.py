@@ -9,10 +9,12 @@ past_key_values.{i}.key and .value [batch, kv heads, past, head width] -> `outpu
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from penjing.errors import ExportError, UsageError
-from penjing.model import Model
+from penjing.model import Model, Source
 
 __all__ = ["OPSET", "float_graph"]
 
@@ -69,11 +71,26 @@ class _Cached(nn.Module):
         return (output.logits.float(), *present)
 
 
-# The last graph made, and of what: several runtimes' files are written from one. All that it was
-# told by is kept with it, so that no address is used again.
-_last: list[tuple[tuple[Any, ...], list[Any], onnx.ModelProto]] = []
-# Above so many parameters a graph is not kept.
-_KEPT = 100_000_000
+@dataclass
+class _Trace:
+    """A graph without its weights, and where they go.
+
+    Attributes:
+        facts: `_facts` of the model that was traced.
+        source: of that model; its copies share it.
+        proto: every initializer of `weights` is empty.
+        weights: for an initializer the parameter it holds, and whether it is turned.
+    """
+
+    facts: tuple[Any, ...]
+    source: Source
+    proto: onnx.ModelProto
+    weights: dict[str, tuple[str, bool]]
+
+
+# The last one: edits that change numbers alone do not change the graph, and tracing takes longer
+# than all the rest of an export.
+_last: list[_Trace] = []
 
 
 def float_graph(model: Model) -> onnx.ModelProto:
@@ -81,23 +98,89 @@ def float_graph(model: Model) -> onnx.ModelProto:
 
     Raises: as `_traced`.
     """
-    if model.parameter_count > _KEPT:
-        return _traced(model)
-    tensors = model.module.state_dict(keep_vars=True)
-    modules = list(model.module.modules())
-    # Changes with every tensor that is written or exchanged, every module and every patch.
-    key = (
+    facts = _facts(model)
+    if _last and _last[0].source is model.source and _last[0].facts == facts:
+        return _filled(_last[0], model)
+    _last.clear()
+    proto = _traced(model)
+    if (weights := _weights(proto, model)) is not None:
+        bare = onnx.ModelProto()
+        bare.CopyFrom(proto)
+        for tensor in bare.graph.initializer:
+            if tensor.name in weights:
+                tensor.ClearField("raw_data")
+        _last.append(_Trace(facts, model.source, bare, weights))
+    return proto
+
+
+def _facts(model: Model) -> tuple[Any, ...]:
+    """All of a model, of one source, that its graph depends on; but no weight."""
+    return (
         model.interface,
-        tuple((name, id(t), t.data_ptr(), t._version) for name, t in tensors.items()),
-        tuple((id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules),
+        repr(model.structure),
+        tuple((n, tuple(x.shape)) for n, x in model.example.items()),
+        tuple((n, tuple(t.shape), t.dtype) for n, t in _parameters(model).items()),
+        # A buffer is no weight: rotary tables and the like are the graph's own.
+        tuple((n, _digest(_array(t))) for n, t in model.module.named_buffers()),
+        model.tied(),
+        tuple((n, type(m), m.extra_repr()) for n, m in model.module.named_modules()),
+        # The pre-hook of an activation range is not traced.
+        tuple(
+            (len(m._forward_hooks), 0 if n in model.activations else len(m._forward_pre_hooks))
+            for n, m in model.module.named_modules()
+        ),
     )
-    if not _last or _last[0][0] != key:
-        _last.clear()
-        kept = [modules, tensors, [t.detach() for t in tensors.values()]]
-        _last.append((key, kept, _traced(model)))
-    copy = onnx.ModelProto()
-    copy.CopyFrom(_last[0][2])
-    return copy
+
+
+def _parameters(model: Model) -> dict[str, Tensor]:
+    named = model.module.named_parameters(remove_duplicate=False)
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def _weights(proto: onnx.ModelProto, model: Model) -> dict[str, tuple[str, bool]] | None:
+    """Which parameter each float initializer is; None where that is not certain."""
+    places: dict[bytes, set[tuple[str, bool]]] = {}
+    again = {name for group in model.tied() for name in group[1:]}
+    for name, tensor in _parameters(model).items():
+        if name not in again:
+            array = _array(tensor)
+            places.setdefault(_digest(array), set()).add((name, False))
+            if array.ndim == 2:
+                places.setdefault(_digest(array.T), set()).add((name, True))
+    buffers = {_digest(_array(b)) for b in model.module.buffers()}
+    found = {}
+    for stored in proto.graph.initializer:
+        array = numpy_helper.to_array(stored)
+        if array.size < 2 or array.dtype.kind != "f":
+            continue
+        # The tracer merges equal tensors: what is equal now need not stay so.
+        match, constant = places.get(_digest(array), set()), _digest(array) in buffers
+        if len(match) + constant != 1 or not stored.HasField("raw_data"):
+            return None
+        if match:
+            found[stored.name] = next(iter(match))
+    return found
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # numpy has none
+    return tensor.cpu().contiguous().numpy()
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.sha256(f"{array.shape} {array.dtype}".encode() + array.tobytes()).digest()
+
+
+def _filled(trace: _Trace, model: Model) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(trace.proto)
+    parameters = _parameters(model)
+    for stored in proto.graph.initializer:
+        if stored.name in trace.weights:
+            name, turned = trace.weights[stored.name]
+            tensor = parameters[name].T if turned else parameters[name]
+            stored.raw_data = _array(tensor).tobytes()
+    return proto
 
 
 def _traced(model: Model) -> onnx.ModelProto:
