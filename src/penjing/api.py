@@ -210,6 +210,7 @@ def quantize(
     activations: int | None = None,
     embeddings: int | None = None,
     symmetric: bool | None = None,
+    rotate: bool = False,
     data: Dataset | Place | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
@@ -236,6 +237,7 @@ def quantize(
         targets=tuple(targets or ()),
         codes=codes,
         scale_bits=scale_bits,
+        rotate=rotate,
     )
     steps = (Fold(), step) if has_norms(loaded) else (step,)
     return apply(loaded, Recipe(steps, seed), data, **options)
