@@ -22,7 +22,7 @@ LAYERS = [
      "equalize", "patches"],
     ["criteria", "quantizers", "losses", "observers", "neurons", "kernels"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
-    ["edits", "calls", "channels"],
+    ["edits", "calls", "channels", "residual"],
     ["calibrate", "tasks"],
     ["steps", "readers", "writers", "runtimes"],
     ["load"],

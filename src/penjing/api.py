@@ -48,6 +48,7 @@ from penjing.steps.fold import Fold, has_norms
 from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
 from penjing.steps.recover import Recover
+from penjing.steps.rotate import Rotate
 from penjing.steps.shrink import Shrink
 from penjing.tasks import find
 from penjing.verify import verify
@@ -61,7 +62,7 @@ __all__ = [
 
 Place = str | os.PathLike[str]
 
-STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Quantize, Recover)}
+STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Recover)}
 
 
 def _model(model: Model | Place) -> Model:
