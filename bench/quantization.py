@@ -144,12 +144,15 @@ def rows() -> dict[str, Quantize]:
             bits, f"{HERE / 'quantization.py'}:plain_gptq", **plain
         )
         made[f"{bits} bits, gptq"] = integer(bits, "gptq")
+        made[f"{bits} bits, gptq, rotated"] = integer(bits, "gptq", rotate=True)
     for codes, bits, group, scale in FAMILIES:
         name = f"{bits:g} bits, {codes}" + (f" g{group}" if group else " a row")
         name += "" if scale == 16 else f", {scale}-bit scales"
-        made[name] = Quantize(
-            bits=bits, group=group, codes=codes, targets=ENCODER, scale_bits=scale
-        )  # fmt: skip
+        for rotate in (False, True):
+            made[name + ", rotated" * rotate] = Quantize(
+                bits=bits, group=group, codes=codes, targets=ENCODER, scale_bits=scale,
+                rotate=rotate,
+            )  # fmt: skip
     return made
 
 
@@ -157,9 +160,9 @@ def rows() -> dict[str, Quantize]:
 FAMILIES = [
     ("binary", 1, 0, 16), ("e8", 1, 0, 16), ("e8", 1.5, 0, 16), ("ternary", 1.6, 0, 16),
     ("e8", 1.75, 0, 16), ("binary", 2, 0, 16), ("binary", 2, 0, 8), ("residual", 2, 64, 16),
-    ("additive", 2, 0, 16), ("e8", 2, 0, 16), ("power2", 2, 64, 16), ("e8", 2.5, 0, 16),
-    ("e8", 2.75, 0, 16), ("binary", 3, 0, 16), ("e8", 3, 0, 16), ("ternary", 3.2, 0, 16),
-    ("e8", 3.5, 0, 16), ("e8", 3.75, 0, 16), ("residual", 4, 64, 16),
+    ("additive", 2, 0, 16), ("e8", 2, 0, 16), ("e8", 2, 0, 8), ("power2", 2, 64, 16),
+    ("e8", 2.5, 0, 16), ("e8", 2.75, 0, 16), ("binary", 3, 0, 16), ("e8", 3, 0, 16),
+    ("ternary", 3.2, 0, 16), ("e8", 3.5, 0, 16), ("e8", 3.75, 0, 16), ("residual", 4, 64, 16),
 ]  # fmt: skip
 
 
@@ -189,7 +192,7 @@ def main(wanted: list[str]) -> None:
         off = errors(made, data, reference)
         half = 1.96 * float(off.std()) / len(off) ** 0.5
         found[name] = [stored_bits(made), float(off.mean()), half, seconds]
-        print(f"{name:24s} {found[name][0]:5.2f} bits  {found[name][1]:.5f} +- {half:.5f}  "
+        print(f"{name:36s} {found[name][0]:5.2f} bits  {found[name][1]:.5f} +- {half:.5f}  "
               f"{seconds:.0f} s", flush=True)  # fmt: skip
         store.write_text(json.dumps(found, indent=1) + "\n")
         table(found)

@@ -338,3 +338,23 @@ def test_training_goes_through_rounded_inputs() -> None:
     perform(model, Edit("activation", "out", ActivationRange(0.02, 100), "a"))
     model.run(model.example).square().sum().backward()
     assert float(model.module.inp.weight.grad.abs().max()) > 0
+
+
+def test_untied_parameters_are_two_and_what_is_left_changes_nothing() -> None:
+    model = net.llama(layers=1, tie_word_embeddings=True)
+    before = {n: p.detach().clone() for n, p in model.module.state_dict().items()}
+    perform(model, Edit("left", "lm_head", None, "test"))
+    assert len(model.tied()) == 1
+    perform(model, Edit("untie", "lm_head.weight", None, "test"))
+    assert model.tied() == []
+    model.module.lm_head.weight.data.zero_()
+    name = "model.embed_tokens.weight"
+    assert torch.equal(model.module.state_dict()[name], before[name])
+    twin = net.llama(layers=1, tie_word_embeddings=True)
+    replay(twin, model.structure)
+    assert twin.tied() == []
+    assert not twin.module.config.tie_word_embeddings
+    edits = [Edit("untie", "lm_head.weight", None, "why"), Edit("left", "x", None, "why")]
+    assert [(e.kind, e.path, e.value) for e in unpack(*pack(edits))] == [
+        ("untie", "lm_head.weight", None), ("left", "x", None),
+    ]  # fmt: skip

@@ -1,19 +1,25 @@
+import collections
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
 from penjing import edits
+from penjing.apply import apply
 from penjing.errors import ExportError, UsageError
 from penjing.export import export, probes, tolerance
 from penjing.load import load
 from penjing.model import Model, Source
 from penjing.planes import Scheme
 from penjing.quantizers import rtn
-from penjing.recipe import ActivationRange, Edit
+from penjing.recipe import ActivationRange, Edit, Recipe
+from penjing.registry import lookup
+from penjing.steps.quantize import Quantize
 from penjing.writers._compressed import _words
+from penjing.writers.artifact import save as write_artifact
 
 
 def encoder() -> Model:
@@ -115,3 +121,36 @@ def test_files_that_no_runtime_here_runs_are_read_back(
     with pytest.raises(ExportError, match="compressed-tensors file does not agree"):
         export(model, out, ["compressed-tensors"])
     assert [p.name for p in out.iterdir()] == ["compressed-tensors"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "bits", "targets"),
+    [("integer", 4, ["onnx", "openvino"]), ("binary", 2, ["onnx", "openvino"])],
+)
+def test_a_rotated_network_is_stored_loaded_and_exported(
+    codes: str, bits: int, targets: list[str], tmp_path: Path
+) -> None:
+    if "openvino" in targets:
+        pytest.importorskip("openvino")
+    source = tmp_path / "source"
+    encoder().module.save_pretrained(source)  # type: ignore[operator]
+    model = load(source)
+    step = Quantize(bits, codes=codes, method="rtn", rotate=True, skip=("embeddings.*",))
+    small = apply(model, Recipe((step,))).model
+    assert {planes.rotation for planes in small.planes.values()} == {0}
+    write_artifact(small, tmp_path / "out")
+    again = load(tmp_path / "out")
+    # A plain torch module: its weights are in their own basis, and nothing is rotated in it.
+    assert not any(m._forward_pre_hooks for m in again.module.modules())
+    for name, weight in small.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], weight), name
+    assert export(again, tmp_path / "out", targets)["onnx"] < 0.1
+    proto = onnx.load(tmp_path / "out" / "model.onnx")
+    kinds = collections.Counter(node.op_type for node in proto.graph.node)
+    # Inputs of q, k and v, of the output projection, of both layers of the MLP.
+    assert kinds["Shape"] >= 4
+    signs = [t for t in proto.graph.initializer if "signs" in t.name]
+    assert sorted(t.dims[0] for t in signs) == [32, 48]
+    for target in ("gguf", "compressed-tensors"):
+        lines = lookup("writers", target, "check")(again)
+        assert target == "gguf" or "rotated" in lines[0]

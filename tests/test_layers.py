@@ -12,7 +12,7 @@ ROOT = Path(penjing.__file__).parent
 LAYERS = [
     ["errors"],
     ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames",
-     "processor"],
+     "processor", "rotation"],
     ["scales"],
     ["stored"],
     ["planes", "result"],
@@ -22,7 +22,7 @@ LAYERS = [
      "equalize", "patches"],
     ["criteria", "quantizers", "losses", "observers", "neurons", "kernels"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
-    ["edits", "calls", "channels"],
+    ["edits", "calls", "channels", "residual"],
     ["calibrate", "tasks"],
     ["steps", "readers", "writers", "runtimes"],
     ["load"],
@@ -62,11 +62,14 @@ def test_layers() -> None:
             place = name.split(".")
             other = place[1] if len(place) > 1 else "__init__"
             other = other if other in RANK else "__init__"
-            same = other == own and (
-                own in TOGETHER
-                or (len(parts) > 1 and "__init__" in (parts[1], *place[2:3]))
-                # `_name.py` is a private piece that the leaves of its package share.
-                or any(part.startswith("_") for part in place[2:3])
+            same = (
+                other == own
+                and (
+                    own in TOGETHER
+                    or (len(parts) > 1 and "__init__" in (parts[1], *place[2:3]))
+                    # `_name.py` is a private piece that the leaves of its package share.
+                    or any(part.startswith("_") for part in place[2:3])
+                )
             )
             if RANK[other] >= RANK[own] and not same:
                 wrong.append(f"{'/'.join(parts)} imports {name}")

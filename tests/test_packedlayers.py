@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
@@ -159,3 +160,19 @@ def test_layers_with_a_forward_of_their_own_stay() -> None:
     assert [type(m) for m in packed.module] == [Twice, PackedLinear]
     with torch.no_grad():
         assert torch.allclose(packed.run(model.example), model.run(model.example), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_rotated_planes(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(10, 48, generator=generator)
+    planes = dataclasses.replace(MAKERS[name](weight), rotation=0)
+    dense = planes.dequantize()
+    layer = PackedLinear(PackedPlanes(planes), torch.ones(10))
+    x = torch.randn(2, 3, 48, generator=generator)
+    size = float(dense.abs().max())
+    torch.testing.assert_close(layer(x), x @ dense.T + 1, rtol=1e-4, atol=1e-4 * size)
+    torch.testing.assert_close(layer.weight, dense, rtol=1e-5, atol=1e-5 * size)
+    table = PackedEmbedding(PackedPlanes(planes))
+    ids = torch.tensor([[3, 9], [0, 3]])
+    torch.testing.assert_close(table(ids), dense[ids], rtol=1e-5, atol=1e-5 * size)

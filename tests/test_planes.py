@@ -10,6 +10,7 @@ import torch
 from penjing import codebooks
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes, round_scales
+from penjing.rotation import Rotation
 
 
 def random_planes(bits: tuple[int, ...], group: int, shape: tuple[int, ...]) -> IntegerPlanes:
@@ -354,3 +355,33 @@ def test_nothing_at_all(shape: tuple[int, int]) -> None:
             again = IntegerPlanes.from_tensors(planes.tensors(), planes.describe())
             assert again.dequantize().shape == shape
             assert planes.stored_bytes == 0
+
+
+def test_rotated_planes_stand_for_the_weight_before_the_rotation() -> None:
+    plain = random_planes((3,), 24, (5, 24))
+    turned = replace(plain, rotation=3)
+    # Q by what it does to unit vectors; its rows are orthonormal.
+    q = Rotation(24, 3).apply(torch.eye(24, dtype=torch.float64)).T.numpy()
+    np.testing.assert_allclose(q @ q.T, np.eye(24), atol=1e-12)
+    wanted = plain.dequantize().double().numpy() @ q
+    np.testing.assert_allclose(turned.dequantize().numpy(), wanted, atol=1e-5)
+    # The seed is all that is kept of it, and no bytes of a tensor.
+    assert turned.stored_bytes == plain.stored_bytes
+    assert turned.describe() == plain.describe() | {"rotation": 3}
+    again = IntegerPlanes.from_tensors(turned.tensors(), turned.describe())
+    assert torch.equal(again.dequantize(), turned.dequantize())
+    assert turned.kind.endswith("rotated")
+
+
+@pytest.mark.parametrize("rotation", [-1, 0.5, "0", True])
+def test_a_description_with_a_rotation_that_is_none(rotation: object) -> None:
+    planes = random_planes((3,), 24, (5, 24))
+    with pytest.raises(InputError, match="rotation"):
+        IntegerPlanes.from_tensors(planes.tensors(), planes.describe() | {"rotation": rotation})
+
+
+def test_shapes_that_are_not_rotated() -> None:
+    with pytest.raises(InputError, match="rotated integer planes"):
+        replace(random_planes((3,), 18, (4, 2, 3, 3)), rotation=0)
+    with pytest.raises(InputError, match="size of a rotation"):
+        replace(random_planes((3,), 521, (2, 521)), rotation=0)

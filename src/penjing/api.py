@@ -48,6 +48,7 @@ from penjing.steps.fold import Fold, has_norms
 from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
 from penjing.steps.recover import Recover
+from penjing.steps.rotate import Rotate
 from penjing.steps.shrink import Shrink
 from penjing.tasks import find
 from penjing.verify import verify
@@ -61,7 +62,7 @@ __all__ = [
 
 Place = str | os.PathLike[str]
 
-STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Quantize, Recover)}
+STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Recover)}
 
 
 def _model(model: Model | Place) -> Model:
@@ -210,6 +211,7 @@ def quantize(
     activations: int | None = None,
     embeddings: int | None = None,
     symmetric: bool | None = None,
+    rotate: bool = False,
     data: Dataset | Place | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
@@ -236,6 +238,7 @@ def quantize(
         targets=tuple(targets or ()),
         codes=codes,
         scale_bits=scale_bits,
+        rotate=rotate,
     )
     steps = (Fold(), step) if has_norms(loaded) else (step,)
     return apply(loaded, Recipe(steps, seed), data, **options)

@@ -33,6 +33,8 @@ def perform(model: Model, edit: Edit) -> None:
         InputError: the path does not exist or the value does not fit.
     """
     value = edit.value
+    if edit.kind == "left":
+        return
     if edit.kind in ("mask", "weight", "quantize"):
         parameter = _parameter(model, edit.path)
         shape = tuple(value.shape)  # type: ignore[union-attr]
@@ -67,6 +69,8 @@ def perform(model: Model, edit: Edit) -> None:
             touched = [s.path for s in value]  # type: ignore[union-attr]
         elif edit.kind == "fold":
             touched = [f"{edit.path}.weight"]
+        elif edit.kind == "untie":
+            touched = [edit.path]
         _refuse_quantized(model, edit.kind, touched)
         _restructure(model, _structural(edit))
 
@@ -145,6 +149,8 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
             block.register_forward_hook(_patch_after)
     elif kind == "drop":
         _drop(model, path)
+    elif kind == "untie":
+        _untie(model.module, path)
     elif kind == "fold":
         _fold(model.module, path, entry["norm"])
     else:
@@ -186,6 +192,16 @@ def _drop(model: Model, path: str) -> None:
         table.clear()
         table.update(kept)  # type: ignore[arg-type]
     model.blocks = tuple(new for b in model.blocks if (new := moved(b)) is not None)
+
+
+def _untie(module: nn.Module, path: str) -> None:
+    holder, name = parent_of(module, path)
+    old = getattr(holder, name)
+    setattr(holder, name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
+    configs: list[Any] = [getattr(m, "config", None) for m in module.modules()]
+    for config in configs:
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def _repair_config(module: nn.Module, layers: int, index: int) -> None:

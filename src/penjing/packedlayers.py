@@ -2,7 +2,8 @@
 
     y = x W^T with W[rows] = sum over k of scale[k] * z[k] + shift, unpacked where it is used
 
-so that memory holds the stored bits and one block of rows in float32. Convolutions, and layers
+so that memory holds the stored bits and one block of rows in float32. Where the planes are rotated
+x is, too. Convolutions, and layers
 whose class has a forward of its own, keep their float weights.
 """
 
@@ -40,6 +41,7 @@ class PackedPlanes(nn.Module):
         super().__init__()
         self.out, self.inputs = planes.codes.shape[1], planes.inputs
         self.bits, self.group, self.window = planes.bits, planes.group, planes.window
+        self.basis = planes.basis
         self._n = planes.codes.shape[2]
         self._wide = planes.codes.dtype
         self._float = planes.offset == "float"
@@ -76,7 +78,7 @@ class PackedPlanes(nn.Module):
         return scale * step[:, index // RUN].float()
 
     def rows(self, rows: Tensor | slice) -> Tensor:
-        """Some rows in float32.
+        """Some rows in float32, in the basis of the planes.
 
         Args:
             rows: a slice, or row numbers int64 [n].
@@ -110,6 +112,12 @@ class PackedPlanes(nn.Module):
             yield slice(start, min(start + each, self.out))
 
     @property
+    def weight(self) -> Tensor:
+        """All of it [out, in], in the basis of the layer."""
+        whole = self.rows(slice(None))
+        return whole if self.basis is None else self.basis.inverse(whole)
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the buffers."""
         return sum(b.nbytes for b in self.buffers())
@@ -132,11 +140,13 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole weight [out, in], unpacked anew each time."""
-        return self.packed.rows(slice(None))
+        return self.packed.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the type of `x`."""
         y = x.new_empty(*x.shape[:-1], self.out_features)
+        if self.packed.basis is not None:
+            x = self.packed.basis.apply(x)
         for rows in self.packed.blocks():
             bias = None if self.bias is None else self.bias[rows].to(x.dtype)
             weight = self.packed.rows(rows).to(x.dtype)  # [rows, in]
@@ -161,7 +171,7 @@ class PackedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole table [entries, width], unpacked anew each time."""
-        return self.packed.rows(slice(None))
+        return self.packed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """int [...] to float32 [..., width]."""
@@ -171,6 +181,8 @@ class PackedEmbedding(nn.Module):
         for start in range(0, len(flat), each):
             some = slice(start, start + each)
             y[some] = self.packed.rows(flat[some])
+        if self.packed.basis is not None:
+            y = self.packed.basis.inverse(y)
         return y.reshape(*ids.shape, self.embedding_dim)
 
 

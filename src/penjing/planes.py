@@ -9,7 +9,7 @@ sum over l < L of codes[k, o, j - l] * 2**(bits * l), codes before the row being
 
 Integer quantization is one plane of b bits with shift = -scale * zero_point; binary codes are
 planes of one bit; ternary codes planes of three values. A convolution's weight [out, in, h, w]
-is the matrix [out, in * h * w].
+is the matrix [out, in * h * w]. With a rotation Q this is w Q^T, what multiplies x Q^T.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from penjing import codebooks, scales
 from penjing.errors import InputError
 from penjing.packing import is_width, pack_bits, row_bytes, unpack_bits, values
+from penjing.rotation import Rotation
 from penjing.scales import centred, round_scales
 from penjing.scheme import Scheme
 from penjing.stored import fields, places, scale_parts
@@ -62,6 +63,7 @@ class IntegerPlanes:
         centre: with offset `centre` one number a plane, see `centred`.
         nested_scales: (scale [k, out, groups], shift [out, groups]) fitted to the first k planes
             alone.
+        rotation: seed of the `Rotation` of the inputs that the planes are written in, or None.
 
     Raises:
         InputError: parts that do not fit each other.
@@ -80,6 +82,7 @@ class IntegerPlanes:
     offset: str = field(default="float", kw_only=True)
     centre: tuple[float, ...] = field(default=(), kw_only=True)
     nested_scales: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict, kw_only=True)
+    rotation: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 3 or self.group < 1:
@@ -108,6 +111,8 @@ class IntegerPlanes:
                 raise InputError("nested integer planes", got=k, allowed=f"1 to {planes - 1}")
             nested[k] = (scale, self._checked(scale, shift, k))
         object.__setattr__(self, "nested_scales", nested)
+        if self.basis is not None and len(self.shape) != 2:
+            raise InputError("rotated integer planes", got=self.shape, allowed="[out, in]")
 
     def _check_tables(self) -> None:
         planes = len(self.bits)
@@ -187,6 +192,11 @@ class IntegerPlanes:
         return math.prod(self.shape[1:])
 
     @property
+    def basis(self) -> Rotation | None:
+        """The rotation of the inputs, None where there is none."""
+        return None if self.rotation is None else Rotation(self.inputs, self.rotation)
+
+    @property
     def is_integer(self) -> bool:
         """Whether it is one plane of unsigned integers, without a table."""
         return len(self.bits) == 1 and self.tables is None and self.bits[0] in range(1, 9)
@@ -259,7 +269,8 @@ class IntegerPlanes:
         """In a few words what this is, for messages."""
         count = f"{len(self.bits)} plane{'s' * (len(self.bits) > 1)}"
         widths = "+".join(f"{b:g}" for b in self.bits)
-        return f"{count} of {widths} bits" + ("" if self.tables is None else " with tables")
+        kind = f"{count} of {widths} bits" + ("" if self.tables is None else " with tables")
+        return kind + ("" if self.rotation is None else ", rotated")
 
     def spread(self, per_group: Tensor) -> Tensor:
         """Repeat [..., groups] along the inputs of each group: [..., in]."""
@@ -278,10 +289,12 @@ class IntegerPlanes:
         return self.tables[k][entries].flatten(1)[:, : self.inputs]
 
     def dequantize(self) -> Tensor:
-        """The float32 weight, in its original shape."""
+        """The float32 weight, in its original shape and basis."""
         weight = self.spread(self.shift).clone()  # [out, in]
         for k, scale in enumerate(self.scale):
             weight += self.spread(scale) * self.integers(k)
+        if (basis := self.basis) is not None:
+            weight = basis.inverse(weight)
         return weight.reshape(self.shape)
 
     def nested(self, k: int) -> IntegerPlanes:
@@ -338,8 +351,11 @@ class IntegerPlanes:
         }  # fmt: skip
         if self.tables is not None:
             found |= {"tables": self._places(), "dim": self.dim}
-        usual = {"scale_bits": 32, "offset": "float", "centre": [], "window": 1, "nested": []}
-        own = [self.scale_bits, self.offset, list(self.centre), self.window]
+        usual = {
+            "scale_bits": 32, "offset": "float", "centre": [], "window": 1, "rotation": None,
+            "nested": [],
+        }  # fmt: skip
+        own = [self.scale_bits, self.offset, list(self.centre), self.window, self.rotation]
         pairs = zip(usual.items(), [*own, sorted(self.nested_scales)], strict=True)
         return found | {name: value for (name, default), value in pairs if value != default}
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationRange", "Edit", "Kind", "Patch", "Recipe", "Slice", "Step"]
 
-Kind = Literal["mask", "weight", "slice", "drop", "patch", "fold", "quantize", "activation"]
+Kind = Literal[
+    "mask", "weight", "slice", "drop", "patch", "fold", "untie", "quantize", "activation", "left"
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,8 @@ class Edit:
             slice: tuple of `Slice`, every parameter coupled to the removed neurons;
             drop: None, the block at `path` goes away;
             patch: `Patch` at the block at `path`;
+            untie: None, the parameter at `path` gets a copy of its own;
+            left: None, nothing changes at `path`, and `why` says why;
             fold: path of a batch norm that goes into the convolution at `path`;
             quantize: `IntegerPlanes` for the parameter;
             activation: `ActivationRange` for the input of the module at `path`.

@@ -122,6 +122,7 @@ def _fields(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> di
     found: dict[str, Any] = {
         "bits": bits, "group": group, "shape": shape, "scale_bits": scale_bits,
         "offset": offset, "centre": centre, "window": window,
+        "rotation": description.get("rotation"),
     }  # fmt: skip
     pairs: dict[int, tuple[Tensor, Tensor]] = {}
     for k in [*nested, 0]:

@@ -68,6 +68,8 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (("prune", "{w}", "--sparsity", "1.5", "-o", "{d}/o.npy"), "0 <= sparsity < 1"),
         (("prune", "{w}", "--sparsity", "0.5", "-o", "{d}/folder"), ".safetensors"),
         (("quantize", "{w}", "--codes", "additive", "--bits", "2", "-o", "{d}/o.npy"), "integer"),
+        (("quantize", "{w}", "--rotate", "-o", "{d}/o.npy"), "not rotated"),
+        (("quantize", "{d}", "--rotate", "--to", "gguf", "-o", "{d}/o"), "onnx, openvino"),
         (("quantize", "{d}", "--dequantize", "-o", "{d}/o"), "bare weight files"),
         (("quantize", "{w}", "--bits", "9", "-o", "{d}/o.npy"), "1<=x<=8"),
         (("shrink", "{w}", "--ratio", "0", "--data", "{w}", "-o", "{d}/o"), "0 < ratio < 1"),

@@ -14,11 +14,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
 from penjing.apply import apply
+from penjing.calibrate import LayerStats
 from penjing.errors import InputError, UsageError
 from penjing.model import Model
 from penjing.planes import Scheme
 from penjing.quantizers import gptq
 from penjing.recipe import Recipe
+from penjing.registry import lookup
+from penjing.rotation import Rotation
 from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
 
@@ -386,3 +389,96 @@ def test_refusals_of_other_codes() -> None:
     pruned = apply(net.stack(), Recipe((Prune(0.5, "magnitude"),))).model
     with pytest.raises(InputError, match="removed connections"):
         apply(pruned, Recipe((Quantize(2, method="rtn", codes="binary"),)))
+
+
+def _dense(size: int) -> np.ndarray:
+    """Q [size, size], by what it does to unit vectors."""
+    return np.asarray(Rotation(size).apply(torch.eye(size, dtype=torch.float64)).T.numpy())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "clip", "hqq"])
+def test_rotated_codes_are_those_of_the_rotated_problem(method: str) -> None:
+    """W Q^T and H' = Q H Q^T by dense matrices, given to the quantizer itself."""
+    model, batches = net.stack(), net.arrays(4)
+    name = "blocks.1.down"
+    options = {"alpha": 0.0, "bias": False, "targets": (name,), "method": method}
+    data = batches if method == "gptq" else []
+    small = apply(model, Recipe((Quantize(4, rotate=True, **options),)), data).model
+    planes = small.planes[f"{name}.weight"]
+    layer = model.module.get_submodule(name)
+    q = _dense(layer.in_features)
+    x = _inputs(model, name, batches)
+    seen = LayerStats(gram=torch.from_numpy(q @ (x.T @ x / len(x)) @ q.T))
+    turned = torch.from_numpy(layer.weight.detach().double().numpy() @ q.T).float()
+    fit = lookup("quantizers", method, "fit")
+    wanted = fit(turned, Scheme(4), seen if data else LayerStats())
+    assert planes.rotation == 0
+    assert float((planes.codes != wanted.codes).float().mean()) < 0.02
+    torch.testing.assert_close(planes.scale, wanted.scale, rtol=0.02, atol=0)
+    # The network's own weight is back in its own basis.
+    by_hand = (planes.scale[0] * planes.codes[0] + planes.shift).double().numpy() @ q
+    now = small.module.get_parameter(f"{name}.weight").detach().numpy()
+    np.testing.assert_allclose(now, by_hand, atol=1e-5)
+
+
+def test_rotation_tames_outliers() -> None:
+    """A few large weights in every row: without a rotation they set the scale of all."""
+    model = net.stack()
+    layer = model.module.get_submodule("blocks.0.down")
+    layer.weight.data[:, 1] *= 30
+    before = layer.weight.detach().clone()
+    errors = []
+    for rotate in (False, True):
+        step = Quantize(4, method="rtn", rotate=rotate, targets=("blocks.0.down",))
+        after = apply(model, Recipe((step,))).model.module.blocks[0].down.weight.detach()
+        errors.append(float((after - before)[:, [0, *range(2, 8)]].norm()))
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize(("codes", "bits"), [("binary", 2), ("e8", 2), ("additive", 2)])
+def test_families_are_rotated_with_their_data(codes: str, bits: int) -> None:
+    model = net.llama()
+    step = Quantize(bits, codes=codes, rotate=True, scale_bits=8, targets=("model.layers.*",))
+    done = apply(model, Recipe((step,)), TEXTS)
+    assert all(planes.rotation == 0 for planes in done.model.planes.values())
+    why = [d.why for d in done.done if d.kind == "quantize"]
+    assert why
+    assert all("inputs rotated" in text for text in why)
+    with torch.no_grad():
+        wanted = model.run(model.example)
+        far = (done.model.run(model.example) - wanted).norm()
+    assert float(far) < float(wanted.norm())
+
+
+def test_what_is_not_rotated_says_so() -> None:
+    model = net.llama(layers=1, tie_word_embeddings=True)
+    done = apply(model, Recipe((Quantize(4, method="rtn", rotate=True),)))
+    said = {d.path: d.why for d in done.done if d.kind == "quantize"}
+    assert "not rotated: its matrix has another reader" in said["model.embed_tokens.weight"]
+    assert done.model.planes["model.embed_tokens.weight"].rotation is None
+    assert done.model.planes["model.layers.0.mlp.up_proj.weight"].rotation == 0
+    odd = net.wrap(nn.Sequential(nn.Linear(521, 4)), "tensor", {"x": torch.randn(2, 521)})
+    done = apply(odd, Recipe((Quantize(4, method="rtn", rotate=True),)))
+    assert "not rotated: 521 inputs" in done.done[0].why
+    pictures = apply(_depthwise(), Recipe((Quantize(4, method="rtn", rotate=True),)))
+    assert all("not rotated: a Conv2d" in d.why for d in pictures.done if d.kind == "quantize")
+
+
+def test_refusals_of_rotations() -> None:
+    with pytest.raises(UsageError, match="8-bit activations"):
+        Quantize(8, symmetric=True, activations=8, rotate=True)
+    with pytest.raises(InputError, match=r"removed connections.*rotated"):
+        apply(
+            net.stack(), Recipe((Prune(0.5, "magnitude"), Quantize(4, method="rtn", rotate=True)))
+        )
+
+
+def test_a_rotated_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    model, recipe = net.llama(), Recipe((Quantize(2, codes="binary", rotate=True),))
+    whole = apply(model, recipe, TEXTS, journal=tmp_path / "a").model
+    lines = (tmp_path / "a" / "journal.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a" / "journal.jsonl").write_text("".join(lines[:3]))
+    again = apply(model, recipe, TEXTS, journal=tmp_path / "a").model
+    for name, planes in whole.planes.items():
+        assert torch.equal(again.planes[name].codes, planes.codes)
+        assert torch.equal(again.module.get_parameter(name), whole.module.get_parameter(name))

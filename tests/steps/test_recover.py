@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,15 @@ def test_the_gradient_of_a_grid_is_that_of_the_formula() -> None:
         assert float(grid.a.grad[0, o, g]) == pytest.approx(
             (values[0] - values[1]) / 2e-3, rel=1e-3
         )
+
+
+def test_a_grid_of_rotated_planes_is_the_weight() -> None:
+    weight = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
+    planes = replace(rtn.fit(weight, Scheme(4, 16)), rotation=0)
+    grid = Grid(planes, planes.dequantize())
+    torch.testing.assert_close(grid(weight), planes.dequantize(), rtol=1e-4, atol=1e-4)
+    # The floats behind the codes are those of the rotated weight: at the codes themselves.
+    assert grid.v is not None
+    assert float((grid.v - grid.whole[0]).detach().abs().max()) < 1e-3
+    assert torch.equal(grid.result().codes, planes.codes)
+    assert grid.result().rotation == 0

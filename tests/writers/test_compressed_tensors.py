@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,7 @@ def test_what_the_layout_cannot_express_is_refused(model: Model, tmp_path: Path)
         "zero points beyond the codes": planes_of(weight, 16.0),
         "2 planes of 1": IntegerPlanes(two, (1, 1), scale, -scale.sum(0) / 2, weight.shape[1]),
         "groups of 64 in rows of 96": rtn.fit(weight, Scheme(4, 64), None),
+        "1 plane of 4 bits, rotated": replace(rtn.fit(weight, Scheme(4), None), rotation=0),
     }
     for reason, planes in cases.items():
         edits.perform(model, Edit("quantize", f"{NAME}.weight", planes, "test"))

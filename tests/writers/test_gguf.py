@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf as package
@@ -188,7 +189,8 @@ def test_an_edited_shape_and_unquantized_matrices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [(Scheme(3, 32, True), "3 bits"), (Scheme(8, 32), "8 bits, asymmetric"),
-     (Scheme(4, 16, True), "groups of 16"), (Scheme(2, codes="binary"), "planes")],
+     (Scheme(4, 16, True), "groups of 16"), (Scheme(2, codes="binary"), "planes"),
+     (Scheme(4, 32), "rotated")],
 )  # fmt: skip
 def test_what_gguf_cannot_express_is_refused_and_nothing_is_left(
     tmp_path: Path, scheme: Scheme, reason: str
@@ -202,6 +204,8 @@ def test_what_gguf_cannot_express_is_refused_and_nothing_is_left(
         planes = IntegerPlanes(codes, (1, 1), scale, -scale.sum(0) / 2, weight.shape[1])
     else:
         planes = rtn.fit(weight, scheme, None)
+    if reason == "rotated":
+        planes = replace(planes, rotation=0)
     edits.perform(model, Edit("quantize", name, planes, "test"))
     with pytest.raises(ExportError, match=f"{name}: .*{reason}.*allowed: .*next: "):
         gguf.write(model, tmp_path / "out.gguf")

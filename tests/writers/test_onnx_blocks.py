@@ -1,5 +1,7 @@
 """What onnxruntime computes from stored integers, on one-hot inputs, against numpy."""
 
+import collections
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from penjing.errors import ExportError
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers import additive, binary, hqq, power2, residual, rtn, ternary
+from penjing.rotation import Rotation
 from penjing.writers._onnx_blocks import place, problem
 from penjing.writers._onnx_edit import Graph
 from penjing.writers._onnx_uses import Use
@@ -210,3 +214,61 @@ def test_convolutions(family: str) -> None:
     got = run(graph.finish(), np.eye(27, dtype=np.float32).reshape(27, 3, 3, 3))
     wanted = by_hand(planes)
     assert np.abs(got.reshape(27, 8).T - wanted).max() <= 2e-6 * np.abs(wanted).max()
+
+
+def attention(planes: list[IntegerPlanes]) -> onnx.ModelProto:
+    """Several layers that read one tensor [batch, length, in]."""
+    width = planes[0].inputs
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "n", width])
+    outs, nodes, stored = [], [], []
+    for k, own in enumerate(planes):
+        value = own.dequantize().numpy()
+        outs.append(
+            helper.make_tensor_value_info(f"y{k}", TensorProto.FLOAT, ["b", "n", len(value)])
+        )
+        nodes.append(helper.make_node("MatMul", ["x", f"w{k}"], [f"y{k}"]))
+        stored.append(numpy_helper.from_array(np.ascontiguousarray(value.T), f"w{k}"))
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", [x], outs, stored),
+        opset_imports=[helper.make_opsetid("", 21)], ir_version=10,
+    )  # fmt: skip
+    graph = Graph(proto)
+    uses = [Use(node, 1, True, "") for node in graph.nodes]
+    # The last first: what is rotated must still stand before all its readers.
+    for k in reversed(range(len(planes))):
+        place(graph, f"w{k}", planes[k], [uses[k]])
+    made = graph.finish()
+    onnx.checker.check_model(made)
+    return made
+
+
+@pytest.mark.parametrize("width", [64, 96, 384])
+@pytest.mark.parametrize("family", ["integer", "binary"])
+def test_rotated_layers_rotate_their_input_once(family: str, width: int) -> None:
+    scheme = Scheme(2 if family == "binary" else 4, 0, True, family, 16)
+    planes = [
+        replace(FITS[family](random(24, width, seed), scheme, None), rotation=0)
+        for seed in range(3)
+    ]
+    proto = attention(planes)
+    kinds = collections.Counter(node.op_type for node in proto.graph.node)
+    assert (kinds["Mul"], kinds["Shape"], kinds["MatMul"]) == (1, 1, 2)
+    assert kinds["MatMulNBits"] == (6 if family == "binary" else 3)
+    q = Rotation(width).apply(torch.eye(width, dtype=torch.float64)).T.numpy()
+    # Inputs that are one-hot after the rotation are exact in int8.
+    x = np.stack([q, -q]).astype(np.float32)  # [batch, n, in]
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for own, got in zip(planes, session.run(None, {"x": x}), strict=True):
+        wanted = x.astype(np.float64) @ (by_hand(own) @ q).T
+        assert got.shape == wanted.shape
+        assert np.abs(got - wanted).max() <= 0.01 * np.abs(wanted).max()
+
+
+def test_a_rotated_weight_is_read_by_products_alone() -> None:
+    planes = replace(rtn.fit(random(8, 64), Scheme(4), None), rotation=0)
+    assert problem(planes, "MatMul") == ""
+    assert problem(planes, "Gather") == "1 plane of 4 bits, rotated, read by Gather"
+    with pytest.raises(ExportError, match="read as a table"):
+        written(planes, "Gather")

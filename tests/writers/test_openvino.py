@@ -1,5 +1,6 @@
 """The IR against torch and against IntegerPlanes computed in torch."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from penjing.errors import ExportError, UsageError
 from penjing.model import Model, Source
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange
+from penjing.rotation import Rotation
 
 ov = pytest.importorskip("openvino")
 
@@ -229,3 +231,27 @@ def test_without_openvino_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UsageError, match=r"penjing\[openvino\]"):
         writer.require()
+
+
+def test_rotated_layers_rotate_their_input_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(96, 16), nn.Linear(96, 16, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) * self.b(x)
+
+    model = model_of(Heads(), {"x": torch.randn(2, 5, 96)})
+    for name in ("a", "b"):
+        weight = model.module.get_parameter(f"{name}.weight").detach()
+        planes = dataclasses.replace(planes_of(Rotation(96).apply(weight), 4), rotation=0)
+        # Other than zero error, and yet the weight and not its rotation.
+        assert 0 < float((planes.dequantize() - weight).abs().max()) < 0.1
+        quantize(model, f"{name}.weight", planes)
+    got, want, _ = written(model, tmp_path)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+    kinds = [op.get_type_name() for op in ov.Core().read_model(tmp_path / "model.xml").get_ops()]
+    assert kinds.count("MatMul") == 4

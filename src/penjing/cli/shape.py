@@ -24,6 +24,9 @@ from penjing.scheme import Scheme
 
 __all__ = ["cut", "prune", "quantize", "recover", "replay", "shrink"]
 
+# Exports that hold rotated weights.
+_ROTATING = ("onnx", "openvino")
+
 targets_option = click.option(
     "--targets", multiple=True, metavar="GLOB", help="Only layers with such a path; may repeat."
 )
@@ -195,6 +198,7 @@ def cut(
 @click.option("--embeddings", type=click.IntRange(2, 8), help="Bits of embedding tables.")
 @click.option("--method", type=Leaf("quantizers"), help="Default: gptq with data, rtn without.")
 @click.option("--symmetric/--asymmetric", default=None, help="Default: what the runtime wants.")
+@click.option("--rotate", is_flag=True, help="Quantize weights in a rotated basis of their inputs.")
 @click.option("--dequantize", is_flag=True, help="Weight files only: store the floats.")
 @targets_option
 @data_options()
@@ -211,6 +215,7 @@ def quantize(
     embeddings: int | None,
     method: str | None,
     symmetric: bool | None,
+    rotate: bool,
     dequantize: bool,
     output: Path,
     overwrite: bool,
@@ -229,11 +234,11 @@ def quantize(
     Scheme(bits, group, bool(symmetric), codes, int(scale_bits))
     if is_bare(model, output):
         check_model(model)
-        if codes != "integer" or scale_bits != "32":
+        if codes != "integer" or scale_bits != "32" or rotate:
             raise UsageError(
                 "codes of a bare weight file",
-                got=f"{codes}, scales of {scale_bits} bits",
-                allowed="integer, scales of 32 bits",
+                got=f"{codes}, scales of {scale_bits} bits" + ", rotated" * rotate,
+                allowed="integer, scales of 32 bits, not rotated",
             )
         from penjing.weights import quantize_file
 
@@ -251,6 +256,8 @@ def quantize(
         return
     if dequantize:
         raise UsageError("--dequantize is for bare weight files", next="leave it out")
+    if rotate and (held := sorted(set(options["to"]) - set(_ROTATING))):
+        raise UsageError("--rotate with --to", got=", ".join(held), allowed=", ".join(_ROTATING))
     technique(
         lambda m, **more: _api().quantize(m, bits, **more),
         model,
@@ -264,6 +271,7 @@ def quantize(
         activations=activations,
         embeddings=embeddings,
         symmetric=symmetric,
+        rotate=rotate,
         targets=targets or None,
         **options,
     )

@@ -9,6 +9,7 @@ et al., arXiv 1902.08153) a float v stands behind every code:
     code = round(clip(v, 0, 2**bits - 1))
 
 with slope 1 for the rounding. v is in units of the scale, so that the two do not pull each other.
+Of rotated planes all this is in their basis; the weight that comes out is not.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Grid(nn.Module):
         self.b = nn.Parameter(torch.zeros_like(planes.shift)) if planes.offset == "float" else None
         self.v: nn.Parameter | None = None
         if behind is not None:
+            if planes.basis is not None:
+                behind = planes.basis.apply(behind.float())
             value = nn.functional.pad(behind.float().reshape(out, -1), (0, pad))
             place = value.reshape(out, groups, -1) - self._wide(self.shift)
             place = place / self._wide(self.scale[0]).clamp_min(1e-30)
@@ -97,7 +100,10 @@ class Grid(nn.Module):
         scale, shift = self._scales()
         codes = self._codes()
         weight = (self._wide(scale) * codes).sum(0) + self._wide(shift)  # [out, groups, group]
-        return weight.flatten(1)[:, : self.planes.inputs].reshape(self.planes.shape)
+        weight = weight.flatten(1)[:, : self.planes.inputs]
+        if (basis := self.planes.basis) is not None:
+            weight = basis.inverse(weight)
+        return weight.reshape(self.planes.shape)
 
     @torch.no_grad()
     def result(self) -> IntegerPlanes:

@@ -2,6 +2,9 @@
 
 Weights: a quantizer of `penjing.quantizers` on the matrix [out, in]. Activations: one unsigned
 8-bit range a layer, from calibration data or found at run time (`dynamic`).
+
+With `rotate` a linear layer is quantized in a rotated basis of its inputs, W Q^T with H' = Q H Q^T
+(QuaRot, arXiv 2404.00456); the network's own weight stays W, and runtimes make x Q^T.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from penjing.linalg import asymmetric_target
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.recipe import ActivationRange, Edit
 from penjing.registry import constant, lookup
+from penjing.rotation import Rotation, possible
 from penjing.steps._ranges import activation_range, migrations
 from penjing.steps._select import canonical, selected
 
@@ -30,6 +34,8 @@ SMALL_TABLE = 16384
 # Least peak of an input channel, over the root mean square of all: half of NNCF's error on
 # sentences of other kinds than the calibration data needed 1, without it the error doubled.
 _FLOOR = 1.0
+# Of all rotations: layers that read one tensor share what runtimes make of it.
+_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Quantize:
         scale_bits: 32, 16 or 8 of a stored scale.
         bias: where a layer has one, it takes up the mean of the error, and what is left to
             minimise is the error's variance.
+        rotate: quantize linear layers in a rotated basis of their inputs, see `penjing.rotation`;
+            runtimes rotate the inputs. Not with 8-bit activations, and not a matrix that is also
+            an embedding table.
     """
 
     name: ClassVar[str] = "quantize"
@@ -83,6 +92,7 @@ class Quantize:
     codes: str = "integer"
     scale_bits: int = 32
     bias: bool = True
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.bits:
@@ -104,6 +114,11 @@ class Quantize:
             raise UsageError("alpha", got=self.alpha, allowed="0 to 1")
         if self.activations not in (0, 8):
             raise UsageError("activations", got=self.activations, allowed="0 or 8 bits")
+        if self.rotate and self.activations:
+            raise UsageError(
+                "rotated weights with 8-bit activations", allowed="one of the two",
+                next="leave rotate out: 8-bit inputs have their channels divided instead",
+            )  # fmt: skip
         integers = self.bits in (7, 8) and self.codes == "integer"
         if self.activations and not (integers and not self.group and self.symmetric):
             raise UsageError(
@@ -180,7 +195,8 @@ class Quantize:
             if self.activations and not table and (self.dynamic or own.count or path not in stats):
                 found = self._range(layer, path, own, channels)
             if name not in unit.model.planes:
-                yield from self._quantized(unit, path, layer, name, own, channels)
+                tied = id(layer.weight) in shared
+                yield from self._quantized(unit, path, layer, name, own, channels, tied=tied)
             if found is not None:
                 why = "8-bit input" + (", channels divided" if channels is not None else "")
                 yield Edit("activation", path, found, why)
@@ -201,6 +217,8 @@ class Quantize:
         name: str,
         own: LayerStats,
         channels: Tensor | None = None,
+        *,
+        tied: bool = False,
     ) -> list[Edit]:
         table = isinstance(layer, nn.Embedding)
         bits = self._bits(layer)
@@ -223,24 +241,30 @@ class Quantize:
         if channels is not None:
             target, own = target * channels, _divided(own, channels)
             weight = weight * channels
+        held = _unrotatable(layer, tied) if self.rotate else "not asked for"
+        if not held:
+            basis = Rotation(matrix.shape[1], _SEED)
+            target, own = basis.apply(target.double()).float(), _rotated(own, basis)
         blind = codes != "integer" and self.method == "rtn"
         fit = lookup("quantizers", self.method if codes == "integer" else codes, "fit")
         if own.grams is not None and codes == "integer" and self.method == "gptq":
             planes = kernels.fit(target, scheme, own.grams)
         else:
             planes = fit(target, scheme, LayerStats() if blind else own)
-        planes = replace(planes, shape=tuple(weight.shape))
+        planes = replace(planes, shape=tuple(weight.shape), rotation=None if held else _SEED)
         if (mask := unit.model.masks.get(name)) is not None:
-            if not planes.is_integer:
+            if not planes.is_integer or planes.rotation is not None:
                 raise InputError(
                     f"{path} has removed connections",
-                    got=f"{codes} codes, which have no zero",
-                    next="use integer codes",
+                    got=f"{planes.kind}, which have no zero for them",
+                    next="use integer codes, not rotated",
                 )
             planes = _masked(planes, mask.reshape(matrix.shape))
         error = float((planes.dequantize() - weight).norm() / weight.norm().clamp_min(1e-12))
         said = self.method if codes == "integer" else f"{codes} codes, {self.method}"
         where = f"group {scheme.group}" if scheme.group else "per channel"
+        if self.rotate:
+            said += f", not rotated: {held}" if held else ", inputs rotated"
         edits = [
             Edit(
                 "quantize", name, planes, f"{bits:g} bits {where} by {said}",
@@ -278,6 +302,24 @@ def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
     if mean.ndim == 1:
         return matrix @ mean
     return (matrix * mean.repeat_interleave(len(matrix) // len(mean), 0)).sum(1)
+
+
+def _unrotatable(layer: nn.Module, tied: bool) -> str:
+    """Why the inputs of a layer are not rotated; empty when they can be."""
+    if not isinstance(layer, nn.Linear):
+        return f"a {type(layer).__name__}"
+    if tied:
+        return "its matrix has another reader"
+    return "" if possible(layer.in_features) else f"{layer.in_features} inputs"
+
+
+def _rotated(stats: LayerStats, basis: Rotation) -> LayerStats:
+    """Statistics of the rotated input, those that quantizers use."""
+    if stats.gram is None:
+        return LayerStats(count=stats.count)
+    gram = basis.both(stats.gram)
+    norm = gram.diagonal().clamp_min(0).sqrt().float()
+    return LayerStats(gram=gram, norm=norm, count=stats.count)
 
 
 def _divided(stats: LayerStats, channels: Tensor) -> LayerStats:

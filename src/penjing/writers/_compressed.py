@@ -58,7 +58,7 @@ class Layout:
 
 def problem(planes: IntegerPlanes, *, inputs: bool = False) -> str:
     """Why a linear layer's weight cannot be stored; empty when it can."""
-    if not planes.is_integer:
+    if not planes.is_integer or planes.rotation is not None:
         return planes.kind
     bits, whole = int(planes.bits[0]), planes.group >= planes.inputs
     if not whole and planes.inputs % planes.group:

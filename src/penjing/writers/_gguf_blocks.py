@@ -28,7 +28,7 @@ _KINDS = {
 
 def problem(planes: IntegerPlanes) -> str:
     """Why a weight cannot be stored; empty when it can."""
-    if not planes.is_integer:
+    if not planes.is_integer or planes.rotation is not None:
         return planes.kind
     if (planes.bits[0], _is_centred(planes)) not in _KINDS:
         return f"{planes.bits[0]} bits" + ("" if _is_centred(planes) else ", asymmetric")

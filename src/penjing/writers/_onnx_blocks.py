@@ -21,8 +21,10 @@ import ml_dtypes
 import numpy as np
 import onnx
 
+from penjing.errors import ExportError
 from penjing.planes import IntegerPlanes
 from penjing.writers._onnx_edit import Graph
+from penjing.writers._onnx_rotation import rotated
 from penjing.writers._onnx_scales import grown, stored_scale
 from penjing.writers._onnx_uses import Use
 from penjing.writers._terms import Term, expressible, terms_of
@@ -61,6 +63,8 @@ def problem(planes: IntegerPlanes, kind: str) -> str:
     """Why this cannot be stored for a node of `kind`; empty when it can."""
     if reason := expressible(planes):
         return reason
+    if planes.rotation is not None and kind != "MatMul":
+        return f"{planes.kind}, read by {kind}"
     whole = planes.group >= planes.inputs
     if kind == "Conv":
         return "" if whole else f"groups of {planes.group}; a convolution has one scale a channel"
@@ -106,6 +110,11 @@ def place(graph: Graph, name: str, planes: IntegerPlanes, uses: list[Use]) -> No
         if use.node.op_type == "Conv":
             _kernel(graph, name, terms, rest, planes.shape, use)
     others = [u for u in uses if u.node.op_type != "Conv"]
+    if planes.basis is not None:
+        for use in others:
+            if use.node.op_type == "Gather":
+                raise ExportError(f"{name} is {planes.kind}, and read as a table")
+            use.node.input[0] = rotated(graph, use.node.input[0], planes.basis)
     if not others:
         return
     matrices = any(u.node.op_type != "Gather" for u in others)

@@ -48,8 +48,9 @@ def check(model: Model) -> list[str]:
         own = model.planes.get(_canonical(model, f"{path}.weight".lstrip(".")) or "")
         if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             lines.append(f"{path}: 8-bit inputs of a {type(layer).__name__}")
-        elif own is None or own.signed is None:
-            lines.append(f"{path}: 8-bit inputs need symmetric 8- or 7-bit weights, group 0")
+        elif own is None or own.signed is None or own.rotation is not None:
+            needed = "symmetric 8- or 7-bit weights, group 0, not rotated"
+            lines.append(f"{path}: 8-bit inputs need {needed}")
     return lines
 
 

@@ -10,7 +10,8 @@ Gather). A module with an `ActivationRange` and symmetric 8-bit weights becomes
     FakeQuantize(x, 256 levels) @ (Convert(i8) * scale)
 
 the form that OpenVINO's low-precision transformations turn into an int8 kernel.
-Planes beyond the first are added up; that form is small on disk and runs in float32.
+A rotated weight multiplies the rotated input, made once for all that read it. Planes beyond the
+first are added up; that form is small on disk and runs in float32.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from penjing.errors import ExportError, UsageError
 from penjing.model import Model
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange
+from penjing.rotation import Rotation
 from penjing.writers._onnx_graph import float_graph
 from penjing.writers._onnx_uses import find_uses
 
@@ -196,6 +198,16 @@ def _replace(
         else:
             value = op.transpose(low_bit(planes, target[::-1], signed=signed), np.array([1, 0]))
         user.replace_source_output(value.output(0))
+    if planes is not None and planes.basis is not None:
+        node = user.get_node()
+        if node.get_type_name() != "MatMul" or user.get_index() != 1 or activation is not None:
+            raise ExportError("a rotated weight of other than a product of floats", got=node)
+        data = node.input(0)
+        source = data.get_source_output()
+        turned = (source.get_node().get_name(), source.get_index(), planes.basis)
+        if turned not in inputs:
+            inputs[turned] = rotated(source, planes.basis)
+        data.replace_source_output(inputs[turned].output(0))
     if activation is not None:
         data = user.get_node().input(0)
         source = data.get_source_output()
@@ -210,8 +222,20 @@ def _replace(
         data.replace_source_output(inputs[key].output(0))
 
 
+def rotated(source: Any, basis: Rotation) -> Any:
+    """The subgraph that computes x Q^T of an output x [..., in]."""
+    from openvino import opset13 as op
+
+    left, right = (factor.float().numpy() for factor in basis.factors)
+    node = op.multiply(source, op.constant(basis.signs.float().numpy()))
+    node = op.reshape(node, np.array([-1, len(left), len(right)]), False)  # [n, a, b]
+    node = op.matmul(node, op.constant(right), False, True)
+    node = op.matmul(op.constant(left), node, False, False)
+    return op.reshape(node, op.shape_of(source), False)
+
+
 def low_bit(planes: IntegerPlanes, shape: list[int], *, signed: bool = False) -> Any:
-    """The subgraph that computes `planes.dequantize()`.
+    """The subgraph that computes `planes.dequantize()`, in the basis of the planes.
 
     Args:
         planes: the integers.
