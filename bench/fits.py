@@ -1,6 +1,6 @@
 """Fit three real networks and write what came out to bench/results/fits.md.
 
-    python bench/fits.py [minilm] [smollm2] [efficientnet]
+    python bench/fits.py [minilm] [smollm2] [efficientnet] [--within 40m]
 
 MiniLM-L6 on BBC News (label retrieval, at most one point lost), SmolLM2-135M on State of the
 Union speeches (perplexity, at most 10 % more), EfficientNet-Lite0 on stamps (fidelity to the
@@ -104,8 +104,9 @@ def penjing(*words: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, within: str | None) -> str:
     words, extra = job(name)
+    words += ["--within", within] if within else []
     out = folder / name
     start = time.monotonic()
     status, _ = penjing("fit", *words, "-o", str(out), "--overwrite", "--json")
@@ -138,7 +139,8 @@ def run(name: str, folder: Path) -> str:
     notes = "\n".join(f"  - {note}" for note in result["notes"])
     units = "\n".join(f"  - {u['name']}: {u['decision']}" for u in result["units"])
     (HERE / "results" / f"fit-{name}.md").write_text(
-        f"# fit {name}\n\n{HEAD}{text}\nexit status {status}\n\n- units\n{units}\n- notes\n{notes}\n\n"
+        f"# fit {name}\n\n{HEAD}{text}\nexit status {status}\n\n"
+        f"- units\n{units}\n- notes\n{notes}\n\n"
         f"```toml\n{(out / 'recipe.toml').read_text()}```\n"
     )
     return text
@@ -154,10 +156,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=["minilm", "smollm2", "efficientnet"])
     parser.add_argument("--out", type=Path, default=CACHE / "fits")
+    parser.add_argument("--within", help="time of each fit")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        print(run(name, options.out), flush=True)
+        print(run(name, options.out, options.within), flush=True)
 
 
 if __name__ == "__main__":
