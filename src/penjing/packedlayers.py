@@ -2,9 +2,9 @@
 
     y = x W^T with W[rows] = sum over k of scale[k] * z[k] + shift, unpacked where it is used
 
-so that memory holds the stored bits and one block of rows in float32. Where the planes are rotated
-x is, too. Convolutions, and layers
-whose class has a forward of its own, keep their float weights.
+so that memory holds the stored bits and one block of rows in float32. Where the planes are
+rotated x is, too. Convolutions, and layers whose class has a forward of its own, keep their float
+weights.
 """
 
 from __future__ import annotations
