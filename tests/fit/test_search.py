@@ -206,3 +206,20 @@ def test_how_much_distillation_is_expected_to_mend(
     assert loop._remains(model, data, 20.0) == pytest.approx(1 - 0.75 / 2, rel=1e-6)
     assert loop._remains(model, data, 1000.0) == 0.25
     assert loop._remains(model, data, 0.0) == 1.0
+
+
+def test_what_stands_in_keeps_the_quality_first() -> None:
+    assert loop._safest({"w4": 1.0, "w8": 3.0, "int8": 2.0}) == "int8"
+    assert loop._safest({"w4": 1.0, "w8": 3.0}) == "w8"
+    assert loop._safest({}) is None
+
+
+def test_the_first_candidate_need_not_leave_time_for_what_stands_in(
+    bert: Maker, made: list[Any]
+) -> None:
+    asked, fails = made
+    fails.update({0: "error", 1: "error"})
+    work = work_of(bert(4), Budget(max_drop=0.2, within=60.0), usual=50.0)
+    work.reserve = 30.0
+    assert search.search(work, [None]) == []  # type: ignore[list-item]
+    assert len(asked) == 1

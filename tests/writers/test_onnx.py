@@ -433,3 +433,18 @@ def test_equal_weights_that_the_tracer_merged_are_traced_again(
         for parameter in twin.module.parameters():
             parameter.normal_()
     assert writer.float_graph(twin) == graphs._traced(twin)
+
+
+def test_attention_keeps_no_turn(tmp_path: Path) -> None:
+    model = bert()
+    writer.write(model, tmp_path / "model.onnx")
+    kinds = collections.Counter(n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert kinds["Attention"] == 2
+    assert kinds["Transpose"] == kinds["Reshape"] == 0
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    batch = {name: x[:1].repeat(3, 2) for name, x in model.example.items()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, 3:] = 0  # padding
+    got = session.run(["output"], {n: x.numpy() for n, x in batch.items()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(got, model.run(batch).numpy(), atol=1e-5)

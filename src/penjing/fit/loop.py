@@ -158,11 +158,11 @@ def _baselines(
         raise InputError("no runtime takes this model", got="; ".join(bench.notes[-2:]))
     measured = dict(zip(exports, bench.time(list(exports.values()), 12.0), strict=True))
     times = {key: m.measurement.latency_ms.median / 1e3 for key, m in measured.items()}
-    runtime, fastest = min(times, key=lambda key: times[key])
+    runtime = min(times, key=lambda key: times[key])[0]
     for key, seconds in times.items():
         bench.notes.append(f"{key[1]} in {key[0]}: {seconds * 1e3:.2f} ms")
     latencies = {name: times.get((runtime, name), times[runtime, "fp32"]) for name in FORMATS}
-    low = next((n for n in (fastest, *names) if n != "fp32" and (runtime, n) in exports), None)
+    low = _safest({n: times[runtime, n] for n in names if n != "fp32" and (runtime, n) in times})
     plain_version = None
     large, each = measured[runtime, "fp32"].measurement, 1.0
     if low is not None:
@@ -176,6 +176,11 @@ def _baselines(
     each = max(0.1, each)  # noise must not turn the line round
     memory = (large.peak_memory_bytes - each * large.size_bytes, each)
     return exports[runtime, "fp32"], plain_version, latencies, memory
+
+
+def _safest(seconds: dict[str, float]) -> str | None:
+    """Of low-bit formats the one that stands in for a candidate: most bits, then the fastest."""
+    return min(seconds, key=lambda name: (-FORMATS[name].bits, seconds[name]), default=None)
 
 
 def _remains(model: Model, data: Samples, seconds: float) -> float:

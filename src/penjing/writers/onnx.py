@@ -13,6 +13,7 @@ from torch import nn
 
 from penjing.errors import ExportError, UsageError
 from penjing.model import Model
+from penjing.writers._onnx_attention import flatten_attention
 from penjing.writers._onnx_blocks import place, problem
 from penjing.writers._onnx_edit import Graph
 from penjing.writers._onnx_graph import float_graph, turn_constants
@@ -104,6 +105,7 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
         if graph.readers(node.input[0]) and graph.readers(node.output[0]):
             graph.nodes.insert(0, node)
             del graph.constants[node.output[0]]
+    flatten_attention(graph)
     _unfuse_residuals(graph)
     return graph.finish()
 
