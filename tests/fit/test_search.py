@@ -220,6 +220,6 @@ def test_the_first_candidate_need_not_leave_time_for_what_stands_in(
     asked, fails = made
     fails.update({0: "error", 1: "error"})
     work = work_of(bert(4), Budget(max_drop=0.2, within=60.0), usual=50.0)
-    work.reserve = 30.0
+    work.reserve = 70.0
     assert search.search(work, [None]) == []  # type: ignore[list-item]
     assert len(asked) == 1
