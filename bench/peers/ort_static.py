@@ -1,0 +1,73 @@
+"""onnxruntime's `quantize_static` after its own pre-processing; run by bench/w8a8.py.
+
+    python ort_static.py MODEL.onnx SAMPLES.npz OUT.onnx '{"per_channel": true, ...}'
+
+SAMPLES as in nncf_int8.py. The options are those of `quantize_static`, enumerations by name.
+Prints a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+# Samples that a histogram is made of at once: all their activations are in memory.
+_STRIDE = 40
+
+
+class Reader(CalibrationDataReader):
+    """Samples of a file, a part at a time."""
+
+    def __init__(self, path: str) -> None:
+        found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        with np.load(path) as arrays:
+            for key in arrays:
+                number, _, name = key.partition("/")
+                found[number][name] = arrays[key]
+        whole = len(found) // _STRIDE * _STRIDE  # quantize_static wants whole strides
+        self.samples = list(found.values())[:whole]
+        self.rest = iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self.rest = iter(self.samples[start_index:end_index])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.rest, None)
+
+
+def main(model: str, data: str, out: str, text: str) -> None:
+    options: dict[str, Any] = json.loads(text)
+    for name, kind in (("activation_type", QuantType), ("weight_type", QuantType),
+                       ("calibrate_method", CalibrationMethod)):  # fmt: skip
+        if name in options:
+            options[name] = kind[options[name]]
+    extra = {"CalibStridedMinMax": _STRIDE} | options.pop("extra_options", {})
+    with tempfile.TemporaryDirectory() as place:
+        ready = Path(place) / "ready.onnx"
+        quant_pre_process(model, ready)
+        quantize_static(
+            ready, out, Reader(data), quant_format=QuantFormat.QDQ, extra_options=extra, **options
+        )
+    print(json.dumps({"tool": "onnxruntime", "version": onnxruntime.__version__}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
