@@ -1,5 +1,8 @@
 """onnxruntime's `quantize_static` after its own pre-processing; run by bench/w8a8.py.
 
+The pre-processing is without symbolic shape inference, which fails on this graph ("Incomplete
+symbolic shape inference"); its optimizer and the shape inference of ONNX run.
+
     python ort_static.py MODEL.onnx SAMPLES.npz OUT.onnx '{"per_channel": true, ...}'
 
 SAMPLES as in nncf_int8.py. The options are those of `quantize_static`, enumerations by name.
@@ -62,7 +65,7 @@ def main(model: str, data: str, out: str, text: str) -> None:
     extra = {"CalibStridedMinMax": _STRIDE} | options.pop("extra_options", {})
     with tempfile.TemporaryDirectory() as place:
         ready = Path(place) / "ready.onnx"
-        quant_pre_process(model, ready)
+        quant_pre_process(model, ready, skip_symbolic_shape=True)
         quantize_static(
             ready, out, Reader(data), quant_format=QuantFormat.QDQ, extra_options=extra, **options
         )
