@@ -394,3 +394,13 @@ def test_blocks_are_calibrated_on_the_edited_front() -> None:
     found = small.planes["blocks.0.up.weight"].codes
     assert torch.equal(found, gptq.fit(weight, Scheme(2), rows["new"]).codes)
     assert not torch.equal(found, gptq.fit(weight, Scheme(2), rows["old"]).codes)
+
+
+def test_targets_that_match_nothing_are_said() -> None:
+    model = net.bert(2)
+    step = Quantize(4, method="rtn", targets=("nope*",))
+    with pytest.raises(InputError, match=r"targets of quantize match no layer; got nope\*"):
+        apply(model, Recipe((step,)))
+    # One glob that matches is enough: a recipe may serve several networks.
+    either = Quantize(4, method="rtn", targets=("nope*", "encoder.layer.1.*"))
+    assert apply(model, Recipe((either,))).model.planes

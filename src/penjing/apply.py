@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import pack, perform, unpack
 from penjing.errors import InputError
 from penjing.files import sync
+from penjing.graph import is_weighted
 from penjing.model import Batch, Model
 from penjing.progress import track
 from penjing.recipe import Edit, Recipe
@@ -83,6 +85,7 @@ def apply(
                     log.write(number, "whole", edits)
                 _make(result, step.name, edits)
                 continue
+            _check_targets(step.name, getattr(step, "targets", ()), result.model)
             stream = Stream(result.model, batches) if batches and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
@@ -118,6 +121,17 @@ def apply(
                     for later in units:
                         later.stream = stream
     return result
+
+
+def _check_targets(step: str, targets: Sequence[str], model: Model) -> None:
+    paths = [n for n, _ in model.module.named_modules()]
+    if targets and not any(fnmatchcase(n, t) for n in paths for t in targets):
+        layers = [n for n, m in model.module.named_modules() if is_weighted(m)]
+        raise InputError(
+            f"the targets of {step} match no layer", got=", ".join(targets),
+            allowed=f"globs of paths such as {layers[0]}" if layers else "a network with layers",
+            next="see the paths with penjing inspect",
+        )  # fmt: skip
 
 
 def _seed(recipe: Recipe, number: int, unit: str) -> None:
