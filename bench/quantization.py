@@ -122,6 +122,17 @@ def batches(model: Model, texts: list[str], name: str) -> list[Batch]:
     return found
 
 
+def sentences(model: Model) -> tuple[list[Batch], list[Batch], Tensor]:
+    """Batches of calibration and of evaluation, and the network's embeddings of the latter."""
+    texts = [t for seed, kind in enumerate((speeches, news, glosses))
+             for t in drawn(kind(), 400, seed)]  # fmt: skip
+    calibration = batches(model, texts, "calibration")
+    data = batches(model, drawn(movies(), 1200, 3), "movies")
+    with torch.no_grad():
+        reference = torch.cat([model.run(batch) for batch in data])
+    return calibration, data, reference
+
+
 def errors(model: Model, data: list[Batch], wanted: Tensor) -> Tensor:
     """1 - cosine of every sentence."""
     with torch.no_grad():
@@ -175,12 +186,7 @@ def stored_bits(model: Model) -> float:
 
 def main(wanted: list[str]) -> None:
     model = penjing.load(str(minilm()))
-    texts = [t for seed, kind in enumerate((speeches, news, glosses))
-             for t in drawn(kind(), 400, seed)]  # fmt: skip
-    calibration = batches(model, texts, "calibration")
-    data = batches(model, drawn(movies(), 1200, 3), "movies")
-    with torch.no_grad():
-        reference = torch.cat([model.run(batch) for batch in data])
+    calibration, data, reference = sentences(model)
     store = HERE / "results" / "quantization-minilm.json"
     found = json.loads(store.read_text()) if store.exists() else {}
     for name, step in rows().items():

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from fits import CACHE, HERE
-from quantization import batches, drawn, glosses, movies, news, speeches
+from quantization import sentences
 from torch import Tensor
 
 import penjing
@@ -167,12 +167,7 @@ def main() -> None:
     options = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     model = penjing.load(str(minilm()))
-    texts = [t for seed, kind in enumerate((speeches, news, glosses))
-             for t in drawn(kind(), 400, seed)]  # fmt: skip
-    calibration = batches(model, texts, "calibration")
-    data = batches(model, drawn(movies(), 1200, 3), "movies")
-    with torch.no_grad():
-        reference = torch.cat([model.run(batch) for batch in data])
+    calibration, data, reference = sentences(model)
     store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
 
     def wanted(name: str) -> bool:

@@ -2,7 +2,7 @@
 
     python nncf_int8.py MODEL.xml SAMPLES.npz OUT.xml '{"fast_bias_correction": true, ...}'
 
-SAMPLES holds arrays named `number/input`, one sample a number. The options are those of
+SAMPLES as samples.py has them. The options are those of
 `nncf.quantize`; `overflow_fix` is one of its advanced parameters. Prints a line of JSON.
 """
 
@@ -10,22 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
 from typing import Any
 
 import nncf
-import numpy as np
 import openvino as ov
-
-
-def samples(path: str) -> list[dict[str, np.ndarray]]:
-    """Inputs of each sample by name."""
-    found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    with np.load(path) as arrays:
-        for key in arrays:
-            number, _, name = key.partition("/")
-            found[number][name] = arrays[key]
-    return list(found.values())
+from samples import read
 
 
 def main(model: str, data: str, out: str, text: str) -> None:
@@ -33,7 +22,7 @@ def main(model: str, data: str, out: str, text: str) -> None:
     advanced = nncf.AdvancedQuantizationParameters()
     if fix := options.pop("overflow_fix", None):
         advanced.overflow_fix = nncf.OverflowFix(fix)
-    found = samples(data)
+    found = read(data)
     quantized = nncf.quantize(
         ov.Core().read_model(model),
         nncf.Dataset(found),

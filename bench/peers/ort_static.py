@@ -5,7 +5,7 @@ symbolic shape inference"); its optimizer and the shape inference of ONNX run.
 
     python ort_static.py MODEL.onnx SAMPLES.npz OUT.onnx '{"per_channel": true, ...}'
 
-SAMPLES as in nncf_int8.py. The options are those of `quantize_static`, enumerations by name.
+SAMPLES as samples.py has them. The options are those of `quantize_static`, enumerations by name.
 Prints a line of JSON.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from samples import read
 
 # Samples that a histogram is made of at once: all their activations are in memory.
 _STRIDE = 40
@@ -37,13 +37,9 @@ class Reader(CalibrationDataReader):
     """Samples of a file, a part at a time."""
 
     def __init__(self, path: str) -> None:
-        found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-        with np.load(path) as arrays:
-            for key in arrays:
-                number, _, name = key.partition("/")
-                found[number][name] = arrays[key]
+        found = read(path)
         whole = len(found) // _STRIDE * _STRIDE  # quantize_static wants whole strides
-        self.samples = list(found.values())[:whole]
+        self.samples = found[:whole]
         self.rest = iter(self.samples)
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from penjing.model import Model
+from penjing.tensorsets import TensorSets
 
 __all__ = ["Channels", "shared_channels"]
 
@@ -82,38 +83,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept: list[Tensor] = []  # alive, so that an id is not used twice
-        self._above: dict[int, int] = {}
-        self._closed: set[int] = set()
+        self._sets = TensorSets("nothing that was seen made it: a constant, or an input")
         self._inside: str | None = None
         self._writes: list[tuple[str, Tensor]] = []
         self._reads: list[tuple[str, Tensor]] = []
 
-    def _top(self, tensor: Tensor) -> int:
-        key = id(tensor)
-        if key not in self._above:
-            self._kept.append(tensor)
-            self._above[key] = key
-            # Nothing that was seen made it: a constant, or an input.
-            self._closed.add(key)
-        while self._above[key] != key:
-            key = self._above[key]
-        return key
-
-    def _new(self, tensor: Tensor) -> None:
-        if id(tensor) not in self._above:
-            self._kept.append(tensor)
-            self._above[id(tensor)] = id(tensor)
-
-    def _join(self, one: Tensor, other: Tensor) -> None:
-        first, second = self._top(one), self._top(other)
-        self._above[second] = first
-        if second in self._closed:
-            self._closed.add(first)
-
     def close(self, tensor: Tensor) -> None:
         """Its channels must stay as they are."""
-        self._closed.add(self._top(tensor))
+        self._sets.close(tensor, "it must stay as it is")
 
     def freeze(self, name: str) -> None:
         """The layer must stay as it is."""
@@ -123,7 +100,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._top(args[0])
+            self._sets.top(args[0])
             self._reads.append((name, args[0]))
             self._inside = name
 
@@ -132,7 +109,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def leave(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._inside = None
-            self._new(output)
+            self._sets.new(output)
             self._writes.append((name, output))
             flat = isinstance(module, nn.Linear)
             for tensor in (args[0], output):
@@ -149,12 +126,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         passes = _passes(func, args, given, made)
         for tensor in given:
-            self._top(tensor)
+            self._sets.top(tensor)
         for tensor in made:
-            self._new(tensor)
+            self._sets.new(tensor)
         if passes:
             for tensor in given:
-                self._join(made[0], tensor)
+                self._sets.join(made[0], tensor)
         else:
             for tensor in (*given, *made):
                 self.close(tensor)
@@ -169,8 +146,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         widths: dict[int, int] = {}
         for index, side in enumerate((self._writes, self._reads)):
             for name, tensor in side:
-                top = self._top(tensor)
-                if top not in self._closed:
+                top = self._sets.top(tensor)
+                if not self._sets.reason(top):
                     sets.setdefault(top, ([], []))[index].append(name)
                     widths[top] = tensor.shape[1]
         return [Channels(widths[t], tuple(w), tuple(r)) for t, (w, r) in sets.items() if w and r]

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from penjing.model import Model
+from penjing.tensorsets import TensorSets
 
 __all__ = ["Gain", "Norm", "Residual", "gain_of", "residual_streams"]
 
@@ -136,36 +137,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept: list[Tensor] = []  # alive, so that an id is not used twice
-        self._above: dict[int, int] = {}
-        self._reasons: dict[int, str] = {}
+        self._sets = TensorSets("a parameter or an input of the network is in it")
         self._inside: str | None = None
         # (path, kind, input, output) of every run of a layer or norm.
         self._runs: list[tuple[str, str, Tensor, Tensor]] = []
 
-    def _new(self, tensor: Tensor) -> None:
-        if id(tensor) not in self._above:
-            self._kept.append(tensor)
-            self._above[id(tensor)] = id(tensor)
-
-    def _top(self, tensor: Tensor) -> int:
-        key = id(tensor)
-        if key not in self._above:
-            self._new(tensor)
-            self._reasons[key] = "a parameter or an input of the network is in it"
-        while self._above[key] != key:
-            key = self._above[key]
-        return key
-
-    def _join(self, one: Tensor, other: Tensor) -> None:
-        first, second = self._top(one), self._top(other)
-        self._above[second] = first
-        if second in self._reasons:
-            self._reasons.setdefault(first, self._reasons[second])
-
     def close(self, tensor: Tensor, reason: str) -> None:
         """Its channels must stay as they are."""
-        self._reasons.setdefault(self._top(tensor), reason)
+        self._sets.close(tensor, reason)
 
     def enter(self, name: str, kind: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -176,11 +155,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def leave(self, name: str, kind: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._inside = None
-            self._new(output)
+            self._sets.new(output)
             if not args:
                 self.close(output, f"{name} is called by keyword")
                 return
-            self._top(args[0])
+            self._sets.top(args[0])
             self._runs.append((name, kind, args[0], output))
 
         return hook
@@ -194,9 +173,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__.removesuffix("_")
         joined = _joined(name, args, given, made)
         for tensor in made:
-            self._new(tensor)
+            self._sets.new(tensor)
         for tensor in joined:
-            self._join(made[0], tensor)
+            self._sets.join(made[0], tensor)
         if not joined:
             for tensor in (*given, *made):
                 self.close(tensor, f"an operation ({name}) reads or makes it")
@@ -208,9 +187,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if names.count(name) > 1:
                 for tensor in ends:
                     self.close(tensor, f"{name} runs more than once")
-        tops = [(n, k, self._top(x), self._top(y)) for n, k, x, y in self._runs]
+        tops = [(n, k, self._sets.top(x), self._sets.top(y)) for n, k, x, y in self._runs]
         for top in dict.fromkeys(x for _, kind, x, _ in tops if kind == "norm"):
-            reason = self._reasons.get(top, "")
+            reason = self._sets.reason(top)
             norms = []
             for name, kind, x, y in tops:
                 if kind == "norm" and y == top:
@@ -222,12 +201,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if (
                     own := f"{others[0]} is added to it: {_POST}"
                     if others
-                    else self._reasons.get(y)
+                    else self._sets.reason(y)
                 ):
                     reason = reason or f"what {name} gives stays: {own}"
                 after = [n for n, other, given, _ in tops if given == y and other == "layer"]
                 norms.append(Norm(name, tuple(after)))
-            width = next(x.shape[-1] for _, _, x, _ in self._runs if self._top(x) == top)
+            width = next(x.shape[-1] for _, _, x, _ in self._runs if self._sets.top(x) == top)
             layers = [(n, x, y) for n, kind, x, y in tops if kind == "layer"]
             writers = tuple(n for n, _, y in layers if y == top)
             readers = tuple(n for n, x, _ in layers if x == top)

@@ -9,14 +9,17 @@ from torch import nn
 from penjing.calibrate import Unit
 from penjing.model import Model
 
-__all__ = ["canonical", "matrix_layers", "selected"]
+__all__ = ["canonical", "matches", "matrix_layers", "selected"]
+
+
+def matches(path: str, targets: tuple[str, ...]) -> bool:
+    """Whether a path is one of the globs; every path without globs."""
+    return not targets or any(fnmatchcase(path, t) for t in targets)
 
 
 def selected(unit: Unit, targets: tuple[str, ...]) -> dict[str, nn.Module]:
     """Layers of `unit` whose path matches one of the globs; all of them without globs."""
-    if not targets:
-        return dict(unit.layers)
-    return {n: m for n, m in unit.layers.items() if any(fnmatchcase(n, t) for t in targets)}
+    return {n: m for n, m in unit.layers.items() if matches(n, targets)}
 
 
 def matrix_layers(unit: Unit, targets: tuple[str, ...]) -> dict[str, nn.Module]:

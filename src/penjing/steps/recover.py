@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from penjing.model import Batch, Model
 from penjing.recipe import Edit
 from penjing.registry import lookup
 from penjing.steps._grid import Grid, attach
+from penjing.steps._select import matches
 
 __all__ = ["Recover"]
 
@@ -121,7 +121,7 @@ class Recover:
             yield Edit("quantize", name, grid.result(), f"scales by {why}", {"loss": last})
 
     def _wanted(self, name: str) -> bool:
-        return not self.targets or any(fnmatchcase(name, t) for t in self.targets)
+        return matches(name, self.targets)
 
     def _train(
         self,

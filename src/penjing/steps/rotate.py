@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
@@ -31,6 +30,7 @@ from penjing.model import Model
 from penjing.recipe import Edit
 from penjing.residual import Gain, Residual, gain_of, residual_streams
 from penjing.rotation import Rotation, possible
+from penjing.steps._select import matches
 from penjing.steps.shrink import groups_of
 
 __all__ = ["Rotate"]
@@ -131,7 +131,7 @@ class Rotate:
 
     def _check(self, changes: _Changes, path: str) -> None:
         model, module = changes.model, changes.module(path)
-        if self.targets and not any(fnmatchcase(path, t) for t in self.targets):
+        if not matches(path, self.targets):
             raise _LeftError(f"{path} is not among the targets")
         name = f"{path}.weight"
         for table, said in ((model.planes, "quantized"), (model.masks, "pruned")):

@@ -123,11 +123,16 @@ def _facts(model: Model) -> tuple[Any, ...]:
         # A buffer is no weight: rotary tables and the like are the graph's own.
         tuple((n, _digest(_array(t))) for n, t in model.module.named_buffers()),
         model.tied(),
-        tuple((n, type(m), m.extra_repr()) for n, m in model.module.named_modules()),
-        # The pre-hook of an activation range is not traced.
         tuple(
-            (len(m._forward_hooks), 0 if n in model.activations else len(m._forward_pre_hooks))
-            for n, m in model.module.named_modules()
+            (
+                name,
+                type(m),
+                m.extra_repr(),
+                len(m._forward_hooks),
+                # The pre-hook of an activation range is not traced.
+                0 if name in model.activations else len(m._forward_pre_hooks),
+            )
+            for name, m in model.module.named_modules()
         ),
     )
 
@@ -154,8 +159,9 @@ def _weights(proto: onnx.ModelProto, model: Model) -> dict[str, tuple[str, bool]
         if array.size < 2 or array.dtype.kind != "f":
             continue
         # The tracer merges equal tensors: what is equal now need not stay so.
-        match, constant = places.get(_digest(array), set()), _digest(array) in buffers
-        if len(match) + constant != 1 or not stored.HasField("raw_data"):
+        digest = _digest(array)
+        match = places.get(digest, set())
+        if len(match) + (digest in buffers) != 1 or not stored.HasField("raw_data"):
             return None
         if match:
             found[stored.name] = next(iter(match))
