@@ -197,8 +197,6 @@ def _interleave(
             calls = sessions[position].bench(burst + 1)[1:]
             timings[position].calls += calls
             timings[position].rounds.append(float(np.median(calls)))
-            # Threads of a runtime spin for a moment after a call; let them go to sleep.
-            time.sleep(0.005)
     return timings
 
 
