@@ -14,7 +14,7 @@ from penjing.fit.budget import Budget
 from penjing.fit.choose import candidates, uniform
 from penjing.fit.predict import Prediction, Predictor
 from penjing.fit.space import Choice
-from penjing.fit.survey import WIDTHS, Depth, Survey
+from penjing.fit.survey import HEADS, WIDTHS, Depth, Survey
 from penjing.model import Model, Source
 
 Maker = Callable[..., Model]
@@ -25,6 +25,7 @@ def survey_of(blocks: int) -> Survey:
     return Survey(
         cuts={str(i): 0.01 * (i + 1) for i in range(blocks)},
         widths={str(i): 0.02 * (i + 1) for i in range(blocks)},
+        heads={str(i): 0.011 * (i + 1) for i in range(blocks) if i != 1},
         formats={"int8": {str(i): 1e-5 * (i + 1) for i in range(blocks)}},
         tables={"e8": 2e-5, "e4": 3e-3},
         rest={},
@@ -44,13 +45,15 @@ def everything(predictor: Predictor) -> list[tuple[Choice, Prediction]]:
     found = []
     for cut in [(), *(tuple(d.cut) for d in predictor.survey.ladder)]:
         kept = [i for i in range(count) if i not in cut]
-        options = itertools.product(WIDTHS, FORMATS)
-        for picks in itertools.product(list(options), repeat=len(kept)):
-            widths, names = [1.0] * count, ["int8"] * count
-            for i, (width, name) in zip(kept, picks, strict=True):
-                widths[i], names[i] = width, name
+        options = list(itertools.product(WIDTHS, FORMATS, HEADS))
+        for picks in itertools.product(options, repeat=len(kept)):
+            widths, names, heads = [1.0] * count, ["int8"] * count, [1.0] * count
+            for i, (width, name, own) in zip(kept, picks, strict=True):
+                widths[i], names[i], heads[i] = width, name, own
+            if heads[1] < 1:  # it was not measured: it cannot
+                continue
             for table in ("fp32", "e8", "e4"):
-                choice = Choice(cut, tuple(widths), tuple(names), table, "int8")
+                choice = Choice(cut, tuple(widths), tuple(names), table, "int8", tuple(heads))
                 found.append((choice, predictor(choice)))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,7 @@ def test_latency_of_the_plain_network_is_what_was_measured(bert: Maker) -> None:
 def test_errors_add_and_the_ladder_counts_for_its_cut(bert: Maker) -> None:
     survey = Survey(
         widths={"0": 0.1, "1": 0.4, "2": 0.4},
+        heads={"2": 0.06},
         formats={"int8": {"0": 0.01, "1": 0.02, "2": 0.04}},
         tables={"e8": 0.001},
         rest={"int8": 0.005},
@@ -109,6 +111,12 @@ def test_errors_add_and_the_ladder_counts_for_its_cut(bert: Maker) -> None:
     own = 0.001 + 0.005 + (0.01 + 0.1) + (0.04 + 0.4 / 4)
     assert said.error == pytest.approx(own + 0.3)
     assert said.drop == pytest.approx(2.0 * own + 0.02)
+    # Distillation mends what cuts and narrower blocks cost, not what rounding does.
+    predictor.remains = 0.5
+    heads = replace(choice, heads=(1.0, 1.0, 0.5))
+    left = 0.001 + 0.005 + 0.01 + 0.04 + 0.5 * (0.1 + 0.4 / 4 + 0.06)
+    assert predictor(heads).error == pytest.approx(own + 0.06 + 0.3)
+    assert predictor(heads).drop == pytest.approx(2.0 * left + 0.5 * 0.02)
     # A gain by chance is not spent.
     deeper = Choice((1, 2), (1.0,) * 3, ("fp32",) * 3, "fp32", "fp32")
     assert predictor(deeper).drop == 0.0

@@ -202,8 +202,8 @@ def test_how_much_distillation_is_expected_to_mend(
     monkeypatch.setattr(loop, "torch_predictor", predictor)
     data: Any = SimpleNamespace(everything=batches(1))
     model = bert(1)
-    # A batch takes 0.2 s forward, a step four times that: 25 steps in 20 s, half of fifty.
-    assert loop._remains(model, data, 20.0) == pytest.approx(1 - 0.75 / 2, rel=1e-6)
+    # A batch takes 0.2 s forward, a step 2.5 times that: 15 steps in 7.5 s, half of thirty.
+    assert loop._remains(model, data, 7.5) == pytest.approx(1 - 0.75 / 2, rel=1e-6)
     assert loop._remains(model, data, 1000.0) == 0.25
     assert loop._remains(model, data, 0.0) == 1.0
 

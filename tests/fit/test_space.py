@@ -50,13 +50,15 @@ def test_paths_after_renumbering_are_the_right_blocks(
     # A different treatment for every block.
     widths = (1.0, 0.5, 0.75, 1.0, 0.5)
     formats = ("int8", "fp32", "int8", "w4", "w8")
-    edited = applied(model, Choice(cut, widths, formats, "e4", "fp32"), batches(1))
+    heads = (0.5, 1.0, 0.5, 1.0, 1.0)
+    edited = applied(model, Choice(cut, widths, formats, "e4", "fp32", heads), batches(1))
     kept = [i for i in range(5) if i not in cut]
     assert len(edited.blocks) == len(kept)
     for path, i in zip(edited.blocks, kept, strict=True):
         block = edited.module.get_submodule(path)
         assert tag_of(block) == i
         assert block.intermediate.dense.out_features == 64 * widths[i]
+        assert block.attention.output.dense.in_features == 32 * heads[i]
         dense = edited.planes.get(f"{path}.output.dense.weight")
         bits = None if dense is None else dense.bits
         assert bits == {"fp32": None, "int8": (weight_bits(),), "w8": (8,), "w4": (4,)}[formats[i]]

@@ -65,7 +65,7 @@ def test_the_planted_block_costs_least(index: int, bert: Maker, batches: Batches
 
 def test_what_is_measured(bert: Maker, batches: Batches) -> None:
     found = run(bert(3), batches(2))
-    assert set(found.formats["int8"]) == set(found.widths) == set("012")
+    assert set(found.formats["int8"]) == set(found.widths) == set(found.heads) == set("012")
     assert "fp32" not in found.formats
     # Four bits cost more than eight, half a hidden layer more than eight bits.
     assert 0 < found.tables["e8"] < found.tables["e4"] < 0.5

@@ -6,14 +6,16 @@ list is ordered from the one that promises most to the safest.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from penjing.fit.budget import Budget
 from penjing.fit.predict import Prediction, Predictor
 from penjing.fit.solve import Constraint, solve
 from penjing.fit.space import TABLES, Choice
-from penjing.fit.survey import WIDTHS
+from penjing.fit.survey import HEADS, WIDTHS
 
 __all__ = ["candidates", "uniform"]
 
@@ -68,9 +70,9 @@ def _at_depth(
     blocks = range(len(predictor.model.blocks))
     kept = [i for i in blocks if i not in cut]
     # What broke the network in the survey has an infinite error; float32 never does.
+    every = list(itertools.product(WIDTHS, formats, HEADS))
     options = [
-        [(w, f) for w in WIDTHS for f in formats if math.isfinite(predictor.block_error(i, w, f))]
-        or [(1.0, "fp32")]
+        [o for o in every if math.isfinite(predictor.block_error(i, *o))] or [(1.0, "fp32", 1.0)]
         for i in kept
     ]
     found_tables = predictor.survey.tables
@@ -81,14 +83,14 @@ def _at_depth(
     whole = predictor(uniform(predictor, formats[0], "fp32"))
     scale = predictor.corrections
 
-    def by_block(figure: Callable[[int, float, str], float]) -> list[list[float]]:
+    def by_block(figure: Callable[..., float]) -> list[list[float]]:
         return [[figure(i, *o) for o in own] for i, own in zip(kept, options, strict=True)]
 
     sizes = by_block(predictor.block_size)
     sizes += [[predictor.table_size(t) for t in tables], [predictor.rest_size(f) for f in rests]]
     times = by_block(predictor.block_latency)
     times += [[0.0] * len(tables), [predictor.rest_latency(f) for f in rests]]
-    errors = by_block(predictor.block_error)
+    errors = by_block(partial(predictor.block_error, remains=predictor.remains))
     errors += [[predictor.survey.tables.get(t, 0.0) for t in tables]]
     errors += [[predictor.rest_error(f, tables[-1]) for f in rests]]
     costs = [
@@ -113,9 +115,9 @@ def _at_depth(
         rules = limits | {"error": Constraint(errors, share * spend)}
         chosen = solve(costs, rules) or solve(errors, limits) or solve(costs, {})
         assert chosen is not None  # one option a unit always exists
-        widths, names = [1.0] * len(blocks), [formats[0]] * len(blocks)
+        widths, names, heads = [1.0] * len(blocks), [formats[0]] * len(blocks), [1.0] * len(blocks)
         for i, own, option in zip(kept, options, chosen, strict=False):
-            widths[i], names[i] = own[option]
+            widths[i], names[i], heads[i] = own[option]
         table, rest = tables[chosen[-2]], rests[chosen[-1]]
-        found.append(Choice(cut, tuple(widths), tuple(names), table, rest))
+        found.append(Choice(cut, tuple(widths), tuple(names), table, rest, tuple(heads)))
     return list(dict.fromkeys(found))

@@ -118,8 +118,11 @@ def _units(model: Model, best: Made, found: Survey) -> Iterator[Unit]:
             error = found.formats.get(choice.formats[i], {}).get(str(i))
             if error is not None:
                 why += "; " * bool(why) + f"{choice.formats[i]} costs {error:.5f} of output error"
-            width = f", {choice.widths[i]:.0%} of the hidden units" if choice.widths[i] < 1 else ""
-            yield Unit(block, f"{choice.formats[i]}{width}", why)
+            width, heads = choice.size(i)
+            done = choice.formats[i]
+            done += f", {width:.0%} of the hidden units" if width < 1 else ""
+            done += f", {heads:.0%} of the heads" if heads < 1 else ""
+            yield Unit(block, done, why)
     if choice.table in found.tables:
         error = found.tables[choice.table]
         yield Unit("embeddings", f"{choice.table[1:]} bits", f"costs {error:.5f} of output error")

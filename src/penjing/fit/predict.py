@@ -68,7 +68,7 @@ class Predictor:
         survey: errors.
         latencies: measured seconds of the whole network by format.
         slope: drop of the metric per unit of error.
-        remains: share of a cut's drop that is left after distillation.
+        remains: share of the drop of a cut or a narrower block that distillation leaves.
         memory: peak bytes of a runtime's process with an empty file, and for each byte of it.
     """
 
@@ -111,9 +111,9 @@ class Predictor:
         count = len(self.model.blocks)
         return self(Choice((), (1.0,) * count, ("fp32",) * count, "fp32", "fp32"))
 
-    def block_size(self, index: int, width: float, name: str) -> float:
+    def block_size(self, index: int, width: float, name: str, heads: float = 1.0) -> float:
         """Bytes of one block."""
-        return sum(stored(w, i, name) for w, i in self._blocks[index]) * _narrowed(width)
+        return sum(stored(w, i, name) for w, i in self._blocks[index]) * _narrowed(width, heads)
 
     def table_size(self, name: str, rest: str = "fp32") -> float:
         """Bytes of the embedding tables; a float one that a head shares is in the head's format."""
@@ -131,9 +131,9 @@ class Predictor:
                 total += w * bits / 8 + w / i * math.ceil(i / min(group, i)) * (4 + bits / 8)
         return total
 
-    def block_latency(self, index: int, width: float, name: str) -> float:
+    def block_latency(self, index: int, width: float, name: str, heads: float = 1.0) -> float:
         """Seconds of one block."""
-        return self._share[index] * self.latencies[name] * _narrowed(width)
+        return self._share[index] * self.latencies[name] * _narrowed(width, heads)
 
     def rest_latency(self, name: str) -> float:
         """Seconds of everything outside the blocks."""
@@ -143,12 +143,17 @@ class Predictor:
         """Bytes of the layers outside the blocks, and of norms and biases."""
         return sum(stored(w, i, name) for w, i in self._rest) + self._plain
 
-    def block_error(self, index: int, width: float, name: str) -> float:
-        """Error of one block; a width's error grows with the square of what is removed."""
-        error = self.survey.formats.get(name, {}).get(str(index), 0.0)
-        if width < 1:
-            half = self.survey.widths.get(str(index), float("inf"))
-            error += half * ((1 - width) / 0.5) ** 2
+    def block_error(
+        self, index: int, width: float, name: str, heads: float = 1.0, remains: float = 1.0
+    ) -> float:
+        """Error of one block; that of a width grows with the square of what is removed.
+
+        `remains` of the removed neurons' share is counted.
+        """
+        error, key = self.survey.formats.get(name, {}).get(str(index), 0.0), str(index)
+        for kept, halved in ((width, self.survey.widths), (heads, self.survey.heads)):
+            if kept < 1:
+                error += remains * halved.get(key, math.inf) * ((1 - kept) / 0.5) ** 2
         return error
 
     def rest_error(self, name: str, table: str) -> float:
@@ -168,15 +173,16 @@ class Predictor:
     def __call__(self, choice: Choice) -> Prediction:
         """Size, latency, error and drop of a choice, corrected."""
         kept = [i for i in range(len(choice.widths)) if i not in choice.cut]
-        parts = [(i, choice.widths[i], choice.formats[i]) for i in kept]
+        parts = [(i, choice.widths[i], choice.formats[i], choice.size(i)[1]) for i in kept]
         size = self.table_size(choice.table, choice.rest) + self.rest_size(choice.rest)
         size += sum(self.block_size(*p) for p in parts)
         latency = self.rest_latency(choice.rest) + sum(self.block_latency(*p) for p in parts)
         error = self.survey.tables.get(choice.table, 0.0)
         error += self.rest_error(choice.rest, choice.table)
+        left = error + sum(self.block_error(*p, remains=self.remains) for p in parts)
         error += sum(self.block_error(*p) for p in parts)
         depth = self._depth(choice.cut)
-        drop = self.slope * error + self.drop_of(choice.cut)
+        drop = self.slope * left + self.drop_of(choice.cut)
         return Prediction(
             size * self.corrections["size"],
             latency * self.corrections["latency"],
@@ -199,6 +205,6 @@ class Predictor:
         self.corrections["latency"] *= latency / said.latency
 
 
-def _narrowed(width: float) -> float:
+def _narrowed(width: float, heads: float) -> float:
     """Share of a transformer block that is left: its MLP has two thirds of the weights."""
-    return 1 - (1 - width) * 2 / 3
+    return (2 * width + heads) / 3

@@ -1,7 +1,7 @@
 """The search space: what can be done to each block, and the recipe of a choice.
 
-A choice says which blocks go, how wide the hidden layers of the others stay, and in which
-number format each part is stored and computed.
+A choice says which blocks go, how many hidden units and heads of the others stay, and in
+which number format each part is stored and computed.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Choice:
         formats: of every block of the original.
         table: format of the embedding tables.
         rest: format of the layers outside the blocks.
+        heads: of every block of the original, the kept fraction of its heads; empty for all.
     """
 
     cut: tuple[int, ...]
@@ -83,6 +84,11 @@ class Choice:
     formats: tuple[str, ...]
     table: str
     rest: str
+    heads: tuple[float, ...] = ()
+
+    def size(self, index: int) -> tuple[float, float]:
+        """Kept fractions of a block's hidden units and of its heads."""
+        return self.widths[index], self.heads[index] if self.heads else 1.0
 
     def describe(self) -> str:
         """A few words for tables and plots."""
@@ -90,8 +96,8 @@ class Choice:
         parts = [f"{len(kept)} of {len(self.widths)} blocks"] if self.widths else []
         used = sorted({self.formats[i] for i in kept} | {self.rest})
         parts.append("/".join(used))
-        if narrow := [self.widths[i] for i in kept if self.widths[i] < 1]:
-            parts.append(f"{len(narrow)} narrowed")
+        if narrow := sum(self.size(i) != (1.0, 1.0) for i in kept):
+            parts.append(f"{narrow} narrowed")
         if self.table != "fp32":
             parts.append(f"embeddings {self.table[1:]} bits")
         return ", ".join(parts)
@@ -113,9 +119,9 @@ def recipe_of(
         structural.append(Cut(blocks=tuple(model.blocks[i] for i in choice.cut)))
     kept = [i for i in range(len(model.blocks)) if i not in choice.cut]
     paths = dict(zip(kept, _renumbered(model.blocks, choice.cut), strict=True))
-    for width in sorted({choice.widths[i] for i in kept if choice.widths[i] < 1}):
-        globs = tuple(f"{paths[i]}.*" for i in kept if choice.widths[i] == width)
-        structural.append(Shrink(ratio=1 - width, heads=0.0, targets=globs))
+    for width, heads in sorted({choice.size(i) for i in kept} - {(1.0, 1.0)}):
+        globs = tuple(f"{paths[i]}.*" for i in kept if choice.size(i) == (width, heads))
+        structural.append(Shrink(ratio=1 - width, heads=1 - heads, targets=globs))
     if recover and structural:
         structural.append(Recover(seconds=recover))
     numbers: list[Any] = [Fold()] if has_norms(model) else []

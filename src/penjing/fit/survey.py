@@ -38,15 +38,16 @@ from penjing.steps.fold import Fold, has_norms
 from penjing.steps.quantize import Quantize
 from penjing.steps.shrink import Shrink
 
-__all__ = ["WIDTHS", "Depth", "Survey", "cache_folder", "survey"]
+__all__ = ["HEADS", "WIDTHS", "Depth", "Survey", "cache_folder", "survey"]
 
-# Kept fractions of hidden units; the middle one is measured, the others follow its curve.
-WIDTHS = (1.0, 0.75, 0.5)
+# Kept fractions of hidden units and of heads; half is measured, the others follow its curve.
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+HEADS = (1.0, 0.5)
 _MEASURED = 0.5
 _BEAM = 2
 # Outputs compared at once.
 _ROWS = 64
-# Networks with more blocks than this are measured at their lowest bits only.
+# Networks with more blocks than this are measured at their lowest bits only, with all heads.
 _DEEP = 12
 
 
@@ -66,6 +67,7 @@ class Survey:
     Attributes:
         cuts: error of cutting one block, with its patch, by block.
         widths: error of halving a block's hidden units, by block; absent where it cannot.
+        heads: error of halving a block's heads, by block; absent where it cannot.
         formats: error of one block in a format, by format name and block.
         tables: error of the embedding tables, by table format.
         rest: error of the layers outside the blocks, by format.
@@ -79,6 +81,7 @@ class Survey:
 
     cuts: dict[str, float] = field(default_factory=dict)
     widths: dict[str, float] = field(default_factory=dict)
+    heads: dict[str, float] = field(default_factory=dict)
     formats: dict[str, dict[str, float]] = field(default_factory=dict)
     tables: dict[str, float] = field(default_factory=dict)
     rest: dict[str, float] = field(default_factory=dict)
@@ -170,9 +173,9 @@ def _affordable(
     if deadline == math.inf:
         return len(search)
     once = timed(lambda: model.run(search[0]))
-    # A format, a width and a cut of every block, run from that block on; twice that goes to
-    # fitting the edits.
-    networks = (len(formats) + 2) * max(len(model.blocks), 1) / 2
+    # A format, a width, heads and a cut of every block, run from that block on; twice that goes
+    # to fitting the edits.
+    networks = (len(formats) + 3) * max(len(model.blocks), 1) / 2
     left = deadline - time.monotonic()
     return max(1, min(len(search), int(left / (3 * networks * once))))
 
@@ -286,6 +289,10 @@ def _singles(
             found.formats.setdefault(name, {}).setdefault(key, known)
         if edits := list(Shrink(1 - _MEASURED, heads=0.0).plan(unit, stats)):
             found.widths[key] = error(edits)
+        if len(base.blocks) <= _DEEP and (
+            edits := list(Shrink(0.0, heads=1 - _MEASURED).plan(unit, stats))
+        ):
+            found.heads[key] = error(edits)
         if len(base.blocks) > 1 and (cut := _cut_one(stream, unit)) is not None:
             found.cuts[key] = error(cut)
     return not late
@@ -357,7 +364,7 @@ def _key(
     about: str,
 ) -> str:
     """Of everything a survey depends on; the weights themselves, for they may be edited."""
-    facts = [3, model.structure, model.blocks, model.interface, torch.__version__, formats, about]
+    facts = [4, model.structure, model.blocks, model.interface, torch.__version__, formats, about]
     facts += [sorted(model.activations), {n: str(FORMATS[n]) for n in formats}, str(TABLES)]
     digest = hashlib.sha256(repr(facts).encode())
     for name, parameter in model.module.state_dict().items():
