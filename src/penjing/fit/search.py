@@ -149,6 +149,8 @@ def search(work: Work, known: Sequence[Choice]) -> list[Made]:
         if one.trial.drop is not None:
             ratio = one.trial.drop.value / max(said.drop, 1e-4)
             predictor.slope *= min(4.0, max(1.5, ratio)) if "drop" in over else 0.7
+            if "drop" not in over:  # distillation did as hoped: a deeper one is worth a try
+                predictor.remains *= 0.7
         if "drop" in over:
             ceiling = min(ceiling, said.error)  # only less error can help
     return made
