@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from penjing.errors import InputError
-from penjing.files import check_output, read_json, sha256, whole_file, whole_folder, write_json
+from penjing.files import (
+    check_output,
+    folder_beside,
+    read_json,
+    sha256,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 
 LIMITED = """
 import resource, sys
@@ -74,6 +82,32 @@ def test_a_killed_writer_leaves_no_output(tmp_path: Path) -> None:
     with whole_folder(out) as folder:
         (folder / "manifest.json").write_text("{}")
     assert sorted(p.name for p in out.iterdir()) == ["manifest.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nor what was half written
+
+
+def test_what_a_killed_process_left_goes_and_what_another_works_in_stays(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from penjing.files import folder_beside\n"
+        "with folder_beside(Path(sys.argv[1]), 'work') as folder:\n"
+        "    print(folder.name, flush=True); time.sleep(60)"
+    )
+    children = []
+    for name in ("out", "out", "out.b"):
+        argv = [sys.executable, "-c", code, str(tmp_path / name)]
+        child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        children.append((child, child.stdout.readline().strip()))
+    for child, _ in (children[0], children[2]):
+        child.kill()
+        child.wait(10)
+    with folder_beside(tmp_path / "out", "work") as mine:
+        # The dead one's is gone; that of the living and that of another output are there.
+        assert {p.name for p in tmp_path.iterdir()} == {children[1][1], children[2][1], mine.name}
+    children[1][0].kill()
+    for child, _ in children:
+        child.wait(10)
+        assert child.stdout is not None
+        child.stdout.close()
 
 
 def test_a_failure_in_the_body_leaves_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ Written beside its final place, synced, renamed; the manifest of a folder is its
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -20,8 +22,8 @@ from safetensors import SafetensorError
 from penjing.errors import InputError
 
 __all__ = [
-    "check_output", "disk_errors", "fingerprint", "read_json", "sha256", "sync", "whole_file",
-    "whole_folder", "write_json",
+    "check_output", "disk_errors", "fingerprint", "folder_beside", "read_json", "sha256", "sync",
+    "whole_file", "whole_folder", "write_json",
 ]  # fmt: skip
 
 
@@ -90,6 +92,39 @@ def disk_errors(output: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def folder_beside(output: Path, kind: str) -> Iterator[Path]:
+    """Yield an empty folder beside `output`; at the end it is gone, whatever happens.
+
+    What a killed process left of the same output and kind goes too.
+    """
+    parent, prefix = output.absolute().parent, f".{output.name}.{kind}."
+    for old in parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError), _held(old):
+            shutil.rmtree(old)
+    made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        with _held(made):
+            yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A lock on a folder that ends with this process.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `output`; rename it to `output` when the body succeeds.
 
@@ -98,25 +133,21 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     output = output.absolute()
     check_output(output, overwrite)
-    with disk_errors(output):
-        beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        try:
-            beside.chmod(0o755)
-            yield beside
-            files = sorted(p for p in beside.rglob("*") if p.is_file())
-            for path in sorted(files, key=lambda p: p.name == "manifest.json"):
-                sync(path)
-            sync(beside)
-            if output.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-                output.rename(old / "was")
-                beside.rename(output)
-                shutil.rmtree(old)
-            else:
-                beside.rename(output)
-            sync(output.parent)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+    with disk_errors(output), folder_beside(output, "new") as beside:
+        beside.chmod(0o755)
+        yield beside
+        files = sorted(p for p in beside.rglob("*") if p.is_file())
+        for path in sorted(files, key=lambda p: p.name == "manifest.json"):
+            sync(path)
+        sync(beside)
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+            output.rename(old / "was")
+            beside.rename(output)
+            shutil.rmtree(old)
+        else:
+            beside.rename(output)
+        sync(output.parent)
 
 
 def whole_file(output: Path, write: Callable[[Path], object], overwrite: bool = False) -> None:

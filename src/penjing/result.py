@@ -77,6 +77,17 @@ class Drop:
     samples: int
     relative: bool
 
+    @property
+    def unseen(self) -> float | None:
+        """Largest share of all samples that may change where none of these did, else None.
+
+        No resample differs then, and the interval says nothing. Of n samples without a change
+        at most 1 - (1 - confidence)^(1/n) of all change: the exact binomial bound.
+        """
+        if not self.samples or not self.low == self.high == self.value == 0:
+            return None
+        return float(1 - (1 - self.confidence) ** (1 / self.samples))
+
 
 @dataclass(frozen=True)
 class Point:

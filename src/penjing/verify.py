@@ -117,6 +117,6 @@ def _parity(model: Model | None, target: str, path: Path, threads: int) -> Check
         return Check(name, False, f"could not be tried: {error}")
     except PenjingError as error:
         return Check(name, False, str(error))
-    allowed = tolerance(model, target)
+    allowed = tolerance(model, target, found)
     # NaN compares false, so it fails.
     return Check(name, found <= allowed, f"deviation {found:.3g}, allowed {allowed:g}")

@@ -42,6 +42,31 @@ def test_prune_writes_an_artifact_that_loads(bert: Path, tmp_path: Path) -> None
     assert {p.name for p in tmp_path.iterdir()} == {"bert", "pruned"}  # no journal left
 
 
+def test_tables_that_stay_in_floats_are_named(bert: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(bert), "--bits", "8", "--embeddings", "4", "--method", "rtn"]
+    done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.stderr
+    assert "tables of under 16,384 numbers stay in floats: embeddings.word_emb" in done.stderr
+    assert "size of the folder" in done.stdout
+    assert "tensors alone" in done.stdout
+
+
+def test_a_target_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for target, why in (("openvino", "a decoder with a KV cache"), ("gguf", "GGUF")):
+        arguments = ["quantize", str(folder), "--bits", "4", "--method", "rtn", "--to", target]
+        done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / "out")])
+        assert done.exit_code == 2
+        assert f"--to {target} cannot express" in done.stderr
+        assert why in done.stderr
+        assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
 def test_cut_says_what_went(bert: Path, tmp_path: Path) -> None:
     data = tmp_path / "texts.jsonl"
     lines = (json.dumps({"text": " ".join("abcdefghij"[i : i + 5])}) for i in range(6))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from penjing.errors import InputError
 from penjing.readers import huggingface
+from penjing.readers._transformers import read_tokenizer
 
 TEXT = {"intermediate_size": 24, "vocab_size": 50, "max_position_embeddings": 32}
 IMAGE = {"intermediate_size": 24, "image_size": 16, "patch_size": 8, "num_labels": 3}
@@ -242,3 +244,18 @@ def test_preprocessing_equals_transformers(maker: Callable[..., Path]) -> None:
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, wanted.transpose(2, 0, 1), atol=1e-5)
     assert model.example["pixel_values"].shape == (2, 3, 16, 16)
+
+
+def test_the_tokenizer_is_the_file_s(tmp_path: Path) -> None:
+    """For Qwen2 transformers has a splitter of its own, whatever the file says."""
+    words = {"<unk>": 0, "hello": 1, "Hello": 2, "world": 3, ",": 4, "it": 5, "'": 6, "s": 7}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Qwen2Tokenizer", "unk_token": "<unk>"}'
+    )
+    found = read_tokenizer(tmp_path)
+    for text in ("Hello  world", "hello, world", "it's  hello"):
+        assert found(text).input_ids == own.encode(text).ids

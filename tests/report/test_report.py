@@ -105,7 +105,7 @@ def test_the_table_has_the_figures_of_the_result() -> None:
     assert page.row("Parameters")[1:] == ["22.7 M", "14.9 M", "1.52× fewer"]
     assert page.row("Stored per weight")[1:] == ["32.01 bits", "5.80 bits", "5.5× fewer"]
     assert page.row("Latency, median batch 1 ×")[1:] == ["10.3 ms", "1.9 ms", "5.4× faster"]
-    assert page.row("Latency, p95 batch 1 ×")[1:] == ["11.8 ms", "2.3 ms", "5.1× faster"]
+    assert page.row("Latency, p95 batch 1 ×")[1:] == ["11.8 ms", "2.3 ms", "–"]
     assert page.row("Latency, median batch 32 ×")[1:] == ["243.1 ms", "45.2 ms", "5.4× faster"]
     assert page.row("Throughput")[1:] == ["131.4", "702.9", "5.3× more"]
     assert page.row("Peak memory")[1:] == ["312.5 MB", "96.3 MB", "3.2× less"]
@@ -381,4 +381,17 @@ def test_a_missing_file_is_said(artifact: Path, name: str) -> None:
 def test_the_time_asked_for_has_a_unit() -> None:
     result = replace(samples.minilm(), budget={"max_drop": 0.01, "within": 300.0})
     page = render(result, title="t", recipe_toml="", command="").replace("\u00a0", " ")
-    assert "Asked for: drop at most 1.00 points, found within 5 min 0 s." in page
+    assert "Asked for: drop at most 1.00 points, 5 min 0 s of search." in page
+
+
+def test_an_interval_without_width_is_not_called_proof() -> None:
+    drop = Drop(0.0, 0.0, 0.0, 0.95, 20, False)
+    # The share p with (1 - p)^20 = 0.05 is 13.91 %.
+    assert drop.unseen == pytest.approx(0.1391, abs=5e-5)
+    result = replace(samples.minilm(), drop=drop, budget={"max_drop": 0.01})
+    page = page_of(result)
+    assert "is unchanged on these samples" in page
+    assert '<p class="warn">No sample changed' in page
+    assert "at most 14\u00a0% of all samples" in page
+    assert "The whole interval lies within" not in page
+    assert Drop(0.0, -0.1, 0.1, 0.95, 20, False).unseen is None

@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -448,3 +449,20 @@ def test_attention_keeps_no_turn(tmp_path: Path) -> None:
     got = session.run(["output"], {n: x.numpy() for n, x in batch.items()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(got, model.run(batch).numpy(), atol=1e-5)
+
+
+def test_an_interrupt_waits_until_the_tracer_is_done() -> None:
+    done = []
+
+    def work(signals: int) -> None:
+        with graphs._uninterrupted():
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGINT)
+            done.append(signals)
+
+    with pytest.raises(KeyboardInterrupt):
+        work(1)
+    with pytest.raises(KeyboardInterrupt):
+        work(2)  # whoever asks twice is heard at once
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -19,7 +19,7 @@ from penjing.units import format_size, format_time
 if TYPE_CHECKING:
     from penjing.model import Model
 
-__all__ = ["is_bare", "note", "removed", "show_file", "technique"]
+__all__ = ["is_bare", "note", "removed", "show_file", "small_tables", "technique"]
 
 BARE = (".npy", ".npz", ".safetensors", ".pth", ".pt")
 
@@ -70,6 +70,38 @@ def removed(ratio: float, before: Model, after: Model) -> Iterator[str]:
         yield f"blocks left whole, nothing in them could be removed safely: {_several(whole)}"
 
 
+def small_tables(model: Model) -> Iterator[str]:
+    """The embedding tables that `--embeddings` leaves in floats."""
+    from torch import nn
+
+    from penjing.steps.quantize import SMALL_TABLE
+
+    named = model.module.named_modules()
+    tables = [
+        path for path, m in named
+        if isinstance(m, nn.Embedding) and m.weight.numel() < SMALL_TABLE
+    ]  # fmt: skip
+    if tables:
+        yield f"tables of under {SMALL_TABLE:,} numbers stay in floats: {_several(tables)}"
+
+
+def _check_targets(model: Model, to: Sequence[str]) -> None:
+    """Say before the work what a writer could not write of this network whatever is done to it.
+
+    Raises:
+        UsageError: a line of a writer's own check.
+    """
+    from penjing.registry import choices, lookup
+
+    for target in to:
+        if target in choices("writers") and (lines := lookup("writers", target, "check")(model)):
+            raise UsageError(
+                f"--to {target} cannot express {lines[0]}",
+                got=f"{len(lines)} such" if len(lines) > 1 else None,
+                next="choose another --to",
+            )
+
+
 def technique(
     work: Callable[..., Model],
     model: str,
@@ -98,6 +130,7 @@ def technique(
     kept = journal or output.with_name(output.name + ".journal")
     loaded = api.load(model, weights=weights, allow_pickle=allow_pickle)
     parameters = loaded.parameter_count
+    _check_targets(loaded, to)
     from penjing.inspect import left_alone
 
     if alone := left_alone(loaded):
@@ -105,9 +138,11 @@ def technique(
     try:
         done = work(loaded, journal=kept, **options)
         api.save(done, output, to=to, overwrite=overwrite)
-    except PenjingError:
+    except (PenjingError, KeyboardInterrupt):
         # Without a finished block there is nothing to go on from.
-        if journal is None and not any(kept.glob("*.safetensors")):
+        if any(kept.glob("*.safetensors")):
+            note(f"finished blocks are kept in {kept}: the same command goes on from there")
+        elif journal is None:
             shutil.rmtree(kept, ignore_errors=True)
         raise
     if journal is None:
@@ -129,9 +164,9 @@ def technique(
     click.echo(f"wrote {printable(output, 600)} in {format_time(found['seconds'])}")
     show_pairs(
         {
-            "size": format_size(found["size_bytes"]),
+            "size of the folder": format_size(found["size_bytes"]),
             "parameters": f"{count(found['parameters_before'])} -> {count(found['parameters'])}",
-            "stored bits per weight": f"{found['stored_bits_per_weight']:.2f}",
+            "stored bits per weight": f"{found['stored_bits_per_weight']:.2f}, tensors alone",
         }
         | ({"connections removed": count(found["zeros"])} if found["zeros"] else {})
     )

@@ -7,11 +7,7 @@ nearest one is kept and the reason given.
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +15,7 @@ from penjing.apply import apply
 from penjing.data import Dataset
 from penjing.errors import BudgetError, InputError
 from penjing.evaluate import torch_predictor
-from penjing.files import check_output, disk_errors
+from penjing.files import check_output, disk_errors, folder_beside
 from penjing.fit.bench import Bench, Exported, runtimes_here
 from penjing.fit.budget import Budget
 from penjing.fit.check import preflight
@@ -74,7 +70,7 @@ def fit(
     if budget.within is not None:  # the survey has a quarter of the time
         settings = replace(settings, recover=min(settings.recover, budget.within / 4))
     data = divide(model, dataset, calibration, task, settings.length, settings.seed, notes)
-    with disk_errors(output), _workspace(output) as folder:
+    with disk_errors(output), folder_beside(output, "work") as folder:
         bench = Bench(
             folder, data.evaluation, task, settings.batch, settings.length,
             settings.threads or physical_cores(), settings.confidence, settings.seed, notes=notes,
@@ -219,13 +215,3 @@ def _rank(made: Made, budget: Budget) -> tuple[float, float, float]:
     gain = now.size_bytes / was.size_bytes + 1 / max(made.trial.ratio, 1e-9)
     lost = made.trial.drop.value if made.trial.drop and budget.max_drop is None else 0.0
     return max((ratio for ratio, _ in over.values()), default=0.0), lost, gain
-
-
-@contextmanager
-def _workspace(output: Path) -> Iterator[Path]:
-    """A folder beside the output for candidates; it is removed whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.work.", dir=output.absolute().parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -87,14 +87,9 @@ def _public(note: str, model: Model, bench: Bench) -> str:
 
 
 def _certainty(best: Made) -> Iterator[str]:
-    """What an interval of no width means: no sample changed, so no resample differs.
-
-    Of n samples without a change, at most a share 1 - (1 - confidence)^(1/n) of all changes
-    (the exact binomial bound; about 3/n at 95 %).
-    """
+    """What an interval of no width means: no sample changed, so no resample differs."""
     drop = best.trial.drop
-    if drop is not None and drop.samples and drop.low == drop.high == drop.value == 0:
-        most = 1 - (1 - drop.confidence) ** (1 / drop.samples)
+    if drop is not None and (most := drop.unseen) is not None:
         yield (
             f"none of {drop.samples} samples changed the metric, so its interval is [0, 0]; with "
             f"{drop.confidence:.0%} confidence at most {most:.2%} of all samples would change"

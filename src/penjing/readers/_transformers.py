@@ -27,6 +27,8 @@ __all__ = ["build", "check_config", "choose", "empty", "read_tokenizer"]
 
 _CODE = ("auto_map", "_target_", "custom_pipelines", "use_timm_backbone", "use_pretrained_backbone")
 _LARGEST = 2**31
+# Spaces, signs, digits, capitals and accents, which splitters of words treat in their own ways.
+_TEXTS = ("Hello  world, it's 3.14!", "naïve_CamelCase  \n\tÉcole #42 日本語", "don't a-b/c")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _FAMILIES = {
     "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -218,10 +220,16 @@ def read_tokenizer(folder: Path) -> Any:
     settings = folder / "tokenizer_config.json"
     if settings.exists() and (table := read_json(settings)):
         _cleaned(table, 1, settings)
+    options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+        if (folder / "tokenizer.json").exists():
+            # For some kinds of model the library puts its own splitting of words in the place of
+            # the file's.
+            own = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+            if any(own(t).input_ids != found(t).input_ids for t in _TEXTS):
+                return own
+        return found
     except Exception as error:
         # The tokenizer library raises bare Exceptions.
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -71,6 +71,12 @@ def drop(result: Result) -> str:
             f"{show(drop.high)}, is above the {show(allowed)} allowed: on other data of this kind "
             "the drop may be larger than asked.</p>"
         )
+    elif (unseen := drop.unseen) is not None:
+        tone = ' class="warn"' if allowed is not None and unseen > allowed else ""
+        judged = (
+            f"<p{tone}>No sample changed, so the interval has no width. With {share} confidence at "
+            f"most {100 * unseen:.2g}\u00a0% of all samples would change.</p>"
+        )
     elif allowed is not None and drop.high <= allowed:
         judged = f"<p>The whole interval lies within the {show(allowed)} allowed.</p>"
     elif allowed is not None:

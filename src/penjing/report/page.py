@@ -94,7 +94,7 @@ def _drop_words(result: Result) -> tuple[str, str]:
     worse = drop_amount(abs(drop.value), drop.relative, percent)
     metric = safe(result.metric, 60)
     if float(f"{drop.value:.4g}") == 0:
-        clause = f"{metric} is unchanged"
+        clause = f"{metric} is unchanged on these samples"
     elif drop.relative:
         clause = f"{metric} is {worse} {'worse' if drop.value > 0 else 'better'}"
     else:
@@ -167,7 +167,7 @@ def _asked(result: Result) -> str:
     within = budget.get("within")
     if isinstance(within, int | float) and finite(within):
         known.add("within")
-        parts.append(f"found within {milliseconds(1e3 * within)}")
+        parts.append(f"{milliseconds(1e3 * within)} of search")
     rest = {k: v for k, v in budget.items() if k not in known and v is not None}
     parts += [
         f"{safe(k, 60)} {DASH if isinstance(v, float) and not finite(v) else safe(v, 100)}"
@@ -213,9 +213,9 @@ def _table(result: Result) -> str:
         for name, of in (("Latency, median", "median"), ("Latency, p95", "p95")):
             a, b = getattr(old, of), getattr(new, of)
             label = f'{name} <span class="soft small">{call(new)}</span>'
-            rows.append(
-                row(label, milliseconds(a), milliseconds(b), ratio(a, b), ("faster", "slower"))
-            )
+            # A ratio of two tails is noise.
+            factor = ratio(a, b) if of == "median" else None
+            rows.append(row(label, milliseconds(a), milliseconds(b), factor, ("faster", "slower")))
     a, b = before.throughput_per_second, after.throughput_per_second
     if a is not None or b is not None:
         rows.append(

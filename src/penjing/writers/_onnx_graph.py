@@ -12,9 +12,12 @@ import contextlib
 import hashlib
 import io
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -206,7 +209,7 @@ def _traced(model: Model) -> onnx.ModelProto:
         names, outputs = list(model.example), ["output"]
         axes = {0: "batch"} if model.interface in ("image", "tensor") or model.is_image else None
         shapes = (tuple(axes or {0: "batch", 1: "length"} for _ in names),)
-    with _without_fake_quantization(model), _silence(), torch.no_grad():
+    with _uninterrupted(), _without_fake_quantization(model), _silence(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 wrapper,
@@ -298,6 +301,32 @@ def _without_fake_quantization(model: Model) -> Iterator[None]:
     finally:
         for module, hooks in held:
             module._forward_pre_hooks.update(hooks)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the end; a second one is let through.
+
+    An exception out of the tracer's dispatcher made torch crash.
+    """
+    held: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def hold(number: int, _: FrameType | None) -> None:
+        held.append(number)
+        signal.signal(number, handlers[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(kind) is not None:  # one that was not set from Python
+                handlers[kind] = signal.signal(kind, hold)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for caught in held:
+            signal.raise_signal(caught)
 
 
 @contextlib.contextmanager

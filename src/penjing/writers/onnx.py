@@ -81,7 +81,7 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
             f"ONNX cannot express {lines[0]}",
             got=f"{len(lines)} such" if len(lines) > 1 else None,
             allowed="codes of one weight each, in groups of multiples of 16 or the whole row",
-            next="use the runtime packed, which runs every scheme, or quantize with another",
+            next="quantize with another scheme, or load the artifact in Python: it runs all",
         )
     proto = float_graph(model)
     turned = turn_constants(proto)

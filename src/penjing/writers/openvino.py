@@ -35,7 +35,7 @@ from penjing.rotation import Rotation
 from penjing.writers._onnx_graph import float_graph
 from penjing.writers._onnx_uses import find_uses
 
-__all__ = ["Weight", "compress", "weights_of", "write"]
+__all__ = ["Weight", "check", "compress", "weights_of", "write"]
 
 # Stored width -> the type that holds it; a code of 3 bits is stored in 4, of 5 to 7 in 8.
 _WIDTHS = (1, 2, 4, 8)
@@ -74,6 +74,18 @@ def weights_of(model: Model) -> list[Weight]:
     ]
 
 
+def check(model: Model) -> list[str]:
+    """What of `model` this writer cannot express, a line each; empty when it can all."""
+    lines = [
+        f"{name}: {planes.kind}"
+        for name, planes in model.planes.items()
+        if planes.tables is not None or max(planes.bits) > 8
+    ]
+    if model.interface == "causal":
+        lines.append("a decoder with a KV cache")
+    return lines
+
+
 def write(model: Model, folder: Path) -> None:
     """Write `folder/model.xml` and `folder/model.bin`.
 
@@ -85,15 +97,11 @@ def write(model: Model, folder: Path) -> None:
         ExportError: a quantized weight is not in the float graph.
     """
     ov = require()
-    for name, planes in model.planes.items():
-        if planes.tables is not None or max(planes.bits) > 8:
-            raise UsageError(
-                f"{name} for OpenVINO", got=planes.kind, allowed="planes of at most 8 bits"
-            )
-    if model.interface == "causal":
+    if lines := check(model):
         raise UsageError(
-            "OpenVINO export of a decoder with KV cache is not there yet",
-            got=model.source.path,
+            f"OpenVINO cannot express {lines[0]}",
+            got=f"{len(lines)} such" if len(lines) > 1 else None,
+            allowed="encoders and image networks; planes of at most 8 bits",
             next="export --to onnx",
         )
     graph = float_graph(model)
