@@ -186,3 +186,17 @@ def test_a_rotated_network_is_stored_loaded_and_exported(
     for target in ("gguf", "compressed-tensors"):
         lines = lookup("writers", target, "check")(again)
         assert target == "gguf" or "rotated" in lines[0]
+
+
+def test_pictures_are_probed_within_what_was_calibrated() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    model = Model(module, "tensor", {"x": x}, Source("factory", "tiny", "0"))
+    images = [{"x": torch.rand(4, 3, 8, 8)}]  # 0 to 1
+    step = Quantize(8, symmetric=True, activations=8, method="rtn")
+    edited = apply(model, Recipe((step,)), images).model
+    assert min(float(b["x"].min()) for b in probes(model)) < -1
+    for batch in probes(edited):
+        assert float(batch["x"].min()) >= -0.01
+        assert float(batch["x"].max()) <= 1.01

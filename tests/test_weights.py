@@ -358,3 +358,19 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, verb: str, suffix: str) -> N
     assert "cannot write" in done.stdout
     assert done.stdout.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["in.npy"]
+
+
+def test_targets_of_a_file(tmp_path: Path) -> None:
+    path, out = tmp_path / "two.npz", tmp_path / "out.npz"
+    random = np.random.default_rng(0)
+    arrays = {n: random.standard_normal((8, 8)).astype(np.float32) for n in ("a.weight", "b")}
+    np.savez(path, **arrays)
+    found = prune_file(path, out, 0.5, targets=("a.*",))
+    stored = np.load(out)
+    assert (stored["a.weight"] == 0).sum() == 32
+    assert np.array_equal(stored["b"], arrays["b"])
+    assert {"name": "b", "why": "no target"} in found["skipped"]
+    with pytest.raises(InputError, match="match no tensor"):
+        prune_file(path, out, 0.5, targets=("c",), overwrite=True)
+    quantize_file(path, tmp_path / "q.npz", 8, targets=("b",))
+    assert np.array_equal(np.load(tmp_path / "q.npz")["a.weight"], arrays["a.weight"])

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from penjing.errors import ExportError, UsageError
+from penjing.graph import is_weighted
 from penjing.load import load
 from penjing.model import Batch, Model
 from penjing.registry import choices, lookup
@@ -190,13 +191,24 @@ def _runner(model: Model, target: str, path: Path, threads: int) -> Callable[[Ba
 
 def probes(model: Model, seed: int = 0) -> Iterator[Batch]:
     """The example, then four random batches of other sizes."""
-    yield model.example
+    yield {name: _within(model, x) for name, x in model.example.items()}
     random = torch.Generator().manual_seed(seed)
     for rows, length in _SHAPES:
         if model.interface in ("embedding", "classifier", "causal") and not model.is_image:
             yield _text(model, rows, length, random)
         else:
-            yield {name: _like(x, rows, random) for name, x in model.example.items()}
+            batch = {name: _like(x, rows, random) for name, x in model.example.items()}
+            yield {name: _within(model, x) for name, x in batch.items()}
+
+
+def _within(model: Model, x: torch.Tensor) -> torch.Tensor:
+    """Pictures as the first convolution was calibrated on: others are cut, or not, at its end."""
+    layers = ((path, m) for path, m in model.module.named_modules() if is_weighted(m))
+    path, layer = next(layers, ("", model.module))
+    found = model.activations.get(path)
+    if found is None or not found.scale or not isinstance(layer, nn.Conv2d) or x.ndim != 4:
+        return x
+    return x.clamp(-found.zero_point * found.scale, (255 - found.zero_point) * found.scale)
 
 
 def _like(x: torch.Tensor, rows: int, random: torch.Generator) -> torch.Tensor:

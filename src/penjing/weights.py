@@ -11,7 +11,8 @@ How a quantized weight is stored: `penjing.packed`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def prune_file(
     *,
     criterion: str | Callable[..., Tensor] = "magnitude",
     pattern: str | None = None,
+    targets: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Set the least important weights of a file to zero; shapes and dtypes stay.
@@ -48,6 +50,7 @@ def prune_file(
         sparsity: fraction removed of each tensor, 0 to 1 or `50%`.
         criterion: name or callable `score(weight [out, in], stats)`; there are no stats here.
         pattern: `n:m`, n of every m consecutive inputs stay; sets the sparsity.
+        targets: globs of tensor names; without any, every matrix.
         overwrite: replace an output that exists.
 
     Returns:
@@ -62,7 +65,7 @@ def prune_file(
     path, output = _checked(path, output, overwrite)
     loaded = weightfiles.read(path)
     _refuse_quantized(loaded, path)
-    edited, skipped = _targets(loaded.tensors, path, "prune")
+    edited, skipped = _targets(loaded.tensors, path, "prune", targets)
     entries = []
     result = dict(loaded.tensors)
     done: dict[Any, Tensor] = {}
@@ -107,6 +110,7 @@ def quantize_file(
     method: str | Callable[..., IntegerPlanes] = "rtn",
     dequantize: bool = False,
     symmetric: bool = False,
+    targets: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Store the weights of a file as integers with scale and shift.
@@ -120,6 +124,7 @@ def quantize_file(
         dequantize: write floats of the original dtypes: of a file that is quantized already,
             or as they come back from quantizing this one.
         symmetric: the zero point is fixed at 2**(bits - 1).
+        targets: globs of tensor names; without any, every matrix.
         overwrite: replace an output that exists.
 
     Returns:
@@ -147,7 +152,7 @@ def quantize_file(
     if dequantize and weightfiles.DESCRIPTION in loaded.extra:
         return dequantize_file(path, output, overwrite=overwrite)
     _refuse_quantized(loaded, path)
-    edited, skipped = _targets(loaded.tensors, path, "quantize")
+    edited, skipped = _targets(loaded.tensors, path, "quantize", targets)
     result = {name: t for name, t in loaded.tensors.items() if name not in edited}
     described: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
@@ -273,7 +278,7 @@ def _refuse_quantized(loaded: Tensors, path: Path) -> None:
 
 
 def _targets(
-    tensors: Mapping[str, Tensor], path: Path, verb: str
+    tensors: Mapping[str, Tensor], path: Path, verb: str, targets: Sequence[str] = ()
 ) -> tuple[list[str], list[dict[str, str]]]:
     """Names to edit, and the others with the reason; NaN and infinities refused by name."""
     floats = []
@@ -288,9 +293,20 @@ def _targets(
                 f"tensor {name} of {path} has NaN or infinite values", next="repair the weights"
             )
         floats.append(name)
-    edited = [name for name in floats if tensors[name].ndim >= 2] or floats
+    wanted = [n for n in floats if not targets or any(fnmatchcase(n, t) for t in targets)]
+    if floats and not wanted:
+        raise InputError(
+            f"the targets match no tensor of {path}", got=", ".join(targets),
+            allowed=f"globs of names such as {floats[0]}",
+        )  # fmt: skip
+    edited = [name for name in wanted if tensors[name].ndim >= 2] or wanted
     skipped += [
-        {"name": name, "why": "fewer than two dimensions (a bias or a norm)"}
+        {
+            "name": name,
+            "why": "fewer than two dimensions (a bias or a norm)"
+            if name in set(wanted)
+            else "no target",
+        }
         for name in floats
         if name not in set(edited)
     ]

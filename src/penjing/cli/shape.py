@@ -80,6 +80,7 @@ def prune(
             sparsity,
             criterion=criterion or "magnitude",
             pattern=pattern,
+            targets=targets,
             overwrite=overwrite,
         )
         show_file(found, output, as_json)
@@ -250,6 +251,7 @@ def quantize(
             method=method or "rtn",
             dequantize=dequantize,
             symmetric=bool(symmetric),
+            targets=targets,
             overwrite=overwrite,
         )
         show_file(found, output, as_json)

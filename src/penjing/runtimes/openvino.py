@@ -97,5 +97,5 @@ def open(path: Path, *, threads: int) -> Session:
         return Session(file, threads)
     except ImportError as error:
         raise UsageError(
-            "OpenVINO is not installed", next="pip install 'penjing[openvino]'"
+            "OpenVINO cannot be imported", got=error, next="pip install 'penjing[openvino]'"
         ) from error

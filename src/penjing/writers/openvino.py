@@ -123,7 +123,7 @@ def require() -> Any:
         import openvino
     except ImportError as error:
         raise UsageError(
-            "OpenVINO is not installed", next="pip install 'penjing[openvino]'"
+            "OpenVINO cannot be imported", got=error, next="pip install 'penjing[openvino]'"
         ) from error
     return openvino
 
