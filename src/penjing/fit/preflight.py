@@ -28,6 +28,7 @@ from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers import rtn
 from penjing.recipe import ActivationRange
 from penjing.registry import lookup
+from penjing.runtimes._worker import settle
 from penjing.writers._onnx_blocks import place
 from penjing.writers._onnx_edit import Graph
 from penjing.writers._onnx_integer import Layer, place_matrices
@@ -184,6 +185,7 @@ def _measure(
                 start = time.perf_counter()
                 session.run(batch)
                 calls[name].append(time.perf_counter() - start)
+                settle()
             rounds += 1
     return {
         name: 1e6 * float(np.median(calls[name])) / len(weights) if name in calls else None

@@ -26,7 +26,7 @@ import numpy as np
 
 from penjing.errors import InputError, PenjingError
 
-__all__ = ["main", "peak_memory", "receive", "send"]
+__all__ = ["main", "peak_memory", "receive", "send", "settle"]
 
 _HEADER_LIMIT = 1 << 24
 
@@ -83,7 +83,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _rest(seconds: float = 0.5) -> None:
+def settle(seconds: float = 0.5) -> None:
     """Wait until this process's threads are asleep, `seconds` at the most.
 
     A runtime's threads spin for work after a call, far longer than a call may take, and on a
@@ -117,7 +117,7 @@ def _answer(
             start = time.perf_counter()
             state["session"].run(state["inputs"])
             seconds.append(time.perf_counter() - start)
-        _rest()
+        settle()
         return {"seconds": seconds}, {}
     if verb == "memory":
         return {"peak": peak_memory()}, {}
