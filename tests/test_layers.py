@@ -22,7 +22,7 @@ LAYERS = [
      "equalize", "patches", "tensorsets"],
     ["criteria", "quantizers", "losses", "observers", "neurons", "kernels"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
-    ["edits", "calls", "channels", "residual"],
+    ["edits", "batching", "calls", "channels", "residual"],
     ["calibrate", "tasks"],
     ["steps", "readers", "writers", "runtimes"],
     ["load"],

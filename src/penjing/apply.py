@@ -22,6 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from penjing.batching import rebatched
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import pack, perform, unpack
 from penjing.errors import InputError
@@ -66,7 +67,9 @@ def apply(
     Args:
         model: stays as it is.
         recipe: steps in order.
-        batches: calibration batches; may be empty for steps that need none.
+        batches: calibration batches; may be empty for steps that need none. Sums over them are
+            of batches of our own making, see `penjing.batching`; a step on the whole network
+            gets them as they are.
         original: what `recover` distils from; `model` when None.
         journal: folder for finished units, to go on from after a kill.
 
@@ -74,7 +77,10 @@ def apply(
         InputError: unusable data, or a journal of another run.
     """
     result = Applied(model.copy())
-    with _journal(journal, model, original or model, recipe, batches) as log:
+    # The same samples in any batches: the same journal, and the same bytes.
+    own = rebatched(model, batches) if batches else []
+    given = batches if any(step.scope == "model" for step in recipe.steps) else own
+    with _journal(journal, model, original or model, recipe, given) as log:
         for number, step in enumerate(recipe.steps):
             if step.scope == "model":
                 edits = log.read(number, "whole")
@@ -86,10 +92,10 @@ def apply(
                 _make(result, step.name, edits)
                 continue
             _check_targets(step.name, getattr(step, "targets", ()), result.model)
-            stream = Stream(result.model, batches) if batches and step.needs else None
+            stream = Stream(result.model, own) if own and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
-                reference = Stream(result.model.copy(), batches)
+                reference = Stream(result.model.copy(), own)
             units = list(units_of(result.model, stream))
             for unit in track(units, step.name):
                 edits = log.read(number, unit.name)
@@ -99,9 +105,9 @@ def apply(
                     _seed(recipe, number, unit.name)
                     chosen = step.layers(unit)
                     unit.reference = reference
-                    for own in (stream, reference):
-                        if own is not None and unit.index is not None and chosen:
-                            own.enter(unit.index)
+                    for one in (stream, reference):
+                        if one is not None and unit.index is not None and chosen:
+                            one.enter(unit.index)
                     edits = []
                     if getattr(step, "staged", False):
                         # Its later layers are calibrated on its earlier edits.
@@ -117,7 +123,7 @@ def apply(
                     log.write(number, unit.name, edits)
                 if edits and unit.name == "front" and stream is not None:
                     # What enters the first block has changed.
-                    stream = Stream(result.model, batches)
+                    stream = Stream(result.model, own)
                     for later in units:
                         later.stream = stream
     return result
