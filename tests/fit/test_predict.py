@@ -169,3 +169,12 @@ def test_memory_as_a_line_over_size(bert: Maker) -> None:
     choice = uniform(model, "fp32", "fp32")
     predictor.correct(choice, 10_000_000, 1.0, 80_000_000)
     assert predictor.size_within(95e6) == pytest.approx(20e6)
+
+
+def test_the_mlp_is_two_thirds_of_a_block_and_the_heads_one(bert: Maker) -> None:
+    predictor = predictor_of(bert(2))
+    for figure in (predictor.block_size, predictor.block_latency):
+        whole = figure(0, 1.0, "int8")
+        # A quarter of 2/3, and half of 1/3.
+        assert figure(0, 0.25, "int8") == pytest.approx(whole * (1 / 6 + 1 / 3))
+        assert figure(0, 1.0, "int8", 0.5) == pytest.approx(whole * (2 / 3 + 1 / 6))
