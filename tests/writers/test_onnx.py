@@ -1,6 +1,11 @@
 import collections
 import dataclasses
+import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -455,14 +460,52 @@ def test_an_interrupt_waits_until_the_tracer_is_done() -> None:
     done = []
 
     def work(signals: int) -> None:
-        with graphs._uninterrupted():
-            for _ in range(signals):
-                signal.raise_signal(signal.SIGINT)
-            done.append(signals)
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        done.append(signals)
 
     with pytest.raises(KeyboardInterrupt):
-        work(1)
-    with pytest.raises(KeyboardInterrupt):
-        work(2)  # whoever asks twice is heard at once
+        graphs._aside(lambda: work(1))
     assert done == [1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):
+        graphs._aside(lambda: work(2))  # whoever asks twice is heard at once
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        graphs._aside(lambda: 1 / 0)
+    assert graphs._aside(lambda: threading.current_thread()) is not threading.main_thread()
+
+
+TRACES = """
+import os, signal, sys, threading, time
+from transformers import BertConfig, BertModel
+import torch
+from penjing.model import Model, Source
+from penjing.writers import _onnx_graph as graphs
+config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                    intermediate_size=32)
+ids = torch.ones(2, 8, dtype=torch.long)
+module = BertModel(config, add_pooling_layer=False).eval()
+example = {"input_ids": ids, "attention_mask": ids}
+model = Model(module, "embedding", example, Source("t", "t", ""))
+real = torch.onnx.export
+def export(*args, **more):
+    def shoot():
+        time.sleep(float(sys.argv[1]))
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=shoot, daemon=True).start()
+    return real(*args, **more)
+torch.onnx.export = export
+try:
+    graphs.float_graph(model)
+    time.sleep(20)  # traced before the signal came
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("after", ["0.2", "0.8", "1.6"])
+def test_an_interrupt_amid_the_tracer_does_not_crash(after: str) -> None:
+    done = subprocess.run([sys.executable, "-c", TRACES, after], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "interrupted\n"

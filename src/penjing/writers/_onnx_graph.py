@@ -12,12 +12,11 @@ import contextlib
 import hashlib
 import io
 import logging
-import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -209,9 +208,10 @@ def _traced(model: Model) -> onnx.ModelProto:
         names, outputs = list(model.example), ["output"]
         axes = {0: "batch"} if model.interface in ("image", "tensor") or model.is_image else None
         shapes = (tuple(axes or {0: "batch", 1: "length"} for _ in names),)
-    with _uninterrupted(), _without_fake_quantization(model), _silence(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
+
+    def trace() -> Any:
+        with torch.no_grad():
+            return torch.onnx.export(
                 wrapper,
                 inputs,
                 dynamo=True,
@@ -221,6 +221,10 @@ def _traced(model: Model) -> onnx.ModelProto:
                 dynamic_shapes=shapes,
                 verbose=False,
             )
+
+    with _without_fake_quantization(model), _silence():
+        try:
+            program = _aside(trace)
         except Exception as error:
             reason = str(error.__cause__ or error).strip().splitlines() or [""]
             raise ExportError(
@@ -303,30 +307,36 @@ def _without_fake_quantization(model: Model) -> Iterator[None]:
             module._forward_pre_hooks.update(hooks)
 
 
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the end; a second one is let through.
+def _aside(work: Callable[[], Any]) -> Any:
+    """What `work` gives, in a thread of its own.
 
-    An exception out of the tracer's dispatcher made torch crash.
+    Handlers of signals run in the main thread, and one that runs amid the tracer makes torch
+    crash, even if it only returns. An interrupt is raised when the work is done, a second at once.
     """
-    held: list[int] = []
-    handlers: dict[int, Any] = {}
+    made: Future[Any] = Future()
+    caught: BaseException | None = None
 
-    def hold(number: int, _: FrameType | None) -> None:
-        held.append(number)
-        signal.signal(number, handlers[number])
+    def run() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:
+            made.set_exception(error)
 
-    if threading.current_thread() is threading.main_thread():
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(kind) is not None:  # one that was not set from Python
-                handlers[kind] = signal.signal(kind, hold)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for caught in held:
-            signal.raise_signal(caught)
+    thread = threading.Thread(target=run, daemon=True)
+    started = False
+    while not made.done():
+        try:
+            if not started:
+                started = True
+                thread.start()
+            made.exception()
+        except (KeyboardInterrupt, SystemExit) as error:  # SIGTERM asks for an exit
+            if caught is not None:
+                raise
+            caught = error
+    if caught is not None:
+        raise caught
+    return made.result()
 
 
 @contextlib.contextmanager
