@@ -1,5 +1,7 @@
 """The OpenVINO session against numpy, and its errors."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +55,19 @@ def test_errors_are_typed(folder: Path, tmp_path: Path) -> None:
     (folder / "model.xml").write_text("<net")
     with pytest.raises(InputError, match="cannot read"):
         runtime.open(folder, threads=1)
+
+
+def test_an_interrupt_after_a_session_was_opened_is_an_interrupt(tmp_path: Path) -> None:
+    """OpenVINO leaves a stack for signal handlers in which Python's crash."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from penjing.runtimes import openvino as runtime\n"
+        "kept = runtime.open(Path(sys.argv[1]), threads=1)\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    x = ov.opset13.parameter([1, 4], dtype=np.float32, name="x")
+    ov.save_model(ov.Model([ov.opset13.relu(x)], [x]), tmp_path / "model.xml")
+    argv = [sys.executable, "-c", code, str(tmp_path / "model.xml")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

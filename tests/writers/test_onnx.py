@@ -1,11 +1,7 @@
 import collections
 import dataclasses
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -454,26 +450,6 @@ def test_attention_keeps_no_turn(tmp_path: Path) -> None:
     got = session.run(["output"], {n: x.numpy() for n, x in batch.items()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(got, model.run(batch).numpy(), atol=1e-5)
-
-
-def test_an_interrupt_waits_until_the_tracer_is_done() -> None:
-    done = []
-
-    def work(signals: int) -> None:
-        for _ in range(signals):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
-        done.append(signals)
-
-    with pytest.raises(KeyboardInterrupt):
-        graphs._aside(lambda: work(1))
-    assert done == [1]
-    with pytest.raises(KeyboardInterrupt):
-        graphs._aside(lambda: work(2))  # whoever asks twice is heard at once
-    assert done == [1]
-    with pytest.raises(ZeroDivisionError):
-        graphs._aside(lambda: 1 / 0)
-    assert graphs._aside(lambda: threading.current_thread()) is not threading.main_thread()
 
 
 TRACES = """

@@ -12,10 +12,8 @@ import contextlib
 import hashlib
 import io
 import logging
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,10 +206,9 @@ def _traced(model: Model) -> onnx.ModelProto:
         names, outputs = list(model.example), ["output"]
         axes = {0: "batch"} if model.interface in ("image", "tensor") or model.is_image else None
         shapes = (tuple(axes or {0: "batch", 1: "length"} for _ in names),)
-
-    def trace() -> Any:
-        with torch.no_grad():
-            return torch.onnx.export(
+    with _without_fake_quantization(model), _silence(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
                 wrapper,
                 inputs,
                 dynamo=True,
@@ -221,10 +218,6 @@ def _traced(model: Model) -> onnx.ModelProto:
                 dynamic_shapes=shapes,
                 verbose=False,
             )
-
-    with _without_fake_quantization(model), _silence():
-        try:
-            program = _aside(trace)
         except Exception as error:
             reason = str(error.__cause__ or error).strip().splitlines() or [""]
             raise ExportError(
@@ -305,38 +298,6 @@ def _without_fake_quantization(model: Model) -> Iterator[None]:
     finally:
         for module, hooks in held:
             module._forward_pre_hooks.update(hooks)
-
-
-def _aside(work: Callable[[], Any]) -> Any:
-    """What `work` gives, in a thread of its own.
-
-    Handlers of signals run in the main thread, and one that runs amid the tracer makes torch
-    crash, even if it only returns. An interrupt is raised when the work is done, a second at once.
-    """
-    made: Future[Any] = Future()
-    caught: BaseException | None = None
-
-    def run() -> None:
-        try:
-            made.set_result(work())
-        except BaseException as error:
-            made.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    started = False
-    while not made.done():
-        try:
-            if not started:
-                started = True
-                thread.start()
-            made.exception()
-        except (KeyboardInterrupt, SystemExit) as error:  # SIGTERM asks for an exit
-            if caught is not None:
-                raise
-            caught = error
-    if caught is not None:
-        raise caught
-    return made.result()
 
 
 @contextlib.contextmanager
