@@ -39,8 +39,8 @@ class _Stack(ctypes.Structure):
 def _signal_stack_kept() -> Iterator[None]:
     """Put this thread's stack for signal handlers back as it was.
 
-    The CPU plugin sets one of 10 kB on processors of every kind, in which Python's handlers do
-    not run: the next Ctrl-C ended the process with SIGSEGV.
+    Every plugin sets one of its own and, closed, puts back the one it found: with several, one
+    that is freed by then. The next Ctrl-C ended the process with SIGSEGV.
     """
     change = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
     was = _Stack()
