@@ -195,3 +195,11 @@ def test_sizes_below_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="batch"):
         measure_files([], example(4), batch=0)
     assert physical_cores() >= 1
+
+
+@pytest.mark.parametrize("value", ["1", "0", "no", ""])
+def test_threads_follow_the_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    free = physical_cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert physical_cores() == (1 if value == "1" else free)

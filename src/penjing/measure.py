@@ -78,8 +78,14 @@ class Measured:
 
 
 def physical_cores() -> int:
-    """Physical cores this process may use, at least 1; the default number of threads."""
+    """The default number of threads: physical cores this process may use, at least 1.
+
+    As torch does, never more than the environment's OMP_NUM_THREADS.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1 << 16
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked):
+        allowed = min(allowed, int(asked))
     return max(1, min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, allowed))
 
 

@@ -59,3 +59,17 @@ def test_a_drop_is_in_its_own_unit(
     drop = Drop(0.0491, 0.0444, 0.0538, 0.95, 521, relative)
     show_result(Result("t", metric, "onnxruntime", 1, side, side, drop, {}, True, None), tmp_path)
     assert text in capsys.readouterr().out.splitlines()
+
+
+def test_what_there_was_no_time_for_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side = Measurement(1000, 100, 80.0, Latency(1.0, 2.0, 1, None), 5000, None)
+    notes = ("fp32 in openvino: 3 ms", "no further candidate after 50 s: --within is 60 s")
+    show_result(
+        Result("t", "kl", "onnxruntime", 1, side, side, None, {}, True, None, notes=notes), tmp_path
+    )
+    out = capsys.readouterr().out
+    assert "1 thread\n" in out
+    assert notes[1] in out
+    assert notes[0] not in out

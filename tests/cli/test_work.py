@@ -47,6 +47,10 @@ def test_tables_that_stay_in_floats_are_named(bert: Path, tmp_path: Path) -> Non
     done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.stderr
     assert "tables of under 16,384 numbers stay in floats: embeddings.word_emb" in done.stderr
+    arguments = ["quantize", str(bert), "--bits", "8", "--method", "rtn"]
+    done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / "floats")])
+    assert "tables stay in floats" in done.stderr
+    assert "of the weights (embeddings.word_emb" in done.stderr
     assert "size of the folder" in done.stdout
     assert "tensors alone" in done.stdout
 

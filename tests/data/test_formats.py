@@ -92,7 +92,14 @@ BAD = {
     "deep.jsonl": (b"[" * 200_000 + b"\n", "line 1: not JSON"),
     "bytes.jsonl": (b'{"text": "\xff"}\n', "line 1: not JSON"),
     "column.jsonl": (b'{"body": "a", "kind": 1}\n', "no column 'text'; got body, kind"),
-    "later.jsonl": (b'{"text": "a"}\n{"body": "a"}\n', "line 2: no column 'text'"),
+    "later.jsonl": (
+        b'{"text": "a"}\n{"body": "a"}\n',
+        "line 2: no 'text' here, line 1 has one; got body; allowed: the same columns in every row",
+    ),
+    "unlabelled.jsonl": (
+        b'{"text": "a", "label": 1}\n{"text": "b"}\n',
+        "line 2: no 'label' here, line 1 has one",
+    ),
     "number.jsonl": (b'{"text": 5}\n', "line 1: text is not text; got int"),
     "null.jsonl": (b'{"text": "a", "label": null}\n', "line 1: not a label; got None"),
     "half.jsonl": (b'{"text": "a", "label": 0.5}\n', "line 1: not a label; got 0.5"),

@@ -70,5 +70,5 @@ def test_an_interrupt_after_a_session_was_opened_is_an_interrupt(tmp_path: Path)
     x = ov.opset13.parameter([1, 4], dtype=np.float32, name="x")
     ov.save_model(ov.Model([ov.opset13.relu(x)], [x]), tmp_path / "model.xml")
     argv = [sys.executable, "-c", code, str(tmp_path / "model.xml")]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -18,7 +18,7 @@ from penjing.cli.options import (
     output_options,
     to_option,
 )
-from penjing.cli.work import is_bare, removed, show_file, small_tables, technique
+from penjing.cli.work import is_bare, removed, show_file, tables_in_floats, technique
 from penjing.errors import InputError, UsageError
 from penjing.scheme import Scheme
 
@@ -275,7 +275,7 @@ def quantize(
         symmetric=symmetric,
         rotate=rotate,
         targets=targets or None,
-        remarks=(lambda before, _: small_tables(before)) if embeddings else None,
+        remarks=lambda before, after: tables_in_floats(before, after, embeddings is not None),
         **options,
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from penjing.errors import printable
+from penjing.report.text import threads
 from penjing.result import show_drop
 from penjing.units import format_size, format_time
 
@@ -115,7 +116,7 @@ def show_inspection(found: Inspection, top: int | None = None) -> None:
     console.print(table)
     run = f"batch {found.batch}" + (f" x {found.length} tokens" if found.length else "")
     if total.macs is not None:
-        click.echo(f"measured at {run}, {found.threads} threads, in torch")
+        click.echo(f"measured at {run}, {threads(found.threads)}, in torch")
     if found.blocks:
         names = f"{found.blocks[0]} ... {found.blocks[-1]}"
         click.echo(f"blocks: {len(found.blocks)}, {printable(names)}")
@@ -159,7 +160,7 @@ def show_result(result: Result, output: Path) -> None:
     for row in rows:
         table.add_row(*(printable(cell) for cell in row))
     verdict = "within the budget" if result.met else "NOT within the budget"
-    click.echo(f"{verdict}; runtime {printable(result.runtime)}, {result.threads} threads")
+    click.echo(f"{verdict}; runtime {printable(result.runtime)}, {threads(result.threads)}")
     Console(width=None if Console().is_terminal else 100).print(table)
     drop = result.drop
     if drop is not None:
@@ -172,5 +173,8 @@ def show_result(result: Result, output: Path) -> None:
             f"{drop.confidence:.0%} interval {shown(drop.low)} to {shown(drop.high)}, "
             f"{drop.samples} samples"
         )
+    for note in result.notes:
+        if "--within" in note:  # what there was no time for
+            click.echo(printable(note, 200))
     page = output / "report.html"
     click.echo(f"report: {printable(page if page.is_file() else output, 600)}")

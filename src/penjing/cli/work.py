@@ -19,7 +19,7 @@ from penjing.units import format_size, format_time
 if TYPE_CHECKING:
     from penjing.model import Model
 
-__all__ = ["is_bare", "note", "removed", "show_file", "small_tables", "technique"]
+__all__ = ["is_bare", "note", "removed", "show_file", "tables_in_floats", "technique"]
 
 BARE = (".npy", ".npz", ".safetensors", ".pth", ".pt")
 
@@ -70,19 +70,28 @@ def removed(ratio: float, before: Model, after: Model) -> Iterator[str]:
         yield f"blocks left whole, nothing in them could be removed safely: {_several(whole)}"
 
 
-def small_tables(model: Model) -> Iterator[str]:
-    """The embedding tables that `--embeddings` leaves in floats."""
+def tables_in_floats(before: Model, after: Model, asked: bool) -> Iterator[str]:
+    """The embedding tables left in floats: small ones, or all if none were `asked` for."""
     from torch import nn
 
     from penjing.steps.quantize import SMALL_TABLE
 
-    named = model.module.named_modules()
-    tables = [
-        path for path, m in named
-        if isinstance(m, nn.Embedding) and m.weight.numel() < SMALL_TABLE
-    ]  # fmt: skip
-    if tables:
-        yield f"tables of under {SMALL_TABLE:,} numbers stay in floats: {_several(tables)}"
+    quantized = {id(after.module.get_parameter(name)) for name in after.planes}
+    tables = {
+        path: m.weight.numel()
+        for path, m in after.module.named_modules()
+        if isinstance(m, nn.Embedding) and id(m.weight) not in quantized
+    }
+    if asked:
+        tables = {path: count for path, count in tables.items() if count < SMALL_TABLE}
+    share = sum(tables.values()) / max(before.parameter_count, 1)
+    if tables and asked:
+        yield f"tables of under {SMALL_TABLE:,} numbers stay in floats: {_several([*tables])}"
+    elif share > 0.01:
+        yield (
+            f"tables stay in floats, {share:.0%} of the weights ({_several([*tables])}); "
+            "--embeddings BITS quantizes them"
+        )
 
 
 def _check_targets(model: Model, to: Sequence[str]) -> None:

@@ -42,7 +42,7 @@ def from_rows(
             kind, columns, target = _layout(row, text, label, f"{path} {place}")
         for column in columns if target is None else (*columns, target):
             if column not in row:
-                raise _missing(column, row, f"{path} {place}")
+                raise _missing(column, row, f"{path} {place}", first=places[0] if places else None)
         if target is None and label in row:
             raise InputError(f"{path} {place}: a label here, none at {places[0]}")
         texts = tuple(row[column] for column in columns)
@@ -85,7 +85,17 @@ def _layout(
     return kind, columns, None
 
 
-def _missing(column: str, row: Mapping[str, Any], where: str) -> InputError:
+def _missing(
+    column: str, row: Mapping[str, Any], where: str, *, first: str | None = None
+) -> InputError:
+    """`first` is a row that has the column."""
+    if first is not None:
+        return InputError(
+            f"{where}: no {column!r} here, {first} has one",
+            got=", ".join(map(str, row)) or "no columns",
+            allowed="the same columns in every row",
+            next=f"add its {column!r}, or take the row out",
+        )
     return InputError(
         f"{where}: no column {column!r}",
         got=", ".join(map(str, row)) or "no columns",

@@ -10,6 +10,7 @@ from penjing.errors import InputError
 from penjing.fit.preflight import formats, machine, predict
 from penjing.inspect import inspect, left_alone
 from penjing.model import Model
+from penjing.processor import weight_bits
 from penjing.units import format_size
 
 __all__ = ["preflight"]
@@ -61,6 +62,11 @@ def preflight(
         f"({format_size(here.memory_bytes)} free), {format_size(cost.disk_bytes)} of disk, "
         f"{cost.minutes:.1f} minutes; {here.processor}, {here.cores} cores"
     ]
+    if (bits := weight_bits()) < 8:
+        notes.append(
+            f"where 8-bit weights meet 8-bit inputs they have {bits} bits: this processor has no "
+            "VNNI, its sums of 8-bit products saturate"
+        )
     if alone := left_alone(model):
         more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""
         notes.append(f"left as they are, no step handles them: {', '.join(alone[:6])}{more}")

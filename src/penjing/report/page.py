@@ -31,6 +31,7 @@ from penjing.report.text import (
     ratio,
     safe,
     size,
+    threads,
 )
 from penjing.result import Measurement, Result
 
@@ -231,7 +232,6 @@ def _table(result: Result) -> str:
     rows.append(_quality_row(result, before, after, percent))
     version = result.versions.get(result.runtime)
     runtime = safe(result.runtime, 60) + (f" {safe(version, 40)}" if version else "")
-    threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
     return (
         '<section><h2>Before and after</h2><div class="box" tabindex="0" role="region" '
         'aria-label="Before and after"><table>'
@@ -240,7 +240,7 @@ def _table(result: Result) -> str:
         '<th scope="col" class="n">Change</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="soft small under">Before is the same network, unedited, exported in fp32 and '
-        f"measured in the same runtime in the same run: {runtime}, {threads}. "
+        f"measured in the same runtime in the same run: {runtime}, {threads(result.threads)}. "
         f"Task: {safe(result.task, 60)}.</p></section>"
     )
 

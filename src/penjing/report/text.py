@@ -31,6 +31,7 @@ __all__ = [
     "ratio",
     "safe",
     "size",
+    "threads",
 ]
 
 DASH = "–"
@@ -87,6 +88,11 @@ def count(value: float | None) -> str:
         if abs(value) >= step:
             return f"{value / step:,.1f}\u00a0{unit}"
     return f"{value:,.0f}"
+
+
+def threads(number: int) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} thread{'' if number == 1 else 's'}"
 
 
 def call(latency: Latency) -> str:
