@@ -12,7 +12,7 @@ ROOT = Path(penjing.__file__).parent
 LAYERS = [
     ["errors"],
     ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames",
-     "processor", "rotation"],
+     "processor", "rotation", "cache"],
     ["scales"],
     ["stored"],
     ["planes", "result"],

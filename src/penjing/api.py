@@ -42,6 +42,7 @@ from penjing.recipe import Recipe
 from penjing.registry import lookup
 from penjing.report import write as report
 from penjing.result import Result
+from penjing.steps.cache import Cache, check_decoder
 from penjing.steps.cut import Cut
 from penjing.steps.equalize import Equalize
 from penjing.steps.fold import Fold, has_norms
@@ -62,7 +63,7 @@ __all__ = [
 
 Place = str | os.PathLike[str]
 
-STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Recover)}
+STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Cache, Recover)}
 
 
 def _model(model: Model | Place) -> Model:
@@ -212,6 +213,7 @@ def quantize(
     embeddings: int | None = None,
     symmetric: bool | None = None,
     rotate: bool = False,
+    kv_cache: int | None = None,
     data: Dataset | Place | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
@@ -221,8 +223,12 @@ def quantize(
 
     Without a method: `gptq` with data, `rtn` without. With activations and no data, ranges are
     found at run time. Batch norms are folded into their convolutions first. Where this processor's
-    sums of byte products saturate, weights beside integer inputs have 7 of their 8 bits.
+    sums of byte products saturate, weights beside integer inputs have 7 of their 8 bits. `kv_cache`
+    is 8 or 4 bits of a decoder's keys and values; their ranges need data.
     """
+    if kv_cache is not None:
+        _need(data, "a KV cache in integers")
+        check_decoder(_model(model))
     if activations and bits == 8:
         bits = weight_bits()
     loaded = _model(model)
@@ -240,7 +246,9 @@ def quantize(
         scale_bits=scale_bits,
         rotate=rotate,
     )
-    steps = (Fold(), step) if has_norms(loaded) else (step,)
+    steps: tuple[Any, ...] = (Fold(), step) if has_norms(loaded) else (step,)
+    if kv_cache is not None:
+        steps += (Cache(kv_cache),)
     return apply(loaded, Recipe(steps, seed), data, **options)
 
 

@@ -256,6 +256,7 @@ def _key(model: Model, original: Model, recipe: Recipe, batches: Sequence[Batch]
     head = [recipe.to_toml(), model.source.fingerprint, original.source.fingerprint]
     head += [str(model.structure), str(sorted(model.planes)), str(sorted(model.masks))]
     head += [str(sorted((n, r.scale, r.zero_point) for n, r in model.activations.items()))]
+    head += [str(sorted((n, g.bits) for n, g in model.cache.items()))]
     head += [version("penjing"), torch.__version__]
     digest = hashlib.sha256(json.dumps(head).encode())
     # Two artifacts of one source differ in their weights only.

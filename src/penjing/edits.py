@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from penjing.cache import CacheGrid, attention_layers
 from penjing.errors import InputError
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
@@ -61,12 +62,20 @@ def perform(model: Model, edit: Edit) -> None:
             layer.register_forward_pre_hook(_quantize_input)
         layer.penjing_range = value  # type: ignore[assignment]
         model.activations[edit.path] = value
+    elif isinstance(value, CacheGrid):
+        _fits(model, edit.path, value)
+        model.cache[edit.path] = value
     elif isinstance(value, Patch):
         _patch(model, edit, value)
     else:
         touched: list[str] = []
         if edit.kind == "slice":
             touched = [s.path for s in value]  # type: ignore[union-attr]
+            if held := [p for p in model.cache if any(t.startswith(f"{p}.") for t in touched)]:
+                raise InputError(
+                    f"slice of {held[0]}, whose keys and values are quantized already",
+                    next="put cache last in the recipe",
+                )
         elif edit.kind == "fold":
             touched = [f"{edit.path}.weight"]
         elif edit.kind == "untie":
@@ -83,6 +92,16 @@ def _refuse_quantized(model: Model, kind: str, paths: list[str]) -> None:
                 f"{kind} of {path}, which is quantized already",
                 next="put quantize last in the recipe, or start from an unquantized model",
             )
+
+
+def _fits(model: Model, path: str, grid: CacheGrid) -> None:
+    if path not in attention_layers(model.module).values():
+        raise InputError("no attention with a cache", got=path, next="see penjing inspect")
+    config = getattr(model.module.get_submodule(path), "config", None)
+    names = ("num_key_value_heads", "num_attention_heads")
+    heads = next((n for name in names if (n := getattr(config, name, None))), None)
+    if heads is not None and len(grid.key_scale) != heads:
+        raise InputError(f"heads of the cache of {path}", got=len(grid.key_scale), allowed=heads)
 
 
 def replay(model: Model, structure: list[dict[str, Any]]) -> None:
@@ -187,7 +206,7 @@ def _drop(model: Model, path: str) -> None:
             return key
         return f"{prefix}.{int(number) - 1}{dot}{tail}"
 
-    for table in (model.masks, model.planes, model.activations):
+    for table in (model.masks, model.planes, model.activations, model.cache):
         kept = {new: v for key, v in table.items() if (new := moved(key)) is not None}
         table.clear()
         table.update(kept)  # type: ignore[arg-type]
@@ -306,6 +325,9 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
             entry["range"] = [value.scale, value.zero_point]
             if value.channels is not None:
                 tensors[f"{number}.channels"] = value.channels.contiguous()
+        elif isinstance(value, CacheGrid):
+            entry["cache"] = value.bits
+            tensors |= {f"{number}.{k}": t.contiguous() for k, t in value.tensors().items()}
         elif isinstance(value, tuple):
             entry["slices"] = [[s.path, s.dim, s.kept.tolist()] for s in value]
         elif isinstance(value, str):
@@ -337,6 +359,8 @@ def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
         elif "range" in entry:
             scale, zero = entry["range"]
             value = ActivationRange(scale, zero, own.get("channels"))
+        elif "cache" in entry:
+            value = CacheGrid(entry["cache"], **own)
         elif "slices" in entry:
             value = tuple(Slice(p, d, torch.tensor(k)) for p, d, k in entry["slices"])
         elif "norm" in entry:

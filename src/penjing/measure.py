@@ -159,7 +159,8 @@ def _decode(session: Remote, inputs: Arrays) -> dict[str, np.ndarray] | None:
     for name, shape in session.inputs().items():
         if name.startswith("past_key_values."):
             heads, width = shape[1], shape[3]  # [batch, heads, past, width]
-            made[name] = random.standard_normal((rows, heads or 1, length, width or 1), np.float32)
+            # Small and not negative: codes where the cache has integers.
+            made[name] = 2 * random.random((rows, heads or 1, length, width or 1), np.float32)
     if not made:
         return None
     mask = np.ones((rows, length + 1), np.int64)

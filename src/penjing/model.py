@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from penjing.cache import CacheGrid, rounding_cache
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange, Recipe
@@ -62,6 +63,7 @@ class Model:
         masks: kept connections by parameter path, bool, of the parameter's shape.
         planes: quantized weights by parameter path.
         activations: 8-bit input ranges by module path.
+        cache: how keys and values are stored, by path of an attention; empty for floats.
         structure: JSON-ready structural edits in the order made; replayed by readers.
         recipe: the steps that were applied since it was loaded.
     """
@@ -76,6 +78,7 @@ class Model:
     masks: dict[str, Tensor] = field(default_factory=dict)
     planes: dict[str, IntegerPlanes] = field(default_factory=dict)
     activations: dict[str, ActivationRange] = field(default_factory=dict)
+    cache: dict[str, CacheGrid] = field(default_factory=dict)
     structure: list[dict[str, Any]] = field(default_factory=list)
     recipe: Recipe | None = None
 
@@ -95,8 +98,10 @@ class Model:
         elif self.interface == "image" and self.source.kind == "factory":
             output = self.module(batch["pixel_values"])
         elif self.interface == "causal":
-            inputs = {name: batch[name] for name in self.example}
-            output = self.module(**inputs, use_cache=False)
+            inputs: dict[str, Any] = {name: batch[name] for name in self.example}
+            if self.cache:  # rounds keys and values, and keeps none
+                inputs["past_key_values"] = rounding_cache(self.module, self.cache, store=False)
+            output = self.module(**inputs, use_cache=bool(self.cache))
         else:
             output = self.module(**{name: batch[name] for name in self.example})
         if self.interface == "embedding":
@@ -128,7 +133,7 @@ class Model:
     def copy(self) -> Model:
         """An independent copy; the original of every experiment."""
         twin = copy.copy(self)
-        for name in ("module", "masks", "planes", "activations", "structure"):
+        for name in ("module", "masks", "planes", "activations", "cache", "structure"):
             setattr(twin, name, copy.deepcopy(getattr(self, name)))
         return twin
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import tomli_w
 from torch import Tensor
 
+from penjing.cache import CacheGrid
 from penjing.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["ActivationRange", "Edit", "Kind", "Patch", "Recipe", "Slice", "Step"]
 
 Kind = Literal[
-    "mask", "weight", "slice", "drop", "patch", "fold", "untie", "quantize", "activation", "left"
+    "mask",
+    "weight",
+    "slice",
+    "drop",
+    "patch",
+    "fold",
+    "untie",
+    "quantize",
+    "activation",
+    "cache",
+    "left",
 ]
 
 
@@ -98,7 +109,8 @@ class Edit:
             left: None, nothing changes at `path`, and `why` says why;
             fold: path of a batch norm that goes into the convolution at `path`;
             quantize: `IntegerPlanes` for the parameter;
-            activation: `ActivationRange` for the input of the module at `path`.
+            activation: `ActivationRange` for the input of the module at `path`;
+            cache: `CacheGrid` for the keys and values of the attention at `path`.
         path: dotted path of a parameter (mask, weight, quantize), or of a module.
         value: see `kind`.
         why: a clause for the report.
@@ -107,7 +119,16 @@ class Edit:
 
     kind: Kind
     path: str
-    value: Tensor | tuple[Slice, ...] | Patch | IntegerPlanes | ActivationRange | str | None
+    value: (
+        Tensor
+        | tuple[Slice, ...]
+        | Patch
+        | IntegerPlanes
+        | ActivationRange
+        | CacheGrid
+        | str
+        | None
+    )
     why: str
     note: Mapping[str, float] = field(default_factory=dict)
 

@@ -196,6 +196,9 @@ def cut(
     help="Bits of a stored scale.",
 )
 @click.option("--activations", type=click.IntRange(8, 8), help="8 for 8-bit layer inputs.")
+@click.option(
+    "--kv-cache", type=click.Choice(["8", "4"]), help="Bits of a decoder's keys and values."
+)
 @click.option("--embeddings", type=click.IntRange(2, 8), help="Bits of embedding tables.")
 @click.option("--method", type=Leaf("quantizers"), help="Default: gptq with data, rtn without.")
 @click.option("--symmetric/--asymmetric", default=None, help="Default: what the runtime wants.")
@@ -213,6 +216,7 @@ def quantize(
     codes: str,
     scale_bits: str,
     activations: int | None,
+    kv_cache: str | None,
     embeddings: int | None,
     method: str | None,
     symmetric: bool | None,
@@ -260,6 +264,8 @@ def quantize(
         raise UsageError("--dequantize is for bare weight files", next="leave it out")
     if rotate and (held := sorted(set(options["to"]) - set(_ROTATING))):
         raise UsageError("--rotate with --to", got=", ".join(held), allowed=", ".join(_ROTATING))
+    if kv_cache and (held := sorted(set(options["to"]) - {"onnx"})):
+        raise UsageError("--kv-cache with --to", got=", ".join(held), allowed="onnx")
     technique(
         lambda m, **more: _api().quantize(m, bits, **more),
         model,
@@ -272,6 +278,7 @@ def quantize(
         method=method,
         activations=activations,
         embeddings=embeddings,
+        kv_cache=int(kv_cache) if kv_cache else None,
         symmetric=symmetric,
         rotate=rotate,
         targets=targets or None,

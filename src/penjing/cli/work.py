@@ -158,6 +158,7 @@ def technique(
         shutil.rmtree(kept, ignore_errors=True)
     for line in remarks(loaded, done) if remarks else ():
         note(line)
+    cached = round(sum(grid.bytes_per_token for grid in done.cache.values()))
     found: dict[str, Any] = {
         "output": str(output),
         "size_bytes": folder_size(output),
@@ -177,5 +178,6 @@ def technique(
             "parameters": f"{count(found['parameters_before'])} -> {count(found['parameters'])}",
             "stored bits per weight": f"{found['stored_bits_per_weight']:.2f}, tensors alone",
         }
+        | ({"KV cache": f"{format_size(cached)} a token"} if cached else {})
         | ({"connections removed": count(found["zeros"])} if found["zeros"] else {})
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from penjing.cache import CacheGrid
 from penjing.edits import perform, replay
 from penjing.errors import InputError, UsageError
 from penjing.files import read_json, sha256
@@ -91,6 +92,7 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
         model.blocks = find_blocks(model.module) if model.interface != "weights" else ()
         replay(model, table["structure"])
         channels = {n: tensors.pop(f"{n}::channels", None) for n in table["activations"]}
+        grids = {n: _grid(n, b, tensors) for n, b in table.get("cache", {}).items()}
         quantized = {n: _planes(n, d, tensors) for n, d in table["planes"].items()}
         if planes is not None:
             quantized = _first(quantized, planes)
@@ -101,6 +103,8 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
         for name, (scale, zero) in table["activations"].items():
             value = ActivationRange(float(scale), int(zero), channels[name])
             perform(model, Edit("activation", name, value, "as stored"))
+        for name, grid in grids.items():
+            perform(model, Edit("cache", name, grid, "as stored"))
         model.blocks = tuple(table["blocks"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -108,6 +112,12 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
     if model.interface in ("embedding", "classifier", "causal"):
         model.tokenizer = read_tokenizer(path / "assets") if assets else None
     return model
+
+
+def _grid(name: str, bits: int, tensors: dict[str, Tensor]) -> CacheGrid:
+    prefix = f"{name}::"
+    own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+    return CacheGrid(bits, **own)
 
 
 def _planes(name: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerPlanes:

@@ -11,22 +11,21 @@ from onnx import helper
 
 from penjing.writers._onnx_edit import Graph
 
-__all__ = ["flatten_attention"]
+__all__ = ["after_turn", "before_turn", "flatten_attention", "shapes_of"]
 
 _TURN = [0, 2, 1, 3]  # batch, length, heads, width and back
 
 
 def flatten_attention(graph: Graph) -> None:
     """Take the turns away from every Attention that has them on all sides."""
-    values = [*graph.proto.graph.value_info, *graph.proto.graph.output]
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+    shapes = shapes_of(graph)
     for node in graph.nodes:
         # With more outputs it gives the keys and values of a cache, which are turned.
         if node.op_type != "Attention" or len(node.output) != 1 or len(node.input) > 4:
             continue
-        flat = [_flat(graph, name, shapes) for name in node.input[:3]]
+        flat = [before_turn(graph, name, shapes) for name in node.input[:3]]
         heads = [shapes.get(name, [0, 0])[1] for name in node.input[:3]]
-        end = _end(graph, node, shapes)
+        end = after_turn(graph, node, shapes)
         if None in flat or end is None or not all(heads) or heads[1] != heads[2]:
             continue
         node.input[:3] = [str(name) for name in flat]
@@ -37,7 +36,13 @@ def flatten_attention(graph: Graph) -> None:
         end.output[0] = graph.name("dead")
 
 
-def _flat(graph: Graph, name: str, shapes: dict[str, list[int]]) -> str | None:
+def shapes_of(graph: Graph) -> dict[str, list[int]]:
+    """Shape of each value that the tracer noted one of, 0 for a free size."""
+    values = [*graph.proto.graph.value_info, *graph.proto.graph.output]
+    return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+
+def before_turn(graph: Graph, name: str, shapes: dict[str, list[int]]) -> str | None:
     """What is reshaped and turned into `name`, [batch, length, heads * width]."""
     turn = graph.writer(name)
     if turn is None or not _is_turn(turn):
@@ -50,7 +55,9 @@ def _flat(graph: Graph, name: str, shapes: dict[str, list[int]]) -> str | None:
     return reshape.input[0] if whole else None
 
 
-def _end(graph: Graph, node: onnx.NodeProto, shapes: dict[str, list[int]]) -> onnx.NodeProto | None:
+def after_turn(
+    graph: Graph, node: onnx.NodeProto, shapes: dict[str, list[int]]
+) -> onnx.NodeProto | None:
     """The reshape that alone reads the turned output."""
     readers = graph.readers(node.output[0])
     if len(readers) != 1 or not _is_turn(readers[0]):

@@ -139,6 +139,8 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     for path, found in model.activations.items():
         if found.channels is not None:
             tensors[f"{path}::channels"] = found.channels.clone()
+    for path, grid in model.cache.items():
+        tensors |= {f"{path}::{part}": t.clone() for part, t in grid.tensors().items()}
     return tensors
 
 
@@ -169,6 +171,7 @@ def _structure(model: Model) -> dict[str, Any]:
         "structure": model.structure,
         "planes": {name: planes.describe() for name, planes in model.planes.items()},
         "activations": {n: [r.scale, r.zero_point] for n, r in model.activations.items()},
+        "cache": {name: grid.bits for name, grid in model.cache.items()},
         "masked": sorted(model.masks),
     }
 

@@ -35,6 +35,7 @@ def check(model: Model) -> list[str]:
         return [f"the model without its source {origin} as it was, whose tokenizer it needs"]
     lines = [f"{name}: not a tensor of llama" for name in model.state() if not name_of(name)]
     lines += [f"{path}: 8-bit inputs" for path in model.activations]
+    lines += [f"{path}: a KV cache in integers" for path in model.cache]
     for name, planes in model.planes.items():
         if reason := problem(planes):
             lines.append(f"{name}: {reason}")

@@ -15,6 +15,7 @@ from penjing.errors import ExportError, UsageError
 from penjing.model import Model
 from penjing.writers._onnx_attention import flatten_attention
 from penjing.writers._onnx_blocks import place, problem
+from penjing.writers._onnx_cache import place_cache
 from penjing.writers._onnx_edit import Graph
 from penjing.writers._onnx_graph import float_graph, turn_constants
 from penjing.writers._onnx_integer import Layer, place_kernels, place_matrices
@@ -52,6 +53,9 @@ def check(model: Model) -> list[str]:
         elif own is None or own.signed is None or own.rotation is not None:
             needed = "symmetric 8- or 7-bit weights, group 0, not rotated"
             lines.append(f"{path}: 8-bit inputs need {needed}")
+    for path, grid in model.cache.items():
+        if grid.key_scale.shape[1] % 8 or grid.key_scale.shape != grid.value_scale.shape:
+            lines.append(f"{path}: a KV cache in integers of heads that are no multiple of 8 wide")
     return lines
 
 
@@ -105,6 +109,7 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
         if graph.readers(node.input[0]) and graph.readers(node.output[0]):
             graph.nodes.insert(0, node)
             del graph.constants[node.output[0]]
+    place_cache(graph, model)
     flatten_attention(graph)
     _unfuse_residuals(graph)
     return graph.finish()
