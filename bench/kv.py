@@ -27,7 +27,7 @@ from penjing.statistics import paired_bootstrap
 from penjing.steps.cache import Cache
 from penjing.writers.onnx import write
 
-LENGTH, CALIBRATION, EVALUATION = 256, 16, 200
+LENGTH, CALIBRATION, EVALUATION = 256, 16, 100
 PASTS = (128, 1024, 4096)
 
 
@@ -92,7 +92,11 @@ def main() -> None:
         files.append(Candidate(path, "onnxruntime", model.parameter_count))
         off = losses(edited, evaluation) - base
         drop, low, high = paired_bootstrap(
-            base, base + off, lambda x: float(x.mean()), relative=False, higher_is_better=False
+            base[:, None],
+            (base + off)[:, None],
+            lambda x: float(x.mean()),
+            relative=False,
+            higher_is_better=False,
         )
         cached = sum(grid.bytes_per_token for grid in edited.cache.values())
         table.append([bits, f"{drop:+.4f} [{low:+.4f}, {high:+.4f}]", cached])

@@ -143,6 +143,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.BertTokenizer(
         str(network / "vocab.txt"), model_max_length=160
     ).save_pretrained(network)  # fmt: skip
+    decoder = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=64, max_position_embeddings=160,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(decoder).save_pretrained(folder / "my-decoder")
+    transformers.BertTokenizer(
+        str(network / "vocab.txt"), model_max_length=160
+    ).save_pretrained(folder / "my-decoder")  # fmt: skip
     random = np.random.default_rng(0)
 
     def line(label: int | None) -> str:
