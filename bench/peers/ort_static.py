@@ -34,12 +34,19 @@ _STRIDE = 40
 
 
 class Reader(CalibrationDataReader):
-    """Samples of a file, a part at a time."""
+    """Samples of a file, a part at a time.
+
+    Histograms are made of arrays of one shape: samples go by length, and those of a stride are cut
+    to its shortest.
+    """
 
     def __init__(self, path: str) -> None:
-        found = read(path)
-        whole = len(found) // _STRIDE * _STRIDE  # quantize_static wants whole strides
-        self.samples = found[:whole]
+        found = sorted(read(path), key=lambda sample: sample["input_ids"].shape[1])
+        self.samples: list[dict[str, np.ndarray]] = []
+        for start in range(0, len(found) // _STRIDE * _STRIDE, _STRIDE):  # whole strides alone
+            length = found[start]["input_ids"].shape[1]
+            stride = found[start : start + _STRIDE]
+            self.samples += [{n: x[:, :length] for n, x in one.items()} for one in stride]
         self.rest = iter(self.samples)
 
     def __len__(self) -> int:

@@ -53,7 +53,7 @@ def preflight(
     if cost.disk_bytes > here.disk_bytes:
         raise InputError(
             "the disk is too small for the candidates of a fit",
-            got=f"{format_size(here.disk_bytes)} free in {folder}",
+            got=f"{format_size(here.disk_bytes)} free in {folder.parent}",
             allowed=f"{format_size(cost.disk_bytes)} or more",
             next="free disk space or choose another -o",
         )
