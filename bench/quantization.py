@@ -154,6 +154,7 @@ def rows() -> dict[str, Quantize]:
         made[f"{bits} bits, plain gptq"] = integer(
             bits, f"{HERE / 'quantization.py'}:plain_gptq", **plain
         )
+        made[f"{bits} bits, awq"] = integer(bits, "awq")
         made[f"{bits} bits, gptq"] = integer(bits, "gptq")
         made[f"{bits} bits, gptq, rotated"] = integer(bits, "gptq", rotate=True)
     for codes, bits, group, scale in FAMILIES:

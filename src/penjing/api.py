@@ -225,6 +225,8 @@ def quantize(
     """
     if activations and bits == 8:
         bits = weight_bits()
+    if method == "awq":
+        _need(data, "quantize with the method awq")
     loaded = _model(model)
     step = Quantize(
         bits,

@@ -241,6 +241,8 @@ def quantize(
                 got=f"{codes}, scales of {scale_bits} bits" + ", rotated" * rotate,
                 allowed="integer, scales of 32 bits, not rotated",
             )
+        if method == "awq":
+            raise UsageError("method awq of a bare weight file", next="use the method clip")
         from penjing.weights import quantize_file
 
         found = quantize_file(
