@@ -205,7 +205,7 @@ def main(wanted: list[str]) -> None:
         table(found)
 
 
-def table(found: dict[str, list[float]]) -> None:
+def table(found: dict[str, list[Any]]) -> None:
     """All rows, in the order of `rows`, beside two methods at their nominal bits."""
     about = (__doc__ or "").split("\n\n")[2].split(" Every row")[0].replace("\n", " ")
     text = ["# Quantizing MiniLM-L6", "", about, ""]
@@ -222,7 +222,7 @@ def table(found: dict[str, list[float]]) -> None:
             ratios.append(f"{error / other[1]:.3f}" if other else "")
         text.append(
             f"| {name} | {bits:.2f} | {error:.5f} ± {half:.5f} | {' | '.join(ratios)} "
-            f"| {seconds:.0f} |"
+            f"| {'' if seconds is None else f'{seconds:.0f}'} |"
         )
     (HERE / "results" / "quantization-minilm.md").write_text("\n".join(text) + "\n")
 

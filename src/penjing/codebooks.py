@@ -104,7 +104,7 @@ def _trellis(bits: int) -> Tensor:
 
     Of the 2**bits entries that one walk can go on to there is one from each 2**bits-th part of
     the line, so that none of them is a choice between neighbours (Ungerboeck's rule for trellis
-    codes); with any order the error is 2 % (2 bits) to 7 % (4 bits) larger.
+    codes); with any order the error is 2 % (2 bits) to 8 % (4 bits) larger.
     """
     ways, nodes = 2**bits, 2 ** (TRELLIS - bits)
     words = hashlib.shake_256(f"penjing trellis {bits}".encode()).digest(16 * ways * nodes)

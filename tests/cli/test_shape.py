@@ -73,6 +73,10 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (("quantize", "{w}", "--method", "awq", "-o", "{d}/o.npy"), "clip"),
         (("quantize", "{w}", "--rotate", "-o", "{d}/o.npy"), "not rotated"),
         (("quantize", "{d}", "--rotate", "--to", "gguf", "-o", "{d}/o"), "onnx, openvino"),
+        (
+            ("quantize", "{d}", "--bits", "2", "--codes", "trellis", "--to", "onnx", "-o", "{d}/o"),
+            "no export",
+        ),
         (("quantize", "{d}", "--dequantize", "-o", "{d}/o"), "bare weight files"),
         (("quantize", "{w}", "--bits", "9", "-o", "{d}/o.npy"), "1<=x<=8"),
         (("shrink", "{w}", "--ratio", "0", "--data", "{w}", "-o", "{d}/o"), "0 < ratio < 1"),

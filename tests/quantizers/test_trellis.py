@@ -61,17 +61,19 @@ def test_the_tables(bits: int) -> None:
     assert (ways[:, 1:] >= edges - 0.5).all()
 
 
-# Of a random code of 12 bits whose walks bite their tails (QTIP, table 2), least error of any code.
+# Best scalar codes (Max, 1960); no code has less than 4**-bits. Two bits of a trellis have about
+# 0.07 (QTIP, section 3), of the lattice E8 0.09.
 @pytest.mark.parametrize(
-    ("bits", "paper", "bound"),
-    [(1, 0.2825, 0.25), (2, 0.0733, 0.0625), (3, 0.0198, 0.0156), (4, 0.0055, 0.0039)],
+    ("bits", "scalar", "wanted"),
+    [(1, 0.3634, 0.276), (2, 0.1175, 0.0715), (3, 0.03454, 0.0192), (4, 0.009497, 0.0051)],
 )
-def test_the_error_on_a_gaussian(bits: int, paper: float, bound: float) -> None:
-    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+def test_the_error_on_a_gaussian(bits: int, scalar: float, wanted: float) -> None:
+    weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
     planes = trellis.fit(weight, Scheme(bits, 0, True, "trellis", 16))
     error = float((planes.dequantize() - weight).square().mean() / weight.square().mean())
-    assert bound < error < 1.02 * paper
-    assert planes.stored_bits == pytest.approx(bits + 16 / 128)  # no table
+    assert 4**-bits < error < 0.8 * scalar
+    assert error == pytest.approx(wanted, rel=0.03)
+    assert planes.stored_bits == pytest.approx(bits + 16 / 64)  # no table
 
 
 def test_less_error_than_the_lattice_with_feedback_too() -> None:
@@ -85,7 +87,7 @@ def test_less_error_than_the_lattice_with_feedback_too() -> None:
 
     stats = SimpleNamespace(gram=gram)
     mine = error(trellis.fit(weight, Scheme(2, 0, True, "trellis"), stats))
-    assert mine < 0.5 * error(trellis.fit(weight, Scheme(2, 0, True, "trellis")))
+    assert mine < 0.6 * error(trellis.fit(weight, Scheme(2, 0, True, "trellis")))
     assert mine < 0.95 * error(e8.fit(weight, Scheme(2, 0, True, "e8"), stats))
     # A refit and a pass of coordinate descent after the feedback.
     assert mine < error(trellis.fit(weight, Scheme(2, 0, True, "trellis"), stats, rounds=0))
@@ -119,6 +121,11 @@ def test_packed_rows_know_the_rows_above(bits: int) -> None:
     assert torch.equal(packed.rows(slice(None)), whole)
     for rows in (slice(0, 3), slice(17, 31), torch.tensor([39, 0, 5, 5])):
         assert torch.equal(packed.rows(rows), whole[rows])
+
+
+def test_bits_that_it_has_not() -> None:
+    with pytest.raises(UsageError, match="1, 2, 3 or 4"):
+        trellis.fit(torch.ones(4, 12), Scheme(8))
 
 
 def test_a_group_that_splits_a_place() -> None:

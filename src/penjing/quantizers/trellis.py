@@ -167,10 +167,12 @@ def fit(weight: Tensor, scheme: Scheme, stats: Any = None, *, rounds: int = 1) -
 
     Raises:
         InputError: not a matrix of finite floats, or a Gram matrix of another width.
-        UsageError: a group that is no multiple of 4.
+        UsageError: other bits, or a group that is no multiple of 4.
     """
     weight = grids.check_weight(weight)
     out, inputs = weight.shape
+    if scheme.bits not in _START:
+        raise UsageError("bits of trellis codes", got=scheme.bits, allowed="1, 2, 3 or 4")
     bits = int(scheme.bits)
     if scheme.group % _WIDTH:
         raise UsageError("group of trellis codes", got=scheme.group, allowed="0 or a multiple of 4")
