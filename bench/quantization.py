@@ -154,6 +154,7 @@ def rows() -> dict[str, Quantize]:
         made[f"{bits} bits, plain gptq"] = integer(
             bits, f"{HERE / 'quantization.py'}:plain_gptq", **plain
         )
+        made[f"{bits} bits, awq"] = integer(bits, "awq")
         made[f"{bits} bits, gptq"] = integer(bits, "gptq")
         made[f"{bits} bits, gptq, rotated"] = integer(bits, "gptq", rotate=True)
     for codes, bits, group, scale in FAMILIES:
@@ -171,8 +172,8 @@ def rows() -> dict[str, Quantize]:
 FAMILIES = [
     ("binary", 1, 0, 16), ("e8", 1, 0, 16), ("e8", 1.5, 0, 16), ("ternary", 1.6, 0, 16),
     ("e8", 1.75, 0, 16), ("binary", 2, 0, 16), ("binary", 2, 0, 8), ("residual", 2, 64, 16),
-    ("additive", 2, 0, 16), ("e8", 2, 0, 16), ("e8", 2, 0, 8), ("power2", 2, 64, 16),
-    ("e8", 2.5, 0, 16), ("e8", 2.75, 0, 16), ("binary", 3, 0, 16), ("e8", 3, 0, 16),
+    ("additive", 2, 0, 16), ("e8", 2, 0, 16), ("e8", 2, 0, 8), ("trellis", 2, 0, 8),
+    ("power2", 2, 64, 16), ("e8", 2.5, 0, 16), ("e8", 2.75, 0, 16), ("binary", 3, 0, 16), ("e8", 3, 0, 16),
     ("ternary", 3.2, 0, 16), ("e8", 3.5, 0, 16), ("e8", 3.75, 0, 16), ("residual", 4, 64, 16),
 ]  # fmt: skip
 
@@ -204,7 +205,7 @@ def main(wanted: list[str]) -> None:
         table(found)
 
 
-def table(found: dict[str, list[float]]) -> None:
+def table(found: dict[str, list[Any]]) -> None:
     """All rows, in the order of `rows`, beside two methods at their nominal bits."""
     about = (__doc__ or "").split("\n\n")[2].split(" Every row")[0].replace("\n", " ")
     text = ["# Quantizing MiniLM-L6", "", about, ""]
@@ -221,7 +222,7 @@ def table(found: dict[str, list[float]]) -> None:
             ratios.append(f"{error / other[1]:.3f}" if other else "")
         text.append(
             f"| {name} | {bits:.2f} | {error:.5f} ± {half:.5f} | {' | '.join(ratios)} "
-            f"| {seconds:.0f} |"
+            f"| {'' if seconds is None else f'{seconds:.0f}'} |"
         )
     (HERE / "results" / "quantization-minilm.md").write_text("\n".join(text) + "\n")
 

@@ -19,7 +19,7 @@ LAYERS = [
     ["recipe"],
     ["model"],
     ["linalg", "grids", "masks", "meter", "statistics", "progress", "histogram", "migration",
-     "equalize", "patches", "tensorsets"],
+     "equalize", "norms", "patches", "tensorsets"],
     ["criteria", "quantizers", "losses", "observers", "neurons", "kernels"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
     ["edits", "batching", "calls", "channels", "residual"],

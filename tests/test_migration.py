@@ -109,7 +109,7 @@ def nearest(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 def test_awq_is_the_best_of_its_powers_on_the_data_themselves(seed: int) -> None:
     x, weight = inputs(seed)
     x, weights = x.double(), [weight, inputs(seed + 9)[1]]
-    found = activation_aware(x.T @ x / len(x), weights, nearest).double()
+    found = activation_aware([x.T @ x / len(x)] * 2, weights, nearest).double()
 
     def change(s: torch.Tensor) -> float:
         """Of the outputs, from data."""
@@ -128,8 +128,8 @@ def test_awq_is_the_best_of_its_powers_on_the_data_themselves(seed: int) -> None
 
 def test_awq_leaves_channels_of_one_size() -> None:
     weight = inputs()[1]
-    assert torch.equal(activation_aware(torch.eye(12) * 3, [weight], nearest), torch.ones(12))
-    assert torch.equal(activation_aware(torch.zeros(12, 12), [weight], nearest), torch.ones(12))
+    assert torch.equal(activation_aware([torch.eye(12) * 3], [weight], nearest), torch.ones(12))
+    assert torch.equal(activation_aware([torch.zeros(12, 12)], [weight], nearest), torch.ones(12))
 
 
 def test_awq_gives_the_gram_matrix_of_the_divided_input() -> None:
@@ -141,7 +141,7 @@ def test_awq_gives_the_gram_matrix_of_the_divided_input() -> None:
         seen.append((scaled, own))
         return scaled.round()
 
-    activation_aware(gram, [weight], note, steps=3)
+    activation_aware([gram], [weight], note, steps=3)
     for scaled, own in seen:
         s = (scaled / weight)[0]
         divided = x / s
@@ -152,14 +152,37 @@ def test_awq_gives_the_gram_matrix_of_the_divided_input() -> None:
 def test_awq_with_a_dead_input_and_bad_ones() -> None:
     x, weight = inputs()
     x[:, 3] = 0
-    found = activation_aware((x.T @ x).double(), [weight], nearest)
+    found = activation_aware([(x.T @ x).double()], [weight], nearest)
     assert found.isfinite().all()
     assert (found > 0).all()
     with pytest.raises(InputError, match="Gram matrix"):
-        activation_aware(torch.ones(3, 4), [torch.ones(2, 3)], nearest)
+        activation_aware([torch.ones(3, 4)], [torch.ones(2, 3)], nearest)
     with pytest.raises(InputError, match="weights"):
-        activation_aware(torch.eye(4), [torch.ones(2, 3)], nearest)
+        activation_aware([torch.eye(4)], [torch.ones(2, 3)], nearest)
     bad = torch.eye(3)
     bad[0, 1] = math.nan
     with pytest.raises(InputError, match="NaN"):
-        activation_aware(bad, [torch.ones(2, 3)], nearest)
+        activation_aware([bad], [torch.ones(2, 3)], nearest)
+
+
+def test_awq_of_columns_that_are_one_channel() -> None:
+    """Two heads of queries that read one head of values: as one layer of both halves' outputs."""
+    x, first = inputs()
+    second = inputs(4)[1]
+    pair = torch.cat([x, x], 1)
+    columns = torch.arange(12).repeat(2)
+    gram = (pair.T @ pair).double()
+    weight = torch.cat([first, second], 1)
+    found = activation_aware([gram], [weight], lambda w, _: w.round(), columns=[columns])
+    assert found.shape == (12,)
+    norm = x.square().mean(0).sqrt()
+    powers = [(norm ** (k / 20)) for k in range(20)]
+    scales = [p / p.log().mean().exp() for p in powers]
+
+    def change(s: torch.Tensor) -> float:
+        off = (weight * s.repeat(2)).round() / s.repeat(2) - weight
+        return float((pair @ off.T).square().sum())
+
+    assert change(found) == pytest.approx(min(change(s) for s in scales), rel=1e-3)
+    with pytest.raises(InputError, match="columns"):
+        activation_aware([gram], [weight], nearest, columns=[columns[:-1]])

@@ -186,7 +186,7 @@ def test_every_family_by_loops(name: str) -> None:
             elif planes.window == 1:
                 z = tables[k, codes[k, o, i // planes.dim], i % planes.dim]
             else:
-                past = [codes[k, o, i - late] if i >= late else 0 for late in range(planes.window)]
+                past = [codes[k, o - late, i] if o >= late else 0 for late in range(planes.window)]
                 z = tables[k, sum(c << (int(bits) * late) for late, c in enumerate(past)), 0]
             total += scale[k, o, i // 9] * z
         wanted[o, i] = total

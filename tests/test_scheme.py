@@ -7,11 +7,12 @@ from penjing.scheme import FAMILIES, Scheme
 
 GOOD = [
     ("integer", 8), ("binary", 1), ("residual", 3), ("ternary", 1.6), ("ternary", 3.2),
-    ("power2", 4), ("additive", 1.25), ("additive", 2), ("e8", 2), ("trellis", 1.5),
+    ("power2", 4), ("additive", 1.25), ("additive", 2), ("e8", 2), ("trellis", 2),
 ]  # fmt: skip
 BAD = [
     ("integer", 1), ("integer", 2.0), ("binary", 0), ("residual", 9), ("ternary", 2),
     ("power2", 5), ("additive", 1.3), ("additive", 4.125), ("e8", True), ("trellis", "2"),
+    ("trellis", 1.5),
 ]  # fmt: skip
 
 

@@ -231,6 +231,8 @@ def quantize(
         check_decoder(_model(model))
     if activations and bits == 8:
         bits = weight_bits()
+    if method == "awq":
+        _need(data, "quantize with the method awq")
     loaded = _model(model)
     step = Quantize(
         bits,

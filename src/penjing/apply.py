@@ -79,9 +79,11 @@ def apply(
     result = Applied(model.copy())
     # The same samples in any batches: the same journal, and the same bytes.
     own = rebatched(model, batches) if batches else []
-    given = batches if any(step.scope == "model" for step in recipe.steps) else own
+    # A step may begin with others, on the whole network.
+    steps = [one for step in recipe.steps for one in (*getattr(step, "before", ()), step)]
+    given = batches if any(step.scope == "model" for step in steps) else own
     with _journal(journal, model, original or model, recipe, given) as log:
-        for number, step in enumerate(recipe.steps):
+        for number, step in enumerate(steps):
             if step.scope == "model":
                 edits = log.read(number, "whole")
                 if edits is None:

@@ -2,23 +2,29 @@
 
 power2-b  2**b numbers: 0, then +1, -1, +2, -2, +4, ...: the last power has no minus
 e8-b      at most 2**b points of the lattice E8, doubled, around 0; zeros fill the rest
+trellis-b 4,096 numbers spread like a Gaussian, for b bits a weight and a window of 12 / b codes
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from penjing.errors import InputError
 
-__all__ = ["NAMES", "e8_index", "e8_orbits", "table"]
+__all__ = ["NAMES", "TRELLIS", "e8_index", "e8_orbits", "table"]
 
 # Of doubled coordinates: seven shells, 199,921 points.
 _MOST_NORM = 56
+# Bits of an entry of a trellis' table, and the size of its Gaussian: 4,096 of them within int8.
+TRELLIS = 12
+_SIZE = 34.0
 
 
 def _power2(bits: int) -> Tensor:
@@ -93,8 +99,28 @@ def _e8_keys(bits: int) -> tuple[Tensor, int]:
     return keys, int(ahead.cumprod(0).sum()) + 1
 
 
+def _trellis(bits: int) -> Tensor:
+    """Quantiles of a Gaussian at the middles of 4,096 equal shares, in a random order.
+
+    Of the 2**bits entries that one walk can go on to there is one from each 2**bits-th part of
+    the line, so that none of them is a choice between neighbours (Ungerboeck's rule for trellis
+    codes); with any order the error is 2 % (2 bits) to 8 % (4 bits) larger.
+    """
+    ways, nodes = 2**bits, 2 ** (TRELLIS - bits)
+    words = hashlib.shake_256(f"penjing trellis {bits}".encode()).digest(16 * ways * nodes)
+    drawn = np.frombuffer(words, "<u8").reshape(2, ways, nodes)
+    middle = (torch.arange(ways * nodes, dtype=torch.float64) + 0.5) / (ways * nodes)
+    values = torch.special.ndtri(middle).reshape(ways, nodes)
+    # Which of its part each node gets, then in which order.
+    values = values.gather(1, torch.from_numpy(drawn[0].argsort(1, kind="stable")))
+    values = values.gather(0, torch.from_numpy(drawn[1].argsort(0, kind="stable")))
+    rounded: Tensor = (_SIZE * values.T).round().to(torch.int8)  # [nodes, ways]
+    return rounded.reshape(-1, 1)
+
+
 _MAKERS = {f"power2-{bits}": functools.partial(_power2, bits) for bits in (2, 3, 4)}
 _MAKERS |= {f"e8-{bits}": functools.partial(_e8, bits) for bits in (8, 12, 14, 16)}
+_MAKERS |= {f"trellis-{bits}": functools.partial(_trellis, bits) for bits in (1, 2, 3, 4)}
 NAMES = tuple(_MAKERS)
 
 

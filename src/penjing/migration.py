@@ -12,7 +12,9 @@ input is multiplied so that its rounding counts less,
     argmin over a of  sum over layers of tr(E H E^T),  E = Q(W s) / s - W,  s_j = norm_j^a
 
 over the geometric mean. No multiplication is left at run time only where what makes the input can
-hold 1 / s: the weight of a norm, rows of a layer before that is linear up to there.
+hold 1 / s: the weight of a norm, rows of a layer before that is linear up to there
+(`penjing.channels`). One channel may be several columns of a matrix: the places of a kernel, the
+heads that share a head of values.
 """
 
 from __future__ import annotations
@@ -57,42 +59,67 @@ def divisors(peak: Tensor, weights: list[Tensor], alpha: float = 0.9, floor: flo
 
 
 def activation_aware(
-    gram: Tensor,
+    grams: Sequence[Tensor],
     weights: Sequence[Tensor],
     quantize: Callable[[Tensor, Tensor], Tensor],
     steps: int = 20,
+    columns: Sequence[Tensor] = (),
 ) -> Tensor:
-    """AWQ's divisors of the input channels, float32 [in], geometric mean 1.
+    """AWQ's divisors of the channels that some layers read, float32 [channels], geometric mean 1.
 
     Args:
-        gram: H [in, in], mean outer product of the input.
-        weights: [out, in] each, of every layer that reads the input.
+        grams: H [in, in] of each layer, mean outer product of its input.
+        weights: [out, in] of each layer.
         quantize: (W s, H over s by rows and columns) to what the stored weight is, [out, in].
         steps: powers a tried, 0 to 1 - 1 / steps. With 0 nothing is divided: of equals it wins,
             and no result has more error than it.
+        columns: int64 [in] of each layer, the channel that each column reads; its own number
+            without.
 
     Raises:
         InputError: widths that do not agree, or values that are not finite.
     """
-    gram = gram.double()
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise InputError("a Gram matrix", got=tuple(gram.shape), allowed="[in, in]")
-    norm = gram.diagonal().clamp_min(0).sqrt()
-    # Checks all widths, and that everything is finite.
-    best = torch.ones_like(divisors(norm, list(weights), 1.0, 0.0))
-    if not bool(torch.isfinite(gram).all()):
-        raise InputError("a Gram matrix has NaN or infinite values")
-    log, least = _log(norm), torch.inf
+    columns = columns or [torch.arange(w.shape[-1]) for w in weights]
+    _check(grams, weights, columns)
+    count = 1 + max(int(own.max()) for own in columns)
+    power, times = torch.zeros(count, dtype=torch.float64), torch.zeros(count)
+    for gram, own in zip(grams, columns, strict=True):
+        power.index_add_(0, own, gram.diagonal().double().clamp_min(0))
+        times.index_add_(0, own, torch.ones(len(own)))
+    log = _log((power / times.clamp_min(1)).sqrt())  # [channels]
+    # In units of the largest, so that float32 does; the sum over layers stays one of errors.
+    unit = max(float(g.diagonal().max()) for g in grams) or 1.0
+    held = [(gram.double() / unit).float() for gram in grams]
+    best, least = torch.ones(count), torch.inf
     for step in range(steps):
         ratio = log * (step / steps)
-        scale = (ratio - ratio.mean()).exp().float()  # [in]
-        seen, total = gram / torch.outer(scale, scale).double(), 0.0
-        for weight in weights:
-            off = (quantize(weight * scale, seen) / scale - weight).double()
-            total += float(((off @ gram) * off).sum())
+        scale = (ratio - ratio.mean()).exp().float()  # [channels]
+        total = 0.0
+        for gram, near, weight, own in zip(grams, held, weights, columns, strict=True):
+            s = scale[own]  # [in]
+            seen = gram / torch.outer(s, s).double()
+            off = quantize(weight * s, seen) / s - weight
+            total += float(((off @ near) * off).double().sum())
         if total < least:
             best, least = scale, total
     return best
+
+
+def _check(grams: Sequence[Tensor], weights: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
+    for gram in grams:
+        if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+            raise InputError("a Gram matrix", got=tuple(gram.shape), allowed="[in, in]")
+        if not bool(torch.isfinite(gram).all()):
+            raise InputError("a Gram matrix has NaN or infinite values")
+    widths, numbers = [len(gram) for gram in grams], [len(own) for own in columns]
+    fits = [w.ndim == 2 and len(w) > 0 and w.shape[1] > 0 for w in weights]
+    if not weights or not all(fits) or [w.shape[1] for w in weights] != widths:
+        got = [tuple(w.shape) for w in weights]
+        raise InputError("weights of a migration", got=got, allowed=f"[out, in] with in {widths}")
+    if numbers != widths:
+        raise InputError("columns of a migration", got=numbers, allowed=widths)
+    if not all(bool(torch.isfinite(w).all()) for w in weights):
+        raise InputError("inputs or weights of a migration are NaN or infinite")
 
 
 def _log(size: Tensor) -> Tensor:

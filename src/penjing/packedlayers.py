@@ -86,13 +86,7 @@ class PackedPlanes(nn.Module):
         Returns:
             [n, in].
         """
-        packed = [getattr(self, f"codes{k}")[rows] for k in range(len(self.bits))]
-        codes = torch.stack(
-            [
-                unpack_bits(p, b, self._n).to(self._wide)
-                for p, b in zip(packed, self.bits, strict=True)
-            ]
-        )
+        codes = self._codes(rows)
         scale = self._held("scale", rows).expand(len(self.bits), -1, -1)
         if self._float:
             shift = self._held("shift", rows)[0]
@@ -101,9 +95,25 @@ class PackedPlanes(nn.Module):
         else:
             shift = centred(scale, self._centre)
         return IntegerPlanes(
-            codes, self.bits, scale, shift, self.group, (codes.shape[1], self.inputs),
-            tables=self.tables, window=self.window,
+            codes, tuple(b * self.window for b in self.bits), scale, shift, self.group,
+            (codes.shape[1], self.inputs), tables=self.tables,
         ).dequantize()  # fmt: skip
+
+    def _codes(self, rows: Tensor | slice) -> Tensor:
+        """Codes [planes, n, places] of some rows; with a window the entries that they make."""
+        if self.window > 1:
+            wanted = torch.arange(self.out)[rows]
+            above = wanted.unsqueeze(1) - torch.arange(self.window - 1, -1, -1)  # [n, window]
+            rows = above.clamp_min(0).flatten()
+        parts = []
+        for k, bits in enumerate(self.bits):
+            codes = unpack_bits(getattr(self, f"codes{k}")[rows], bits, self._n)
+            if self.window > 1:
+                codes = codes.reshape(*above.shape, -1) * (above >= 0).unsqueeze(2)
+                late = torch.arange(self.window - 1, -1, -1) * int(bits)
+                codes = (codes.to(torch.int32) << late.to(torch.int32)[:, None]).sum(1)
+            parts.append(codes.to(torch.int32 if self.window > 1 else self._wide))
+        return torch.stack(parts)
 
     def blocks(self) -> Iterator[slice]:
         """All rows, in slices of about `_BLOCK` weights."""

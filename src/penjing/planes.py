@@ -4,8 +4,8 @@
 
 with g(i) = i // group and integers z. Without tables z[k, o, i] = codes[k, o, i], unsigned.
 With tables a code looks up a vector of `dim` integers, z[k, o, dim * j + d] =
-tables[k, codes[k, o, j], d]; with `window` L the entry is made of L codes, the newest lowest:
-sum over l < L of codes[k, o, j - l] * 2**(bits * l), codes before the row being 0.
+tables[k, codes[k, o, j], d]; with `window` L the entry is made of L codes of a column, the newest
+lowest: sum over l < L of codes[k, o - l, j] * 2**(bits * l), codes above the first row being 0.
 
 Integer quantization is one plane of b bits with shift = -scale * zero_point; binary codes are
 planes of one bit; ternary codes planes of three values. A convolution's weight [out, in, h, w]
@@ -36,6 +36,7 @@ __all__ = [
     "pack_bits",
     "round_scales",
     "unpack_bits",
+    "window_entries",
 ]
 
 _MOST_DIM = 64
@@ -56,7 +57,7 @@ class IntegerPlanes:
         shape: shape of the weight this stands for; shape[0] is out.
         tables: int8 or int16 [planes, entries, dim], or None.
         table_names: a name of `penjing.codebooks` for a plane whose table is not stored, else "".
-        window: codes that make one entry of a table.
+        window: codes of a column that make one entry of a table.
         scale_bits: 32, 16 or 8, of a stored scale; the values here are rounded to it already.
         offset: how the shift is stored: `float` as a scale; `zero`, an integer zero point of
             bits[0] bits, shift = -scale * zero, one plane; `centre`, not at all.
@@ -281,11 +282,7 @@ class IntegerPlanes:
         codes = self.codes[k]
         if self.tables is None:
             return codes
-        entries = codes.long()
-        width = int(self.bits[k])
-        for late in range(1, self.window):
-            past = torch.nn.functional.pad(codes, (late, 0))[:, : codes.shape[1]]
-            entries += past.long() << (width * late)
+        entries = window_entries(codes, self.bits[k], self.window)
         return self.tables[k][entries].flatten(1)[:, : self.inputs]
 
     def dequantize(self) -> Tensor:
@@ -369,6 +366,15 @@ class IntegerPlanes:
             InputError: tensors that are missing or do not fit the description.
         """
         return IntegerPlanes(**fields(tensors, description))
+
+
+def window_entries(codes: Tensor, bits: float, window: int) -> Tensor:
+    """Entries int64 [out, n] that `window` codes [out, n] of a column make."""
+    entries = codes.long()
+    for late in range(1, window):
+        past = torch.nn.functional.pad(codes, (0, 0, late, 0))[: len(codes)]
+        entries += past.long() << (int(bits) * late)
+    return entries
 
 
 def _zeros(scale: Tensor, shift: Tensor) -> Tensor:

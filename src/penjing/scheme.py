@@ -21,7 +21,7 @@ FAMILIES: dict[str, tuple[list[float], str]] = {
     "power2": ([2, 3, 4], "2, 3 or 4"),
     "additive": (_EIGHTHS, "1 to 4 in steps of 1/8"),
     "e8": (_EIGHTHS, "1 to 4 in steps of 1/8"),
-    "trellis": (_EIGHTHS, "1 to 4 in steps of 1/8"),
+    "trellis": ([1, 2, 3, 4], "1, 2, 3 or 4"),
 }
 
 
@@ -36,7 +36,7 @@ class Scheme:
         codes: the family: `integer`, one plane of numbers 0 to 2**bits - 1; `binary`, `bits`
             planes of +-1; `residual`, two planes that split the bits; `ternary`, planes of
             -1, 0, +1; `power2`, signed powers of two; `additive`, sums of 8-dimensional
-            integer vectors; `e8`, points of that lattice; `trellis`, a sliding-window code.
+            integer vectors; `e8`, points of that lattice; `trellis`, walks down the columns.
         scale_bits: 32, 16 or 8 of a scale; 8 is double quantization.
 
     Raises:

@@ -17,6 +17,7 @@ LADDERS: dict[str, list[float]] = {
     "power2": [2, 3, 4],
     "additive": [1, 1.25, 1.5, 2, 3, 4],
     "e8": [1, 1.5, 2, 3, 4],
+    "trellis": [1, 2, 3, 4],
 }
 SCHEMES = [
     Scheme(bits, group, symmetric, family, width)

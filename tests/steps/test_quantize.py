@@ -355,6 +355,7 @@ def test_a_block_that_nothing_is_wanted_of() -> None:
         ("power2", 3, 4.0),
         ("additive", 2, 4.5),  # its books are most of a layer this small
         ("e8", 2, 2.6),
+        ("trellis", 2, 2.6),
     ],
 )
 def test_other_codes_inside_a_network(codes: str, bits: float, most: float) -> None:
@@ -381,7 +382,7 @@ def test_refusals_of_other_codes() -> None:
         {"bits": 3, "codes": "ternary"},
         {"bits": 2, "codes": "binary", "method": "hqq"},
         {"bits": 8, "scale_bits": 7},
-        {"bits": 2, "codes": "trellis"},
+        {"bits": 1.5, "codes": "trellis"},
         {"bits": 8, "codes": "binary", "activations": 8, "symmetric": True},
     ):
         with pytest.raises(UsageError):
@@ -435,7 +436,9 @@ def test_rotation_tames_outliers() -> None:
     assert errors[1] < 0.6 * errors[0]
 
 
-@pytest.mark.parametrize(("codes", "bits"), [("binary", 2), ("e8", 2), ("additive", 2)])
+@pytest.mark.parametrize(
+    ("codes", "bits"), [("binary", 2), ("e8", 2), ("additive", 2), ("trellis", 2)]
+)
 def test_families_are_rotated_with_their_data(codes: str, bits: int) -> None:
     model = net.llama()
     step = Quantize(bits, codes=codes, rotate=True, scale_bits=8, targets=("model.layers.*",))

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from penjing.errors import ExportError
 from penjing.planes import IntegerPlanes, Scheme
-from penjing.quantizers import additive, binary, hqq, power2, residual, rtn, ternary
+from penjing.quantizers import additive, binary, hqq, power2, residual, rtn, ternary, trellis
 from penjing.rotation import Rotation
 from penjing.writers._onnx_blocks import place, problem
 from penjing.writers._onnx_edit import Graph
@@ -162,6 +162,8 @@ def test_a_group_of_zeros_and_a_short_last_block() -> None:
 def test_codes_of_several_weights_are_refused_by_a_line() -> None:
     planes = additive.fit(random(16, 32), Scheme(1.0, 0, codes="additive"), None)
     assert "8 weights at once" in problem(planes, "MatMul")
+    walked = trellis.fit(random(16, 32), Scheme(2, 0, codes="trellis"), None)
+    assert "6 weights at once" in problem(walked, "MatMul")
     eights = rtn.fit(random(16, 32), Scheme(4, 8), None)
     assert "groups of 8" in problem(eights, "MatMul")
 

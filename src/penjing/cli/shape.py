@@ -20,12 +20,14 @@ from penjing.cli.options import (
 )
 from penjing.cli.work import is_bare, removed, show_file, tables_in_floats, technique
 from penjing.errors import InputError, UsageError
-from penjing.scheme import Scheme
+from penjing.scheme import FAMILIES, Scheme
 
 __all__ = ["cut", "prune", "quantize", "recover", "replay", "shrink"]
 
 # Exports that hold rotated weights.
 _ROTATING = ("onnx", "openvino")
+# Codes of several weights at once, which no export holds.
+_TOGETHER = ("additive", "e8", "trellis")
 
 targets_option = click.option(
     "--targets", multiple=True, metavar="GLOB", help="Only layers with such a path; may repeat."
@@ -187,7 +189,7 @@ def cut(
     show_default=True,
     help="Inputs that share a scale; 0 is the whole row.",
 )
-@click.option("--codes", default="integer", show_default=True, help="Kind of codes, see the docs.")
+@click.option("--codes", default="integer", show_default=True, help=f"{', '.join(FAMILIES)}.")
 @click.option(
     "--scale-bits",
     type=click.Choice(["32", "16", "8"]),
@@ -245,6 +247,8 @@ def quantize(
                 got=f"{codes}, scales of {scale_bits} bits" + ", rotated" * rotate,
                 allowed="integer, scales of 32 bits, not rotated",
             )
+        if method == "awq":
+            raise UsageError("method awq of a bare weight file", next="use the method clip")
         from penjing.weights import quantize_file
 
         found = quantize_file(
@@ -266,6 +270,11 @@ def quantize(
         raise UsageError("--rotate with --to", got=", ".join(held), allowed=", ".join(_ROTATING))
     if kv_cache and (held := sorted(set(options["to"]) - {"onnx"})):
         raise UsageError("--kv-cache with --to", got=", ".join(held), allowed="onnx")
+    if codes in _TOGETHER and options["to"]:
+        raise UsageError(
+            f"--codes {codes} with --to", got=", ".join(options["to"]), allowed="no export",
+            next="leave --to out: Python and the runtime packed run it",
+        )  # fmt: skip
     technique(
         lambda m, **more: _api().quantize(m, bits, **more),
         model,

@@ -25,17 +25,13 @@ from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.channels import Channels, shared_channels
-from penjing.edits import perform
 from penjing.errors import UsageError
 from penjing.migration import divisors, input_scales
-from penjing.model import Model
 from penjing.recipe import Edit
+from penjing.steps._divide import division, is_plain, same
 from penjing.steps._select import selected
 
 __all__ = ["Equalize"]
-
-# Largest change of an output, relative to the largest output, that is rounding.
-_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Equalize:
         free = [
             found
             for found in shared_channels(model)
-            if all(n in wanted and _is_plain(model, n) for n in (*found.writers, *found.readers))
+            if all(n in wanted and is_plain(model, n) for n in (*found.writers, *found.readers))
         ]
         names = {name: layers[name] for found in free for name in found.readers}
         if names and unit.batches:
@@ -79,9 +75,9 @@ class Equalize:
             stats = Stream(model, unit.batches).collect(whole, frozenset({"range"}))
         planned = [(found, self._factors(found, layers, stats)) for found in free]
         # All at once first: one run settles the usual network.
-        if planned and not _same(model, planned):
-            planned = [one for one in planned if _same(model, [one])]
-        yield from _edits(model, planned)
+        if planned and not same(model, planned):
+            planned = [one for one in planned if same(model, [one])]
+        yield from division(model, planned)
 
     def _factors(
         self, found: Channels, layers: dict[str, nn.Module], stats: dict[str, LayerStats]
@@ -97,52 +93,6 @@ class Equalize:
             peaks = [_weight(layers[n]).abs().flatten(1).amax(1) for n in found.writers]
         read = [_by_input(layers[n]) for n in found.readers]
         return divisors(torch.stack(peaks).amax(0), read, self.alpha, self.floor)
-
-
-def _edits(model: Model, planned: list[tuple[Channels, Tensor]]) -> list[Edit]:
-    values: dict[str, Tensor] = {}
-    why: dict[str, list[str]] = {}
-
-    def change(name: str, factor: Tensor, along: int, said: str) -> None:
-        old = values.get(name, model.module.get_parameter(name).detach())
-        shape = [1] * old.ndim
-        shape[along] = -1
-        values[name] = (old.double() * factor.double().reshape(shape)).to(old.dtype)
-        why.setdefault(name, []).append(said)
-
-    for found, s in planned:
-        for name in found.writers:
-            layer = model.module.get_submodule(name)
-            change(f"{name}.weight", 1 / s.double(), 0, "outputs divided")
-            if layer.bias is not None:
-                change(f"{name}.bias", 1 / s.double(), 0, "outputs divided")
-        for name in found.readers:
-            layer = model.module.get_submodule(name)
-            if getattr(layer, "groups", 1) == 1:
-                change(f"{name}.weight", s, 1, "inputs multiplied")
-            else:  # each output reads its own channel, see `_is_plain`
-                each = len(_weight(layer)) // len(s)
-                change(f"{name}.weight", s.repeat_interleave(each), 0, "inputs multiplied")
-    return [Edit("weight", n, v, f"{' and '.join(why[n])}, exactly") for n, v in values.items()]
-
-
-def _same(model: Model, planned: list[tuple[Channels, Tensor]]) -> bool:
-    """Whether the network gives the same on its example; what was found by running is proved so."""
-    twin = model.copy()
-    for edit in _edits(model, planned):
-        perform(twin, edit)
-    with torch.no_grad():
-        was, now = model.run(model.example), twin.run(model.example)
-    return bool((now - was).abs().max() <= _ROUNDING * was.abs().max())
-
-
-def _is_plain(model: Model, path: str) -> bool:
-    """Not quantized, and dense or with one input channel a group."""
-    layer = model.module.get_submodule(path)
-    if f"{path}.weight" in model.planes or path in model.activations:
-        return False
-    groups = getattr(layer, "groups", 1)
-    return groups in (1, getattr(layer, "in_channels", 1))
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from penjing.planes import IntegerPlanes, Scheme
 from penjing.recipe import ActivationRange, Edit
 from penjing.registry import constant, lookup
 from penjing.rotation import Rotation, possible
+from penjing.steps._awq import Divide
 from penjing.steps._ranges import activation_range, migrations
 from penjing.steps._select import canonical, selected
 
@@ -50,6 +51,7 @@ class Quantize:
         method: a name of `penjing.quantizers`, or `file.py:function`. With `codes` other than
             integers `gptq` is error feedback, and `rtn` the nearest codes without data. Grouped
             convolutions: `gptq` is `penjing.kernels`, the others have no Gram matrix there.
+            `awq` divides inputs first, where what makes them can hold it (`steps._awq`).
         symmetric: integer zero point in the middle; 8-bit activations need it.
         activations: 8 for 8-bit layer inputs, 0 for none; with 8 bits of weights, or 7 for
             processors whose sums of byte products saturate (`penjing.processor`).
@@ -106,6 +108,11 @@ class Quantize:
                     f"method of {self.codes} codes", got=self.method, allowed="gptq, rtn"
                 )
             lookup("quantizers", self.codes, "fit")
+        if self.method == "awq" and (self.activations or self.rotate):
+            raise UsageError(
+                "method awq with 8-bit activations, or rotated",
+                allowed="weights alone, in their own basis", next="use the method gptq there",
+            )  # fmt: skip
         if self.observer != "auto":
             lookup("observers", self.observer, "fit")
         if not 0 <= self.migrate <= 1:
@@ -129,6 +136,14 @@ class Quantize:
     def _scheme(self, bits: float, group: int, codes: str = "integer") -> Scheme:
         whole = int(bits) if bits == int(bits) else bits
         return Scheme(whole, group, self.symmetric, codes, self.scale_bits)
+
+    @property
+    def before(self) -> tuple[Any, ...]:
+        """Steps on the whole network that come first."""
+        if self.method != "awq" or not self.bits:
+            return ()
+        scheme = self._scheme(self.bits, self.group)
+        return (Divide(scheme, self.bias, self.targets, self.skip),)
 
     @property
     def needs(self) -> frozenset[str]:

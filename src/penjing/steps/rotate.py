@@ -27,8 +27,9 @@ from penjing.edits import perform
 from penjing.errors import InputError, UsageError
 from penjing.graph import Group
 from penjing.model import Model
+from penjing.norms import Gain, gain_of
 from penjing.recipe import Edit
-from penjing.residual import Gain, Residual, gain_of, residual_streams
+from penjing.residual import Residual, residual_streams
 from penjing.rotation import Rotation, possible
 from penjing.steps._select import matches
 from penjing.steps.shrink import groups_of
