@@ -203,20 +203,24 @@ def _is_pointwise(node: onnx.NodeProto, planes: IntegerPlanes) -> bool:
 def _product(graph: Graph, layer: Layer) -> None:
     """A convolution of one place as the product of its channels, put last; floats come out."""
     node, stem = layer.use.node, layer.name
-    codes = graph.writer(_pair(graph, node.input[0], layer.range)).input[0]
-    quantize = graph.writer(codes)
+    back = graph.writer(_pair(graph, node.input[0], layer.range))
+    assert back is not None  # `_pair` made it
+    quantize = graph.writer(back.input[0])
+    assert quantize is not None
     dims = len(layer.planes.shape)
     last, product = graph.name("channels.last"), graph.name("product")
+    codes = graph.constant(f"{stem}.codes", np.ascontiguousarray(layer.codes.T))  # [in, out]
     inputs = [
-        last, graph.constant(f"{stem}.codes", np.ascontiguousarray(layer.codes.T)),
-        quantize.input[1], graph.constant(f"{stem}.scale", layer.scale), quantize.input[2],
+        last, codes, quantize.input[1], graph.constant(f"{stem}.scale", layer.scale),
+        quantize.input[2],
     ]  # fmt: skip
     if len(node.input) > 2 and node.input[2]:
         inputs += ["", node.input[2]]
+    first = [0, dims - 1, *range(1, dims - 1)]
     new = [
-        graph.node("Transpose", [codes], [last], perm=[0, *range(2, dims), 1]),
+        graph.node("Transpose", [back.input[0]], [last], perm=[0, *range(2, dims), 1]),
         graph.node("MatMulIntegerToFloat", inputs, [product], "com.microsoft"),
-        graph.node("Transpose", [product], [node.output[0]], perm=[0, dims - 1, *range(1, dims - 1)]),
+        graph.node("Transpose", [product], [node.output[0]], perm=first),
     ]
     graph.replace([node], new)
 
@@ -226,7 +230,8 @@ def _pair(graph: Graph, value: str, grid: ActivationRange) -> str:
     for node in graph.readers(value):
         if node.op_type == "QuantizeLinear" and _same(graph, node, grid):
             readers = graph.readers(node.output[0])
-            return next(r.output[0] for r in readers if r.op_type == "DequantizeLinear")
+            made: str = next(r.output[0] for r in readers if r.op_type == "DequantizeLinear")
+            return made
     parts = [
         graph.constant("input.scale", np.array(grid.scale, np.float32)),
         graph.constant("input.zero", np.array(grid.zero_point, np.uint8)),
