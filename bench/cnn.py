@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ from penjing.model import Batch, Model
 from penjing.processor import weight_bits
 from penjing.recipe import Recipe
 from penjing.runtimes.onnxruntime import open as open_session
+from penjing.sensitivity import in_floats
 from penjing.steps.equalize import Equalize
 from penjing.steps.fold import Fold
 from penjing.steps.quantize import Quantize
 from penjing.writers.onnx import write as write_onnx
 
 CALIBRATION, DEVELOPMENT = 128, 128
+FLOATS = 0.15  # of multiplications, and of weights
 BATCH = 8
 SURE = 0.1  # logits
 
@@ -57,23 +60,23 @@ def pictures(model: Model) -> np.ndarray:
     return (found[order].astype(np.float32) - 127) / 128
 
 
-def rows() -> dict[str, tuple[Any, ...]]:
-    """Steps by name."""
-    bits = weight_bits()
+def rows(model: Model, calibration: list[Batch]) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    """Steps by name; what is left in floats is chosen by the first 24 calibration images."""
+    saturates = weight_bits() < 8
 
-    def made(**more: Any) -> tuple[Any, ...]:
-        options = {"bits": bits, "symmetric": True, "activations": 8} | more
-        return Fold(), Quantize(**options)
-
-    def even(**more: Any) -> tuple[Any, ...]:
-        fold, quantize = made(**more)
-        return fold, Equalize(), quantize
+    def made(even: bool, share: float, **more: Any) -> tuple[Any, ...]:
+        options = {"symmetric": True, "activations": 8, "paired": saturates} | more
+        if share:
+            folded = apply(model, Recipe((Fold(),))).model
+            options["skip"] = in_floats(folded, calibration[: 24 // BATCH], share)
+            print("in floats:", ", ".join(options["skip"]), flush=True)
+        return (Fold(), *([Equalize()] if even else []), Quantize(**options))
 
     return {
-        "equalize, gptq, alpha 0": even(alpha=0.0),
-        "gptq (default)": made(),
-        "equalize, gptq": even(),
-        "rtn": made(method="rtn"),
+        f"equalize, {FLOATS:.0%} in floats": lambda: made(True, FLOATS),
+        "equalize": lambda: made(True, 0.0),
+        "default": lambda: made(False, 0.0),
+        "rtn": lambda: made(False, 0.0, method="rtn"),
     }
 
 
@@ -118,7 +121,7 @@ def _share(agree: np.ndarray) -> str:
 def build(model: Model, steps: tuple[Any, ...], calibration: list[Batch], name: str) -> Path:
     folder = CACHE / "cnn"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
+    path = folder / f"{name.replace(' ', '-').replace(',', '').replace('%', '')}.onnx"
     write_onnx(apply(model, Recipe(steps), calibration).model, path)
     return path
 
@@ -145,11 +148,11 @@ def main() -> None:
     order = np.sort(wanted, 1)
     sure = order[:, -1] - order[:, -2] >= SURE
     found = []
-    for name, steps in rows().items():
+    for name, steps in rows(model, calibration).items():
         if options.rows and not any(word in name for word in options.rows):
             continue
         start = time.monotonic()
-        path = build(model, steps, calibration, name)
+        path = build(model, steps(), calibration, name)
         seconds = time.monotonic() - start
         got = logits(path, tested)
         agree = got.argmax(1) == wanted.argmax(1)

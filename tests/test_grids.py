@@ -93,3 +93,63 @@ def test_what_is_not_a_weight_is_refused() -> None:
             grids.check_weight(bad)
     with pytest.raises(InputError, match="NaN"):
         grids.check_weight(torch.tensor([[float("nan")]]))
+
+
+def _paired(seed: int = 0, rows: int = 64, width: int = 31) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) ** 3
+
+
+def _largest_sum(codes: np.ndarray) -> int:
+    """Of two neighbours, times any two unsigned bytes, over 255."""
+    whole = np.pad(codes.astype(int) - 128, ((0, 0), (0, codes.shape[1] % 2)))
+    return int(np.abs(whole[:, ::2] + whole[:, 1::2]).max())
+
+
+def test_paired_codes_by_hand() -> None:
+    # Alone 1.0 would have the code 127, but 0.9 stands beside it: (1 + 0.9) / 128 a step.
+    weight = torch.tensor([[1.0, 0.9, 0.1, -1.0], [1.0, -1.0, 0.5, 0.25]])
+    grid = grids.min_max(weight, Scheme(8, symmetric=True, paired=True))
+    np.testing.assert_allclose(grid.scale[:, 0], [1.9 / 128, 1 / 127], rtol=1e-6)
+    # 67.4 and 60.6 round to 67 and 61, together 128; 127 and -127 are no sum at all.
+    assert (grid.codes(weight).int() - 128).tolist() == [[67, 61, 7, -67], [127, -127, 64, 32]]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.6, 0.3])
+def test_paired_codes_never_exceed_16_bits(factor: float) -> None:
+    """Whatever the scale; and nothing else than what exceeds is moved."""
+    weight, scheme = _paired(), Scheme(8, symmetric=True, paired=True)
+    whole = grids.min_max(weight, scheme)
+    grid = grids.Grid(whole.scale * factor, whole.zero_point, scheme, whole.group)
+    codes = grid.codes(weight).numpy()
+    assert _largest_sum(codes) <= 128
+    free = grids.Grid(grid.scale, grid.zero_point, Scheme(8, symmetric=True), grid.group)
+    alone = free.codes(weight).numpy().astype(int)
+    pad = np.pad(alone - 128, ((0, 0), (0, 1)))
+    fits = (np.abs(pad[:, ::2] + pad[:, 1::2]) <= 128).repeat(2, 1)[:, :31]
+    assert np.array_equal(codes[fits], alone[fits])
+    if factor < 1:
+        assert _largest_sum(alone) > 128
+
+
+def test_every_choice_within_the_limits_is_allowed() -> None:
+    weight, scheme = _paired(1), Scheme(8, symmetric=True, paired=True)
+    grid = grids.mse(weight, scheme)
+    low, high = (side.numpy() for side in grids.limits(weight, grid))
+    own = grid.codes(weight).numpy()
+    assert (low <= own).all()
+    assert (own <= high).all()
+    assert low.min() >= 0
+    assert high.max() <= 255
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert _largest_sum(np.where(rng.random(own.shape) < 0.5, low, high)) <= 128
+
+
+def test_paired_grids_are_finer_than_those_of_seven_bits() -> None:
+    weight = _paired(2, 256, 64)
+    errors = [
+        (grids.to_planes(grid.codes(weight), grid).dequantize() - weight).square().mean()
+        for scheme in (Scheme(8, symmetric=True, paired=True), Scheme(7, symmetric=True))
+        for grid in [grids.mse(weight, scheme)]
+    ]
+    assert errors[0] < 0.5 * errors[1]

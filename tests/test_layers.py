@@ -23,7 +23,7 @@ LAYERS = [
     ["criteria", "quantizers", "losses", "observers", "neurons", "kernels"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
     ["edits", "batching", "calls", "channels", "residual"],
-    ["calibrate", "tasks"],
+    ["calibrate", "tasks", "sensitivity"],
     ["steps", "readers", "writers", "runtimes"],
     ["load"],
     ["inspect", "evaluate", "apply", "export", "weights"],

@@ -1,6 +1,7 @@
 """What the processor is asked, against what its arithmetic really does."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +11,9 @@ import torch
 from onnx import TensorProto, helper
 
 from penjing import processor
+from penjing.calibrate import LayerStats
+from penjing.quantizers import gptq, rtn
+from penjing.scheme import Scheme
 
 
 def product(tmp_path: Path, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -35,6 +39,20 @@ def test_products_of_the_bits_that_are_named_are_exact(tmp_path: Path) -> None:
         weight = np.full((64, 32), code, np.int8)
         got = product(tmp_path, weight, x)
         assert np.array_equal(got, x.astype(np.int64) @ weight.astype(np.int64))
+
+
+@pytest.mark.parametrize("method", [rtn, gptq])
+def test_products_of_paired_codes_are_exact_everywhere(tmp_path: Path, method: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 64, generator=generator) ** 3
+    x = torch.randn(500, 64, generator=generator)
+    stats = LayerStats(gram=(x.T @ x).double() / 500, count=500)
+    codes = method.fit(weight, Scheme(8, symmetric=True, paired=True), stats).signed
+    assert codes is not None
+    assert int(codes.abs().max()) > 64
+    inputs = np.random.default_rng(0).choice([0, 255], (200, 64)).astype(np.uint8)
+    got = product(tmp_path, np.ascontiguousarray(codes.numpy().T), inputs)
+    assert np.array_equal(got, inputs.astype(np.int64) @ codes.numpy().T.astype(np.int64))
 
 
 @pytest.mark.skipif(processor.weight_bits() == 8, reason="this processor adds bytes exactly")

@@ -6,6 +6,11 @@
 
 lo <= 0 <= hi, so a weight of zero stays zero. A symmetric grid has zero_point 2**(bits - 1)
 and the least scale that clips nothing.
+
+Paired grids are for processors that add two products of an unsigned and a signed byte in 16 bits
+(see `penjing.processor`): 255 (a + b) fits into 16 bits for all codes a and b about the zero point
+with |a + b| <= 128, so of 8-bit codes only the sums of neighbours are bounded, and few large
+weights have a large neighbour of their own sign. In seven bits every code is, to half of that.
 """
 
 from __future__ import annotations
@@ -19,9 +24,13 @@ from torch import Tensor
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes, Scheme, round_scales
 
-__all__ = ["Grid", "check_weight", "grouped", "min_max", "mse", "search", "spread", "to_planes"]
+__all__ = [
+    "Grid", "check_weight", "grouped", "limits", "min_max", "mse", "search", "spread", "to_planes",
+]  # fmt: skip
 
 _TINY = torch.finfo(torch.float32).tiny
+# Largest sum of a pair of codes: 255 * 128 < 2**15.
+_PAIR = 128
 # Rows searched at once: bounds the memory of a search on vocabularies.
 _ROWS = 2048
 
@@ -79,7 +88,39 @@ def spread(per_group: Tensor, group: int, inputs: int) -> Tensor:
 
 
 def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    return (weight / scale).round_().add_(zero_point).clamp_(0, scheme.levels)
+    codes = (weight / scale).round_().add_(zero_point).clamp_(0, scheme.levels)
+    return _together(codes - zero_point).add_(zero_point) if scheme.paired else codes
+
+
+def _together(codes: Tensor) -> Tensor:
+    """Codes about the zero point [..., in], both of a pair moved by half of what is too much."""
+    width = codes.shape[-1]
+    codes = torch.nn.functional.pad(codes, (0, width % 2))
+    total = codes[..., ::2] + codes[..., 1::2]
+    surplus = total - total.clamp(-_PAIR, _PAIR)
+    first = (surplus / 2).trunc()
+    codes = codes - torch.stack([first, surplus - first], -1).flatten(-2)
+    return codes[..., :width]
+
+
+def limits(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Lowest and highest code of each weight, [out, in]; every choice within them is allowed.
+
+    In a paired grid each of two neighbours may go from its nearest code as far as half of what the
+    pair has left.
+    """
+    top = torch.full_like(weight, grid.scheme.levels)
+    if not grid.scheme.paired:
+        return torch.zeros_like(top), top
+    zero = spread(grid.zero_point, grid.group, weight.shape[1])
+    codes = torch.nn.functional.pad(grid.codes(weight) - zero, (0, weight.shape[1] % 2))
+    total = codes[:, ::2] + codes[:, 1::2]
+    up, down = (
+        (((_PAIR - side * total) / 2).floor()).repeat_interleave(2, 1)[:, : weight.shape[1]]
+        for side in (1, -1)
+    )
+    own = codes[:, : weight.shape[1]] + zero
+    return (own - down).clamp(min=0), torch.minimum(own + up, top)
 
 
 def min_max(weight: Tensor, scheme: Scheme) -> Grid:
@@ -99,6 +140,10 @@ def min_max(weight: Tensor, scheme: Scheme) -> Grid:
     half = 2 ** (scheme.bits - 1)
     if scheme.symmetric:
         scale = torch.maximum(high / (half - 1), -low / half)
+        if scheme.paired:
+            even = torch.nn.functional.pad(parts, (0, parts.shape[-1] % 2)) / 2
+            means = (even[..., ::2] + even[..., 1::2]).abs()
+            scale = torch.maximum(scale, means.amax(-1) / (_PAIR / 2))
     else:
         scale = high / scheme.levels - low / scheme.levels
     # A group of zeros, or of numbers too small to divide by. In 8 bits a large scale would take

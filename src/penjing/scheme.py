@@ -38,6 +38,8 @@ class Scheme:
             -1, 0, +1; `power2`, signed powers of two; `additive`, sums of 8-dimensional
             integer vectors; `e8`, points of that lattice; `trellis`, walks down the columns.
         scale_bits: 32, 16 or 8 of a scale; 8 is double quantization.
+        paired: of symmetric 8-bit integers in whole rows: no two neighbours, columns 2k and 2k + 1,
+            whose sum about the zero point is beyond +-128; see `penjing.grids.limits`.
 
     Raises:
         UsageError: a value outside these ranges.
@@ -48,6 +50,7 @@ class Scheme:
     symmetric: bool = False
     codes: str = "integer"
     scale_bits: int = 32
+    paired: bool = False
 
     def __post_init__(self) -> None:
         if self.codes not in FAMILIES:
@@ -66,6 +69,9 @@ class Scheme:
             raise UsageError("symmetric", got=repr(self.symmetric), allowed="true or false")
         if self.scale_bits not in WIDTHS or type(self.scale_bits) is not int:
             raise UsageError("scale_bits", got=repr(self.scale_bits), allowed="32, 16 or 8")
+        plain = (self.bits, self.group, self.symmetric, self.codes) == (8, 0, True, "integer")
+        if self.paired and not plain:
+            raise UsageError("paired codes", allowed="symmetric 8-bit integers, group 0")
 
     def group_of(self, inputs: int) -> int:
         """Inputs that share a scale in a weight of `inputs` columns, at least 1."""

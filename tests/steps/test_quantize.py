@@ -142,6 +142,41 @@ def test_a_depthwise_layer_is_rounded_by_what_it_sees() -> None:
     assert shifts["gptq"] < 1e-5 < shifts["rtn"]
 
 
+def test_paired_weights_follow_the_kernels() -> None:
+    """Of a dense kernel 7 bits, of a depthwise one 8, of one place 8 whose neighbours fit."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU6(),
+        torch.nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.nn.ReLU6(),
+        torch.nn.Conv2d(8, 16, 3, padding=1, groups=8), torch.nn.ReLU6(),
+        torch.nn.Conv2d(16, 40, 1),
+    )  # fmt: skip
+    model = net.wrap(module, "tensor", {"x": torch.randn(2, 3, 8, 8)})
+    step = Quantize(8, symmetric=True, activations=8, paired=True)
+    planes = apply(model, Recipe((step,)), _pictures()).model.planes
+    assert [planes[f"{n}.weight"].bits for n in (0, 2, 4, 6)] == [(7,), (8,), (7,), (8,)]
+    signed = planes["6.weight"].signed
+    assert signed is not None
+    codes = signed.int()
+    assert int(codes.abs().max()) > 64
+    assert int((codes[:, ::2] + codes[:, 1::2]).abs().max()) <= 128
+    assert int(planes["2.weight"].signed.int().abs().max()) > 64  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("outlier", [False, True])
+def test_channels_are_divided_where_it_helps_on_other_inputs(outlier: bool) -> None:
+    """An outlier channel is there again; peaks of a few vectors of even channels are chance."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 48, generator=generator).exp()
+    if outlier:
+        x[:, 3] *= 100
+    layer = torch.nn.Linear(48, 16)
+    model = net.wrap(torch.nn.Sequential(layer), "tensor", {"x": x[:2]})
+    step = Quantize(8, symmetric=True, activations=8, method="rtn")
+    made = apply(model, Recipe((step,)), [{"x": x}]).model.activations["0"]
+    assert (made.channels is not None) == outlier
+
+
 def _inputs_of_images(network: Model, layer: str, batches: list[net.Batch]) -> np.ndarray:
     kept: list[torch.Tensor] = []
     handle = network.module.get_submodule(layer).register_forward_pre_hook(
@@ -307,6 +342,9 @@ def test_refusals(tmp_path: Path) -> None:
         ({"activations": 4}, "activations"),
         ({"activations": 8}, "symmetric weights"),
         ({"activations": 8, "symmetric": True, "group": 32}, "group = 0"),
+        ({"paired": True}, "paired"),
+        ({"paired": True, "activations": 8, "symmetric": True, "bits": 7}, "paired"),
+        ({"paired": True, "activations": 8, "symmetric": True, "method": "hqq"}, "paired"),
     ):
         with pytest.raises(UsageError, match=message):
             Quantize(**wrong)  # type: ignore[arg-type]

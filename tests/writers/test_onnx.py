@@ -347,8 +347,44 @@ def test_convolutions_with_8_bit_inputs_run_in_integers(tmp_path: Path) -> None:
     options.log_severity_level = 4
     onnxruntime.InferenceSession(str(path), options)
     counts = operators(tmp_path / "optimized.onnx")
-    # The last one's result is pooled in float.
+    # The last one's result is pooled in float, and comes so from its product.
     assert counts["QLinearConv"] == 2
+    assert counts["MatMulIntegerToFloat"] == 1
+
+
+class Bottleneck(nn.Module):
+    """The residual stream of a MobileNet: the first output is read twice, and added to."""
+
+    def __init__(self, stride: int = 1) -> None:
+        super().__init__()
+        self.first, self.expand = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 24, 1, stride=stride)
+        self.depth = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.project, self.last = nn.Conv2d(24, 8, 1, bias=False), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        hidden = nn.functional.relu6(self.depth(nn.functional.relu6(self.expand(x))))
+        return self.last(nn.functional.interpolate(self.project(hidden), x.shape[2:]) + x)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_is_added_comes_from_integer_products_unrounded(stride: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(4, 3, 9, 9)
+    model = Model(
+        Bottleneck(stride).eval(), "image", {"pixel_values": example}, Source("factory", "t", "0")
+    )
+    quantize(model, nn.Conv2d, Scheme(7, 0, True))
+    calibrate(model, (nn.Conv2d,))
+    path = tmp_path / "m.onnx"
+    wanted, got = both(model, path, {"pixel_values": example})
+    # Rounding the sum's operands too would be off by more than a hundredth.
+    assert relative(wanted, got) < 2e-3
+    counts = operators(path)
+    assert counts["MatMulIntegerToFloat"] == 2
+    readers = [n for n in onnx.load(path).graph.node if n.op_type == "Add"]
+    made = {n.output[0]: n.op_type for n in onnx.load(path).graph.node}
+    assert "DequantizeLinear" not in {made[name] for name in readers[0].input}
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -72,7 +72,7 @@ def fit(
     order = None if act_order else torch.arange(weight.shape[1])
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     made = _feedback.run(
-        weight, gram, _assigner(grid, codes), order=order, damping=damping, block=block
+        weight, gram, _assigner(grid, codes, weight), order=order, damping=damping, block=block
     )
     if scheme.bits >= _MANY or not rounds:
         return grids.to_planes(codes, grid)
@@ -82,23 +82,24 @@ def fit(
         grid = _refit(weight, codes, grid, smooth)
         codes = codes.clone()
         made = grids.to_planes(codes, grid).dequantize()
-        made = _feedback.polish(weight, made, smooth, _assigner(grid, codes), block=block)
+        made = _feedback.polish(weight, made, smooth, _assigner(grid, codes, weight), block=block)
         loss = _feedback.loss(weight - made, smooth)
         better = loss < least
         best, least = _rows(better, (codes, grid), best), torch.minimum(loss, least)
     return grids.to_planes(*best)
 
 
-def _assigner(grid: Grid, codes: Tensor) -> _feedback.Assign:
-    """Nearest point of the grid; writes the codes [out, in] in place."""
+def _assigner(grid: Grid, codes: Tensor, weight: Tensor) -> _feedback.Assign:
+    """Nearest point of the grid; writes the codes [out, in] of `weight` in place."""
     scales, zeros = grid.scale.T.contiguous(), grid.zero_point.T.contiguous()  # [groups, out]
     shifts = grid.shift.T.contiguous()
-    top = grid.scheme.levels
+    low, top = (side.T.contiguous() for side in grids.limits(weight, grid))  # [in, out]
 
     def assign(columns: Tensor, place: int) -> Tensor:
         g = place // grid.group
         scale = scales[g]
-        code = (columns[:, 0] / scale).round_().add_(zeros[g]).clamp_(0, top)
+        code = (columns[:, 0] / scale).round_().add_(zeros[g])
+        code = torch.minimum(torch.maximum(code, low[place]), top[place])
         codes[:, place] = code
         return code.mul_(scale).add_(shifts[g]).unsqueeze(1)
 

@@ -1,5 +1,10 @@
 """8-bit grids of layer inputs, with or without the division of their channels.
 
+Channels are divided only where that does less harm on inputs that the divisors were not made
+from: with few input vectors (one an image behind a pooling) each channel's peak is a matter of
+chance, and dividing by it leaves no room above any. Divisors and both ranges of one half of a
+sample are tried on the other: sum over rows of ||(x - grid(x / s) s) W^T||^2, s the divisors or 1.
+
 `auto` takes of all observers the one whose grid changes the layer's output least on a sample
 of its inputs: sum over rows of ||(x - grid(x)) W^T||^2.
 """
@@ -40,9 +45,26 @@ def migrations(
     for group in groups:
         own = stats[group[0]]
         weights = [layers[path].weight.detach().float() for path in group]  # type: ignore[operator]
+        if own.rows is not None and not _helps(own.rows[:: _step(own.rows)], weights, alpha, floor):
+            continue
         peak = input_scales(own.lows, own.highs)  # type: ignore[arg-type]
         found |= dict.fromkeys(group, divisors(peak, weights, alpha, floor))
     return found
+
+
+def _helps(rows: Tensor, weights: list[Tensor], alpha: float, floor: float) -> bool:
+    """Whether divisors of every second row [n, in] do less harm to the rows between them."""
+    seen, unseen = rows[::2], rows[1::2]
+    if not len(unseen):
+        return True
+    scale = divisors(input_scales(seen.amin(0), seen.amax(0)), weights, alpha, floor)
+
+    def harm(channels: Tensor) -> float:
+        low, high = (seen / channels).aminmax()
+        grid = _grid(float(low), float(high), None)
+        return sum(_output_error(unseen / channels, grid, w * channels) for w in weights)
+
+    return harm(scale) < harm(torch.ones_like(scale))
 
 
 def _same_input(one: LayerStats, other: LayerStats) -> bool:
@@ -88,7 +110,7 @@ def activation_range(
         return _grid(low, high, channels)
     ends = [lookup("observers", name, "fit")(histogram, 8) for name in _names()]
     found = [_grid(low, high, channels) for low, high in ends]
-    some = rows[:: max(1, len(rows) // _ROWS)]
+    some = rows[:: _step(rows)]
     return min(found, key=lambda grid: _output_error(some, grid, weight))
 
 
@@ -101,6 +123,10 @@ def _grid(low: float, high: float, channels: Tensor | None) -> ActivationRange:
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / 255 or 1.0
     return ActivationRange(scale, round(-low / scale), channels)
+
+
+def _step(rows: Tensor) -> int:
+    return max(1, len(rows) // _ROWS)
 
 
 def _output_error(rows: Tensor, grid: ActivationRange, weight: Tensor) -> float:

@@ -72,6 +72,10 @@ class Quantize:
         rotate: quantize linear layers in a rotated basis of their inputs, see `penjing.rotation`;
             runtimes rotate the inputs. Not with 8-bit activations, and not a matrix that is also
             an embedding table.
+        paired: with 8-bit activations, 8-bit weights of which processors that add two byte
+            products in 16 bits (`penjing.processor`) make exact sums: of linear layers and
+            convolutions of one place, sums of neighbours are bounded (`penjing.grids`);
+            depthwise convolutions have no such sums; what else there is has 7 bits.
     """
 
     name: ClassVar[str] = "quantize"
@@ -95,6 +99,7 @@ class Quantize:
     scale_bits: int = 32
     bias: bool = True
     rotate: bool = False
+    paired: bool = False
 
     def __post_init__(self) -> None:
         if self.bits:
@@ -133,9 +138,23 @@ class Quantize:
                 allowed="with bits = 8 or 7, codes = integer, group = 0 and symmetric weights",
             )
 
+        if self.paired and not (self.activations and self.bits == 8):
+            raise UsageError("paired weights", allowed="with bits = 8 and activations = 8")
+        if self.paired and self.method not in ("gptq", "rtn"):
+            raise UsageError("method of paired weights", got=self.method, allowed="gptq, rtn")
+
     def _scheme(self, bits: float, group: int, codes: str = "integer") -> Scheme:
         whole = int(bits) if bits == int(bits) else bits
         return Scheme(whole, group, self.symmetric, codes, self.scale_bits)
+
+    def _adding(self, layer: nn.Module, scheme: Scheme) -> Scheme:
+        """The scheme of a layer by the sums of two products that its kernel makes."""
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if weight[0, 0].numel() == 1:
+            # Columns are channels, in the order in which they are added.
+            return replace(scheme, paired=True)
+        depthwise = getattr(layer, "groups", 1) == len(weight) and weight.shape[1] == 1
+        return scheme if depthwise else replace(scheme, bits=7)
 
     @property
     def before(self) -> tuple[Any, ...]:
@@ -243,6 +262,9 @@ class Quantize:
             group = 0  # runtimes have one scale an output channel of a convolution
         codes = "integer" if table else self.codes
         scheme = self._scheme(bits, group, codes)
+        if self.paired and not table:
+            scheme = self._adding(layer, scheme)
+            bits = scheme.bits
         if own.gram is not None and not torch.isfinite(own.gram).all():
             raise InputError(f"the Gram matrix of {path} is not finite")
         matrix = weight.reshape(len(weight), -1).float()  # [out, in]

@@ -7,8 +7,12 @@ written as such: left to the runtime, the fusion of QDQ pairs loses the bias (15
 MiniLM batch of 1). Layers that read the same tensor become one product and a Split.
 
 Convolution: QDQ on input, weight and bias; a pair on the output comes from the next
-convolution. A convolution whose output nobody quantizes has its float product and its
-integers as weights: quantizing only its input would cost time and accuracy for nothing.
+convolution. One whose output something else reads too, an addition say, would hand it on rounded;
+with a kernel of one place it is the product of a linear layer, channels last, and its output stays
+in floats (EfficientNet-Lite0 with these products ran in three quarters of the time that float
+products of the same layers took). A larger kernel whose output nobody quantizes has its float
+product and its integers as weights: quantizing only its input would cost time and accuracy for
+nothing.
 """
 
 from __future__ import annotations
@@ -118,15 +122,24 @@ def place_kernels(graph: Graph, layers: list[Layer]) -> None:
     for layer in layers:
         grids.setdefault(layer.use.node.input[0], layer.range)
     made = set()
+    inputs = {id(layer.use.node) for layer in layers}
     for layer in layers:
         node = layer.use.node
         passed, end = _chain(graph, node)
         grid = grids.get(end)
-        if (
-            grid is None
-            or 0 in (grid.scale, layer.range.scale)
-            or not all(_is_redundant(graph, other, grid) for other in passed)
-        ):
+        fused = (
+            grid is not None
+            and 0 not in (grid.scale, layer.range.scale)
+            and all(_is_redundant(graph, other, grid) for other in passed)
+        )
+        alone = end not in graph.outputs and all(
+            id(reader) in inputs or reader.op_type == "QuantizeLinear"
+            for reader in graph.readers(end)
+        )
+        if not (fused and alone) and layer.range.scale and _is_pointwise(node, layer.planes):
+            _product(graph, layer)
+            continue
+        if not fused:
             place(graph, layer.name, layer.planes, [layer.use])
             continue
         made.add(id(node))
@@ -175,12 +188,50 @@ def _is_redundant(graph: Graph, node: onnx.NodeProto, grid: ActivationRange) -> 
     )
 
 
+def _is_pointwise(node: onnx.NodeProto, planes: IntegerPlanes) -> bool:
+    """Whether a convolution is one product for all places: one place of a kernel, each place."""
+    given = {a.name: a for a in node.attribute}
+    steps = given["strides"].ints if "strides" in given else ()
+    pads = given["pads"].ints if "pads" in given else ()
+    groups = given["group"].i if "group" in given else 1
+    return (
+        planes.shape[2:] == (1,) * len(planes.shape[2:])
+        and groups == 1 and set(steps) <= {1} and set(pads) <= {0}
+    )  # fmt: skip
+
+
+def _product(graph: Graph, layer: Layer) -> None:
+    """A convolution of one place as the product of its channels, put last; floats come out."""
+    node, stem = layer.use.node, layer.name
+    back = graph.writer(_pair(graph, node.input[0], layer.range))
+    assert back is not None  # `_pair` made it
+    quantize = graph.writer(back.input[0])
+    assert quantize is not None
+    dims = len(layer.planes.shape)
+    last, product = graph.name("channels.last"), graph.name("product")
+    codes = graph.constant(f"{stem}.codes", np.ascontiguousarray(layer.codes.T))  # [in, out]
+    inputs = [
+        last, codes, quantize.input[1], graph.constant(f"{stem}.scale", layer.scale),
+        quantize.input[2],
+    ]  # fmt: skip
+    if len(node.input) > 2 and node.input[2]:
+        inputs += ["", node.input[2]]
+    first = [0, dims - 1, *range(1, dims - 1)]
+    new = [
+        graph.node("Transpose", [back.input[0]], [last], perm=[0, *range(2, dims), 1]),
+        graph.node("MatMulIntegerToFloat", inputs, [product], "com.microsoft"),
+        graph.node("Transpose", [product], [node.output[0]], perm=first),
+    ]
+    graph.replace([node], new)
+
+
 def _pair(graph: Graph, value: str, grid: ActivationRange) -> str:
     """`value` quantized and back, made once."""
     for node in graph.readers(value):
         if node.op_type == "QuantizeLinear" and _same(graph, node, grid):
-            back: str = graph.readers(node.output[0])[0].output[0]
-            return back
+            readers = graph.readers(node.output[0])
+            made: str = next(r.output[0] for r in readers if r.op_type == "DequantizeLinear")
+            return made
     parts = [
         graph.constant("input.scale", np.array(grid.scale, np.float32)),
         graph.constant("input.zero", np.array(grid.zero_point, np.uint8)),
