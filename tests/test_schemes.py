@@ -23,7 +23,7 @@ from penjing.edits import perform
 from penjing.model import Model, Source
 from penjing.packedlayers import pack_model
 from penjing.planes import IntegerPlanes, Scheme
-from penjing.quantizers import additive, binary, e8, power2, residual, rtn, ternary
+from penjing.quantizers import additive, binary, e8, power2, residual, rtn, ternary, trellis
 from penjing.recipe import Edit
 from penjing.rotation import Rotation
 from penjing.runtimes import onnxruntime, openvino
@@ -35,7 +35,7 @@ from penjing.writers.artifact import save
 OUT, IN = 24, 128
 FITS = {
     "integer": rtn.fit, "binary": binary.fit, "residual": residual.fit, "ternary": ternary.fit,
-    "power2": power2.fit, "additive": additive.fit, "e8": e8.fit,
+    "power2": power2.fit, "additive": additive.fit, "e8": e8.fit, "trellis": trellis.fit,
 }  # fmt: skip
 SCHEMES = [
     *(Scheme(b, g, s, "integer", w)
@@ -46,8 +46,9 @@ SCHEMES = [
     *(Scheme(b, 32, True, "power2", 8) for b in (2, 3, 4)),
     *(Scheme(b, 0, True, "additive", 16) for b in (1, 1.5)),
     *(Scheme(b, 0, True, "e8", 8) for b in (1.5, 2, 2.5)),
+    *(Scheme(b, 0, True, "trellis", 8) for b in (1, 2, 3)),
 ]  # fmt: skip
-VECTORS = ("additive", "e8")
+VECTORS = ("additive", "e8", "trellis")
 
 
 def decoded(folder: Path) -> np.ndarray:
@@ -71,6 +72,13 @@ def decoded(folder: Path) -> np.ndarray:
     codes = [unpacked(stored[f"codes{k}"], bits, table) for k, bits in enumerate(table["bits"])]
     integers = []
     for k, code in enumerate(codes):
+        if "window" in table:  # a column's codes together, the newest lowest
+            above = np.vstack([np.zeros((table["window"] - 1, IN), np.int64), code])
+            bits = int(table["bits"][k])
+            code = sum(
+                above[table["window"] - 1 - late :][:OUT] << bits * late
+                for late in range(table["window"])
+            )
         if "tables" in table:
             place = table["tables"][k]
             named = isinstance(place, str)
