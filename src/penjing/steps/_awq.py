@@ -25,6 +25,7 @@ from penjing.errors import UsageError
 from penjing.migration import activation_aware
 from penjing.model import Model
 from penjing.planes import Scheme
+from penjing.progress import track
 from penjing.quantizers import awq
 from penjing.recipe import Edit
 from penjing.steps._divide import division, is_plain, same
@@ -73,7 +74,7 @@ class Divide:
         ready = {n for n, reason in wanted.items() if not reason}
         whole = [s for s in shared_channels(model) if self._usable(model, s, ready, held)]
         planned += self._searched(model, whole, Unit("", model, {}, stream, None))
-        for part in units_of(model, stream):
+        for part in track(list(units_of(model, stream)), self.name):
             taken = {name for found, _ in planned for name in found.readers}
             if not (own := tuple(n for n in part.layers if n in ready - taken)):
                 continue
