@@ -43,7 +43,6 @@ from penjing.writers.onnx import write as write_onnx
 
 CALIBRATION, DEVELOPMENT = 128, 128
 FLOATS = 0.15  # of multiplications, and of weights
-FIRST = ("_conv_stem", "_blocks.0.*", "_blocks.1.*")  # 13 % of the multiplications
 BATCH = 8
 SURE = 0.1  # logits
 
@@ -75,7 +74,6 @@ def rows(model: Model, calibration: list[Batch]) -> dict[str, Callable[[], tuple
 
     return {
         f"equalize, {FLOATS:.0%} in floats": lambda: made(True, FLOATS),
-        "equalize, first blocks in floats": lambda: made(True, 0.0, skip=FIRST),
         "equalize": lambda: made(True, 0.0),
         "default": lambda: made(False, 0.0),
         "rtn": lambda: made(False, 0.0, method="rtn"),

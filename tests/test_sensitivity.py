@@ -1,4 +1,4 @@
-"""What is left in floats: by harm over price, within the share."""
+"""What is left in floats: from the input on, no more than fits, no more than helps."""
 
 import numpy as np
 import pytest
@@ -31,12 +31,14 @@ def _chain() -> tuple[Model, list[dict[str, torch.Tensor]]]:
     return Model(Chain().eval(), "tensor", batches[0], Source("factory", "tiny", "0")), batches
 
 
-def test_the_layer_of_the_outlier_is_left_and_no_more_than_fits() -> None:
+def test_the_layers_up_to_the_outlier_are_left_and_no_more_than_fit() -> None:
     model, batches = _chain()
     before = {n: t.clone() for n, t in model.module.state_dict().items()}
-    assert in_floats(model, batches, 0.34) == ("two",)
+    # All harm is at the second layer; the third is spared nothing worth its price.
+    assert in_floats(model, batches, 1.0) == ("one", "two")
+    assert in_floats(model, batches, 0.67) == ("one", "two")
+    assert in_floats(model, batches, 0.34) == ("one",)
     assert in_floats(model, batches, 0.3) == ()  # each layer is a third of all there is
-    assert in_floats(model, batches, 1.0) == ("one", "two", "three")
     assert in_floats(model, [], 0.0) == ()
     assert model.activations == {}
     for name, tensor in model.module.state_dict().items():

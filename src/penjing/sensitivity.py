@@ -1,9 +1,10 @@
-"""Which layers to leave in floats: those that cost the outputs most for what they cost.
+"""Which layers to leave in floats: a run of them from the input on.
 
-Each layer alone gets 8-bit weights (rounded to nearest, a scale a row) and 8-bit inputs (the range
-seen), and d is what that does to the outputs: KL of logits in nats, 1 - cosine of embeddings. Its
-price is the larger of its shares of all multiplications (time) and of all weights (bytes). Layers
-are taken by d over price while the prices fit into what may be spent.
+The first layers of a network see the fewest channels, and what 8-bit inputs do to them all later
+ones inherit. Each layer's input alone is rounded to 8 bits (the range seen), and its harm is what
+that does to the outputs: KL of logits in nats, 1 - cosine of embeddings. Left are the first layers,
+as few as spare nearly all of the harm that can be spared for the share that may be spent: one
+run, because an integer product between two float ones gains nothing and has both to convert.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from penjing.meter import Meter, hooked
 from penjing.model import Batch, Model
 from penjing.recipe import ActivationRange, Edit
 from penjing.registry import lookup
-from penjing.scheme import Scheme
 
 __all__ = ["in_floats"]
 
 
+# Of the harm that the longest run spares, what a shorter one must.
+_NEARLY = 0.9
+
+
 @torch.no_grad()
 def in_floats(model: Model, batches: Sequence[Batch], share: float) -> tuple[str, ...]:
-    """Paths of the layers to skip, in the order of the network.
+    """Paths of the layers to skip, in the order they run.
 
     Args:
         model: in floats; stays as it is. Batch norms should be folded.
@@ -44,46 +48,47 @@ def in_floats(model: Model, batches: Sequence[Batch], share: float) -> tuple[str
         raise UsageError("what to leave in floats needs data", next="give --data")
     twin = model.copy()
     layers = {n: m for n, m in twin.module.named_modules() if isinstance(m, _KINDS)}
-    price, ranges = _prices(twin, layers), _ranges(twin, layers, batches)
+    prices, ranges = _prices(twin, layers), _ranges(twin, layers, batches)
+    run, spent = [], torch.zeros(2, dtype=torch.float64)
+    for path in ranges:
+        spent += prices[path]
+        if bool((spent > share + 1e-9).any()):
+            break
+        run.append(path)
     wanted = [model.run(batch) for batch in batches]
     loss = lookup("losses", "cosine" if model.interface == "embedding" else "kl", "loss")
-    worth = {}
-    for path, (low, high) in ranges.items():
-        weight: Tensor = layers[path].weight.data
-        kept = weight.clone()
+    spared: list[float] = []
+    for path in run:
+        low, high = ranges[path]
         scale = (high - low) / 255 or 1.0
-        grid = ActivationRange(scale, round(-low / scale))
-        perform(twin, Edit("activation", path, grid, ""))
-        planes = lookup("quantizers", "rtn", "fit")(kept.flatten(1), Scheme(8, 0, True))
-        weight.copy_(planes.dequantize().reshape(kept.shape))
+        perform(twin, Edit("activation", path, ActivationRange(scale, round(-low / scale)), ""))
         harm = sum(float(loss(twin.run(b), w)) for b, w in zip(batches, wanted, strict=True))
-        weight.copy_(kept)
         layers[path].penjing_range = None  # type: ignore[assignment]
-        worth[path] = harm / max(price[path], 1e-12)
-    chosen, left = set(), share
-    for path in sorted(worth, key=lambda p: -worth[p]):
-        if price[path] <= left:
-            chosen.add(path)
-            left -= price[path]
-    return tuple(path for path in layers if path in chosen)
+        spared.append(harm + (spared[-1] if spared else 0.0))
+    return tuple(run[: 1 + sum(s < _NEARLY * spared[-1] for s in spared)])
 
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
-def _prices(model: Model, layers: Mapping[str, nn.Module]) -> dict[str, float]:
+def _prices(model: Model, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Shares of all multiplications (time) and of all weights (bytes), float64 [2]."""
     meter = Meter(model.module)
     with hooked(model.module, meter.enter, meter.leave), meter:
         model.run(model.example)
     sizes = {path: layer.weight.numel() for path, layer in layers.items()}  # type: ignore[operator]
-    macs, weights = max(sum(meter.macs.values()), 1), max(sum(sizes.values()), 1)
-    return {path: max(meter.macs[path] / macs, sizes[path] / weights) for path in layers}
+    whole = torch.tensor([sum(meter.macs.values()), sum(sizes.values())], dtype=torch.float64)
+    return {
+        path: torch.tensor([meter.macs[path], sizes[path]], dtype=torch.float64)
+        / whole.clamp_min(1)
+        for path in layers
+    }
 
 
 def _ranges(
     model: Model, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
 ) -> dict[str, tuple[float, float]]:
-    """Lowest and highest input of each layer that runs, zero among them."""
+    """Lowest and highest input of each layer that runs, zero among them, in the order they run."""
     found: dict[str, tuple[float, float]] = {}
     handles = []
     for path, layer in layers.items():
