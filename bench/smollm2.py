@@ -1,4 +1,4 @@
-"""SmolLM2-135M in 4, 3 and 2 bits, beside HQQ, llm-compressor's GPTQ and AutoRound.
+"""SmolLM2-135M in 4, 3 and 2 bits, beside HQQ, GPTQModel, llm-compressor and AutoRound.
 
     python bench/smollm2.py [--missing] [ROW ...]
 
@@ -39,11 +39,18 @@ from penjing.statistics import paired_bootstrap
 
 STORE = HERE / "results" / "smollm2.json"
 TORCH = "torch==2.13.0"
-# What is installed for a peer; its script is bench/peers/NAME_floats.py.
+# What is installed for a peer, one call of pip a line; its script is bench/peers/NAME_floats.py.
 PEERS = {
-    "hqq": ["hqq==0.2.8.post1", "transformers==5.24.0"],
-    "llmcompressor": ["llmcompressor==0.14.0.1", "transformers==5.17.0"],
-    "autoround": ["auto-round==0.16.1", "transformers==5.24.0"],
+    "hqq": ["hqq==0.2.8.post1 transformers==5.24.0"],
+    "gptqmodel": [
+        "accelerate==1.15.0 datasets==5.2.0 defuser==0.0.28 device-smi==0.5.7 dill==0.4.1 "
+        "jinja2==3.1.6 logbar==0.4.15 ninja==1.13.2 numpy==2.4.6 packaging==26.4 pillow==13.0.0 "
+        "protobuf==7.36.2 pypcre==0.6.4 requests==2.34.2 threadpoolctl==3.8.0 tokenicer==0.0.14 "
+        "torchao==0.18.0 transformers==5.24.0",
+        "--no-deps gptqmodel==7.7.0",  # it asks for a newer torch, and runs with this one
+    ],
+    "llmcompressor": ["llmcompressor==0.14.0.1 transformers==5.17.0"],
+    "autoround": ["auto-round==0.16.1 transformers==5.24.0"],
 }
 
 
@@ -63,6 +70,12 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
             options = same | {"symmetric": False, "observer": observer}
             name = observer.removeprefix("memoryless_")
             made[f"{bits} bits, llm-compressor gptq, {name}"] = "llmcompressor", options
+        for mse in (0.0, 2.0):
+            options = same | {"symmetric": False, "mse": mse}
+            made[f"{bits} bits, gptqmodel gptq, {'mse' if mse else 'minmax'}"] = (
+                "gptqmodel",
+                options,
+            )
         light = same | {"symmetric": False, "iters": 50, "lr": 5e-3, "batch": 8}
         made[f"{bits} bits, autoround, 50 iterations"] = "autoround", light
         whole = light | {"iters": 200, "lr": None}
@@ -79,8 +92,9 @@ def interpreter(tool: str) -> str:
     if not (folder / "whole").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         # torch first, and held: a peer's own choice of it may come with CUDA.
-        for wanted in ([TORCH], [TORCH, *PEERS[tool]]):
-            subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted], check=True)
+        for wanted in ("", *PEERS[tool]):
+            command = [str(python), "-m", "pip", "install", "-q", TORCH, *wanted.split()]
+            subprocess.run(command, check=True)
         (folder / "whole").touch()
     return str(python)
 
@@ -135,7 +149,9 @@ def main() -> None:
         store = kept() | {name: found}  # two runs may each make some of the rows
         beside = STORE.with_suffix(f".{os.getpid()}")
         beside.write_text(
-            "{\n" + ",\n".join(f"{json.dumps(n)}: {json.dumps(r)}" for n, r in store.items()) + "\n}\n"
+            "{\n"
+            + ",\n".join(f"{json.dumps(n)}: {json.dumps(r)}" for n, r in store.items())
+            + "\n}\n"
         )
         beside.replace(STORE)
         table(store)

