@@ -124,6 +124,26 @@ def test_hidden_states_are_those_of_the_edited_network(name: str) -> None:
         _spoil(model, index)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_twin_goes_its_own_way_without_a_run_of_the_network(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, batches, chained = NETWORKS[name]
+    model = make()
+    plain = model.copy()
+    wanted = [_seen(plain, path, batches) for path in model.blocks]
+    stream = Stream(model, batches)
+    if chained:
+        monkeypatch.setattr(Model, "run", None)
+    twin = stream.twin(plain)
+    for index in range(len(model.blocks)):
+        stream.enter(index)
+        twin.enter(index)
+        for call, hidden in zip(twin.calls(), wanted[index], strict=True):
+            torch.testing.assert_close(call.hidden, hidden, rtol=1e-5, atol=1e-5)
+        _spoil(model, index)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "llama with a cache", "skips"])
 def test_walk_gives_inputs_and_outputs(name: str) -> None:
     make, batches, _ = NETWORKS[name]

@@ -97,7 +97,7 @@ def apply(
             stream = Stream(result.model, own) if own and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
-                reference = Stream(result.model.copy(), own)
+                reference = stream.twin(result.model.copy())
             units = list(units_of(result.model, stream))
             for unit in track(units, step.name):
                 edits = log.read(number, unit.name)

@@ -8,6 +8,7 @@ cached hidden states; otherwise the network is run again up to that block.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -178,6 +179,19 @@ class Stream:
             self._calls.append(calls)
         self.front = list(seen_front)
         self.chained = chained and all(len(c) == len(blocks) for c in self._calls)
+
+    def twin(self, model: Model) -> Stream:
+        """The same batches on their way through a copy of the network, as far as they are here.
+
+        Spares the run of the whole network that a stream begins with.
+
+        Args:
+            model: a copy whose layers compute what this stream's did when it was made.
+        """
+        other = copy.copy(self)
+        other.model = model
+        other._calls = [[copy.copy(call) for call in calls] for calls in self._calls]
+        return other
 
     def enter(self, index: int) -> None:
         """Move to the input of block `index`; blocks before it must be finished.
