@@ -50,7 +50,8 @@ STORE = HERE / "results" / "w8a8-minilm.json"
 
 def steps() -> dict[str, Quantize | None]:
     """Penjing's rows; None is float32."""
-    plain: dict[str, Any] = {"bits": weight_bits(), "symmetric": True, "activations": 8}
+    plain: dict[str, Any] = {"bits": 8, "symmetric": True, "activations": 8}
+    plain["paired"] = weight_bits() < 8  # exact where byte products are added in 16 bits
     return {
         "float32": None,
         "penjing rtn": Quantize(method="rtn", **plain),
@@ -202,7 +203,7 @@ def table(store: dict[str, Any]) -> None:
     """All rows, runtime by runtime."""
     about = (__doc__ or "").split("\n\n")[2].replace("\n", " ")
     text = ["# MiniLM-L6 in 8-bit weights and activations", "", about, ""]
-    text += [f"Processor: {flags()}. Penjing's weights have {weight_bits()} bits.", ""]
+    text += [f"Processor: {flags()}. Penjing's weights are {'paired' if weight_bits() < 8 else 'plain'} 8 bits.", ""]
     for runtime in RUNTIMES:
         names = [n for n in (*steps(), *peers()) if f"{n}|{runtime}" in store]
         text += [f"## {runtime}", ""]

@@ -164,11 +164,17 @@ def test_shrink_and_cut_by_ratio(model: Model, data: Path) -> None:
     assert len(model.blocks) == 4
 
 
+def pairs(model: Model) -> int:
+    """The largest sum of two neighbouring codes about the zero point."""
+    codes = [p.codes[0].int() - 128 for p in model.planes.values() if p.bits == (8,)]
+    return max(int((c[:, ::2] + c[:, 1::2]).abs().max()) for c in codes)
+
+
 @pytest.mark.parametrize("bits", [7, 8])
 def test_quantized_inputs_without_data_have_ranges_at_run_time(
     model: Model, data: Path, monkeypatch: pytest.MonkeyPatch, bits: int
 ) -> None:
-    """And weights the bits whose products the processor adds exactly."""
+    """And weights whose products the processor adds exactly."""
     monkeypatch.setattr(api, "weight_bits", lambda: bits)
     dynamic = penjing.quantize(model, 8, activations=8)
     static = penjing.quantize(model, 8, activations=8, data=data)
@@ -176,7 +182,22 @@ def test_quantized_inputs_without_data_have_ranges_at_run_time(
     assert len(dynamic.activations) == 9
     assert all(r.scale == 0 for r in dynamic.activations.values())
     assert all(r.scale > 0 for r in static.activations.values())
-    assert all(p.bits == (bits,) for p in dynamic.planes.values())
+    for made in (dynamic, static):
+        assert all(p.bits == (8,) for p in made.planes.values())
+        assert (pairs(made) <= 128) == (bits == 7)
+    # A method that knows nothing of pairs.
+    blind = penjing.quantize(model, 8, activations=8, method="clip")
+    assert all(p.bits == (bits,) for p in blind.planes.values())
+
+
+def test_the_first_layers_stay_in_floats(model: Model, data: Path) -> None:
+    half = penjing.quantize(model, 8, activations=8, data=data, floats=0.5)
+    left = [n for n, _ in model.module.named_modules() if n.endswith((".up", ".down", "head"))]
+    names = {f"{n}.weight" for n in left} - set(half.planes)
+    assert 0 < len(names) <= 5
+    assert "blocks.0.up.weight" in names
+    with pytest.raises(UsageError, match="in floats needs data"):
+        penjing.quantize(model, 8, activations=8, floats=0.5)
 
 
 def test_the_method_follows_the_data(model: Model, data: Path) -> None:

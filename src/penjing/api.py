@@ -42,6 +42,7 @@ from penjing.recipe import Recipe
 from penjing.registry import lookup
 from penjing.report import write as report
 from penjing.result import Result
+from penjing.sensitivity import in_floats
 from penjing.steps.cache import Cache, check_decoder
 from penjing.steps.cut import Cut
 from penjing.steps.equalize import Equalize
@@ -62,6 +63,9 @@ __all__ = [
 ]  # fmt: skip
 
 Place = str | os.PathLike[str]
+
+# Samples that show which inputs 8 bits harm.
+_FEW = 24
 
 STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Cache, Recover)}
 
@@ -214,6 +218,7 @@ def quantize(
     symmetric: bool | None = None,
     rotate: bool = False,
     kv_cache: int | None = None,
+    floats: float = 0.0,
     data: Dataset | Place | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
@@ -223,17 +228,27 @@ def quantize(
 
     Without a method: `gptq` with data, `rtn` without. With activations and no data, ranges are
     found at run time. Batch norms are folded into their convolutions first. Where this processor's
-    sums of byte products saturate, weights beside integer inputs have 7 of their 8 bits. `kv_cache`
-    is 8 or 4 bits of a decoder's keys and values; their ranges need data.
+    sums of byte products saturate, weights beside integer inputs are paired, or have 7 of their 8
+    bits (methods other than gptq and rtn). `kv_cache` is 8 or 4 bits of a decoder's keys and
+    values; their ranges need data. `floats` is the share of the work that may stay in floats, see
+    `penjing.sensitivity`.
     """
     if kv_cache is not None:
         _need(data, "a KV cache in integers")
         check_decoder(_model(model))
-    if activations and bits == 8:
+    narrow = bool(activations) and bits == 8 and weight_bits() < 8
+    paired = narrow and method in (None, "gptq", "rtn")
+    if narrow and not paired:
         bits = weight_bits()
     if method == "awq":
         _need(data, "quantize with the method awq")
     loaded = _model(model)
+    skip: tuple[str, ...] = ()
+    if floats:
+        _need(data, "what to leave in floats")
+        plain = _apply(loaded, Recipe((Fold(),))).model if has_norms(loaded) else loaded
+        few = _batches(loaded, data, _FEW, options.get("length", 128))
+        skip = in_floats(plain, few, floats)
     step = Quantize(
         bits,
         group,
@@ -247,6 +262,8 @@ def quantize(
         codes=codes,
         scale_bits=scale_bits,
         rotate=rotate,
+        paired=paired,
+        skip=skip,
     )
     steps: tuple[Any, ...] = (Fold(), step) if has_norms(loaded) else (step,)
     if kv_cache is not None:

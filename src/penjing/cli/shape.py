@@ -204,6 +204,13 @@ def cut(
 @click.option("--embeddings", type=click.IntRange(2, 8), help="Bits of embedding tables.")
 @click.option("--method", type=Leaf("quantizers"), help="Default: gptq with data, rtn without.")
 @click.option("--symmetric/--asymmetric", default=None, help="Default: what the runtime wants.")
+@click.option(
+    "--floats",
+    type=RATIO,
+    default="0",
+    metavar="15%",
+    help="Share of the work that may stay in floats, from the input on.",
+)
 @click.option("--rotate", is_flag=True, help="Quantize weights in a rotated basis of their inputs.")
 @click.option("--dequantize", is_flag=True, help="Weight files only: store the floats.")
 @targets_option
@@ -219,6 +226,7 @@ def quantize(
     scale_bits: str,
     activations: int | None,
     kv_cache: str | None,
+    floats: float,
     embeddings: int | None,
     method: str | None,
     symmetric: bool | None,
@@ -247,6 +255,11 @@ def quantize(
                 got=f"{codes}, scales of {scale_bits} bits" + ", rotated" * rotate,
                 allowed="integer, scales of 32 bits, not rotated",
             )
+        if kv_cache or floats:
+            raise UsageError(
+                "--kv-cache and --floats are for networks", got=f"{model}, bare weights",
+                next="leave them out",
+            )  # fmt: skip
         if method == "awq":
             raise UsageError("method awq of a bare weight file", next="use the method clip")
         from penjing.weights import quantize_file
@@ -288,6 +301,7 @@ def quantize(
         activations=activations,
         embeddings=embeddings,
         kv_cache=int(kv_cache) if kv_cache else None,
+        floats=floats,
         symmetric=symmetric,
         rotate=rotate,
         targets=targets or None,
