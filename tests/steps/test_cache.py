@@ -127,6 +127,13 @@ def test_a_cut_block_takes_its_grid_along() -> None:
         assert torch.isfinite(model.run(net.text_batch(9))).all()
 
 
+def test_some_layers_alone() -> None:
+    recipe = Recipe((Cache(targets=("*.1.*",)),))
+    assert list(apply(net.llama(3), recipe, data()).model.cache) == ["model.layers.1.self_attn"]
+    with pytest.raises(InputError, match="match no attention"):
+        apply(net.llama(1), Recipe((Cache(targets=("nowhere",)),)), data())
+
+
 def test_heads_go_before() -> None:
     with pytest.raises(InputError, match="put cache last in the recipe"):
         apply(net.llama(2), Recipe((Cache(), Shrink(0.5))), data())

@@ -20,6 +20,7 @@ from penjing.calibrate import LayerStats, Unit
 from penjing.errors import InputError, UsageError
 from penjing.model import Batch, Model
 from penjing.recipe import Edit
+from penjing.steps._select import matches
 
 __all__ = ["Cache", "check_decoder"]
 
@@ -35,7 +36,7 @@ class Cache:
 
     Attributes:
         bits: 8 or 4.
-        targets: there are none to choose; kept empty.
+        targets: globs of paths of attentions; without any, all.
     """
 
     name: ClassVar[str] = "cache"
@@ -57,7 +58,13 @@ class Cache:
             InputError: no data, or keys that are not finite.
         """
         model = unit.model
-        paths = check_decoder(model)
+        paths = {
+            place: path
+            for place, path in check_decoder(model).items()
+            if not self.targets or matches(path, self.targets)
+        }
+        if not paths:
+            raise InputError("the targets of cache match no attention", got=self.targets)
         if not unit.batches:
             raise InputError("ranges of a KV cache need data", next="give calibration data")
         layers, weight = _record(model, unit.batches)
