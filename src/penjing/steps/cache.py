@@ -61,7 +61,7 @@ class Cache:
         paths = {
             place: path
             for place, path in check_decoder(model).items()
-            if not self.targets or matches(path, self.targets)
+            if matches(path, self.targets)
         }
         if not paths:
             raise InputError("the targets of cache match no attention", got=self.targets)
