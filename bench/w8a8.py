@@ -203,7 +203,8 @@ def table(store: dict[str, Any]) -> None:
     """All rows, runtime by runtime."""
     about = (__doc__ or "").split("\n\n")[2].replace("\n", " ")
     text = ["# MiniLM-L6 in 8-bit weights and activations", "", about, ""]
-    text += [f"Processor: {flags()}. Penjing's weights are {'paired' if weight_bits() < 8 else 'plain'} 8 bits.", ""]
+    kind = "paired" if weight_bits() < 8 else "plain"
+    text += [f"Processor: {flags()}. Penjing's weights are {kind} 8 bits.", ""]
     for runtime in RUNTIMES:
         names = [n for n in (*steps(), *peers()) if f"{n}|{runtime}" in store]
         text += [f"## {runtime}", ""]

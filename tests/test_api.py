@@ -317,3 +317,12 @@ def test_every_verb_is_there_and_documented() -> None:
         assert verb.__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'fly'"):
         penjing.fly  # noqa: B018
+
+
+def test_packed_is_measured_without_an_export(model: Model, data: Path, tmp_path: Path) -> None:
+    penjing.save(penjing.quantize(model, 2, codes="e8"), tmp_path / "out")
+    found = penjing.measure(tmp_path / "out", runtime="packed", data=data, task="classification")
+    assert found["runtime"] == "packed"
+    assert found["latency_ms"]["median"] > 0
+    with pytest.raises(InputError, match="or --runtime packed"):
+        penjing.measure(tmp_path / "out")

@@ -326,6 +326,8 @@ def export(artifact: Place, to: Sequence[str] = ("onnx",)) -> dict[str, float]:
 def _exported(artifact: Path, runtime: str | None) -> tuple[str, Path]:
     """Runtime and file of an artifact's export."""
     there = {}
+    if runtime == "packed":  # runs the artifact itself
+        return runtime, artifact
     for name in TARGETS.values():
         path = artifact / str(lookup("runtimes", name, "file"))
         if path.exists():
@@ -334,7 +336,7 @@ def _exported(artifact: Path, runtime: str | None) -> tuple[str, Path]:
         raise InputError(
             "the artifact has no export for this runtime" if runtime else "nothing is exported",
             got=runtime or artifact, allowed=", ".join(there) or None,
-            next=f"penjing export {artifact} --to onnx",
+            next=f"penjing export {artifact} --to onnx, or --runtime packed",
         )  # fmt: skip
     name = runtime or _measured_runtime(artifact) or next(iter(there))
     return (name, there[name]) if name in there else next(iter(there.items()))

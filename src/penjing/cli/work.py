@@ -156,6 +156,9 @@ def technique(
         raise
     if journal is None:
         shutil.rmtree(kept, ignore_errors=True)
+    steps = done.recipe.steps if done.recipe else ()
+    if skipped := [path for step in steps for path in getattr(step, "skip", ())]:
+        note(f"left in floats: {_several(skipped)}")
     for line in remarks(loaded, done) if remarks else ():
         note(line)
     cached = round(sum(grid.bytes_per_token for grid in done.cache.values()))

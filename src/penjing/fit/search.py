@@ -107,8 +107,8 @@ def search(work: Work, known: Sequence[Choice]) -> list[Made]:
         reserve = 0.0 if good or not number else work.reserve
         if (made or known) and spent + slowest + reserve > within:
             notes.append(
-                f"no further candidate after {spent:.0f} s: it would take about {slowest:.0f} s, "
-                f"--within is {within:.0f} s"
+                f"no further candidate: {spent:.0f} s have gone, --within is {within:.0f} s"
+                + ("" if spent > within else f", and one would take about {slowest:.0f} s")
             )
             break
         # Without a bar for quality the first that fits is the one with the least error.
