@@ -235,7 +235,6 @@ def quantize(
     """
     if kv_cache is not None:
         _need(data, "a KV cache in integers")
-        check_decoder(_model(model))
     narrow = bool(activations) and bits == 8 and weight_bits() < 8
     paired = narrow and method in (None, "gptq", "rtn")
     if narrow and not paired:
@@ -243,6 +242,8 @@ def quantize(
     if method == "awq":
         _need(data, "quantize with the method awq")
     loaded = _model(model)
+    if kv_cache is not None:
+        check_decoder(loaded)
     skip: tuple[str, ...] = ()
     if floats:
         _need(data, "what to leave in floats")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from penjing.errors import InputError
 
-__all__ = ["BITS", "CacheGrid", "attention_layers", "rounding_cache"]
+__all__ = ["BITS", "CacheGrid", "attention_layers", "rounded", "rounding_cache"]
 
 BITS = (8, 4)
 """Bits of a stored key or value that runtimes have kernels for."""
@@ -59,11 +59,11 @@ class CacheGrid:
 
     def keys(self, x: Tensor) -> Tensor:
         """Keys [batch, kv heads, length, head width] as they come back from the cache."""
-        return _rounded(x, self.key_scale, self.key_offset, self.bits)
+        return _through(x, self.key_scale, self.key_offset, self.bits)
 
     def values(self, x: Tensor) -> Tensor:
         """The same for values."""
-        return _rounded(x, self.value_scale, self.value_offset, self.bits)
+        return _through(x, self.value_scale, self.value_offset, self.bits)
 
     @property
     def bytes_per_token(self) -> float:
@@ -75,11 +75,17 @@ class CacheGrid:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bits"}
 
 
-def _rounded(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def rounded(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """x as it comes back from codes of so many bits, float32; scale and offset broadcast to it."""
     half = 2 ** (bits - 1)
+    codes = ((x.float() - offset) / scale).round_().clamp_(-half, half - 1)
+    return codes * scale + offset
+
+
+def _through(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """[batch, kv heads, length, head width]; scale and offset [kv heads, head width]."""
     scale, offset = (t.unsqueeze(1).to(x.device, torch.float32) for t in (scale, offset))
-    codes = ((x.float() - offset) / scale).round().clamp(-half, half - 1)
-    made = (codes * scale + offset).to(x.dtype)
+    made = rounded(x.detach(), scale, offset, bits).to(x.dtype)
     # Straight through: training sees the rounding and its gradient passes by it.
     return x + (made - x).detach() if x.requires_grad else made
 

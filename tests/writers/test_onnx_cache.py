@@ -30,23 +30,23 @@ from penjing.writers import onnx as writer
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 32}
 
 
-def llama() -> Model:
+def grouped(kind: Any, network: Any, width: int) -> Model:
+    """Two queries to a head of keys, rotated positions."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = kind(
         hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, **SMALL,
+        num_key_value_heads=2, head_dim=width, **SMALL,
     )  # fmt: skip
-    return net.wrap(net.sharpen(LlamaForCausalLM(config)), "causal", net.text_batch(samples=2))
+    return net.wrap(net.sharpen(network(config)), "causal", net.text_batch(samples=2))
+
+
+def llama() -> Model:
+    return grouped(LlamaConfig, LlamaForCausalLM, 8)
 
 
 def qwen3() -> Model:
     """Norms between the projections and the rotation."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, **SMALL,
-    )  # fmt: skip
-    return net.wrap(net.sharpen(Qwen3ForCausalLM(config)), "causal", net.text_batch(samples=2))
+    return grouped(Qwen3Config, Qwen3ForCausalLM, 16)
 
 
 def gpt2() -> Model:

@@ -92,7 +92,7 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
         model.blocks = find_blocks(model.module) if model.interface != "weights" else ()
         replay(model, table["structure"])
         channels = {n: tensors.pop(f"{n}::channels", None) for n in table["activations"]}
-        grids = {n: _grid(n, b, tensors) for n, b in table.get("cache", {}).items()}
+        grids = {n: CacheGrid(b, **_own(n, tensors)) for n, b in table.get("cache", {}).items()}
         quantized = {n: _planes(n, d, tensors) for n, d in table["planes"].items()}
         if planes is not None:
             quantized = _first(quantized, planes)
@@ -114,16 +114,14 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
     return model
 
 
-def _grid(name: str, bits: int, tensors: dict[str, Tensor]) -> CacheGrid:
+def _own(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored as `name::part`, by part, taken out of `tensors`."""
     prefix = f"{name}::"
-    own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
-    return CacheGrid(bits, **own)
+    return {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
 
 
 def _planes(name: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerPlanes:
-    prefix = f"{name}::"
-    own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
-    return IntegerPlanes.from_tensors(own, description)
+    return IntegerPlanes.from_tensors(_own(name, tensors), description)
 
 
 def _first(quantized: dict[str, IntegerPlanes], planes: int) -> dict[str, IntegerPlanes]:

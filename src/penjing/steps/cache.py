@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from penjing.cache import BITS, CacheGrid, attention_layers
+from penjing.cache import BITS, CacheGrid, attention_layers, rounded
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import InputError, UsageError
 from penjing.model import Batch, Model
@@ -139,12 +139,10 @@ def _drawn(
     rows: Tensor, bits: int, weight: Tensor, ends: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Of some ranges those with the least squared error, row by row."""
-    half = 2 ** (bits - 1)
     best, found = torch.full((len(rows),), torch.inf), ends[0]
     for low, high in ends:
         scale, offset = (t.unsqueeze(1) for t in _between(low, high, bits))
-        codes = ((rows - offset) / scale).round().clamp_(-half, half - 1)
-        error = (codes * scale + offset - rows).square() @ weight
+        error = (rounded(rows, scale, offset, bits) - rows).square() @ weight
         better = error < best
         best = torch.where(better, error, best)
         found = (torch.where(better, low, found[0]), torch.where(better, high, found[1]))
@@ -190,10 +188,8 @@ def _record(
     }
     is_first = torch.cat(firsts).cpu()
     ones, rest = int(is_first.sum()), int((~is_first).sum())
-    share = _FIRST if ones and rest else 1.0
-    weight = torch.where(
-        is_first, share / max(ones, 1), (1 - share if ones else 1.0) / max(rest, 1)
-    )
+    share = _FIRST if rest else 1.0  # every text has a first token
+    weight = torch.where(is_first, share / max(ones, 1), (1 - share) / max(rest, 1))
     return made, weight.float()
 
 

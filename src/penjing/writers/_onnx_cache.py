@@ -38,17 +38,23 @@ def place_cache(graph: Graph, model: Model) -> None:
     """
     if not model.cache:
         return
+    shapes = shapes_of(graph)
     lengths = _lengths(graph)
     biases: dict[str, str] = {}
     for index, path in attention_layers(model.module).items():
         if (grid := model.cache.get(path)) is not None:
-            _place(graph, index, path, grid, lengths, biases)
+            _place(graph, index, path, grid, shapes, lengths, biases)
 
 
 def _place(
-    graph: Graph, index: int, path: str, grid: CacheGrid, lengths: list[str], biases: dict[str, str]
+    graph: Graph,
+    index: int,
+    path: str,
+    grid: CacheGrid,
+    shapes: dict[str, list[int]],
+    lengths: list[str],
+    biases: dict[str, str],
 ) -> None:
-    shapes = shapes_of(graph)
     found = _parts(graph, index)
     if found is None:
         raise ExportError(
