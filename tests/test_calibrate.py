@@ -406,3 +406,21 @@ def test_stages_have_the_statistics_of_the_whole_block() -> None:
     masks = [batch["attention_mask"].bool() for batch in batches]
     kept = torch.cat([x[mask] for x, mask in zip(rows, masks, strict=True)]).double()
     torch.testing.assert_close(whole[f"{name}.output.dense"].mean, kept.mean(0), atol=1e-6, rtol=0)
+
+
+def test_later_batches_are_not_run_past_the_blocks() -> None:
+    """Logits are larger than all that is kept; the first batch shows what comes after."""
+    model = net.llama()
+    runs: list[int] = []
+    head: nn.Module = model.module.lm_head  # type: ignore[assignment]
+    head.register_forward_hook(lambda *_: runs.append(1))
+    batches = [net.text_batch(seed) for seed in range(4)]
+    stream = Stream(model, batches)
+    assert stream.chained
+    assert len(runs) == 1
+    stream.enter(2)
+    inputs = [call.hidden.clone() for call in stream.calls()]
+    for batch, found in zip(batches, inputs, strict=True):
+        alone = Stream(model, [batch])
+        alone.enter(2)
+        assert torch.equal(next(alone.calls()).hidden, found)

@@ -358,3 +358,34 @@ def test_untied_parameters_are_two_and_what_is_left_changes_nothing() -> None:
     assert [(e.kind, e.path, e.value) for e in unpack(*pack(edits))] == [
         ("untie", "lm_head.weight", None), ("left", "x", None),
     ]  # fmt: skip
+
+
+def _after() -> Patch:
+    return Patch(torch.eye(32) + 0.1, torch.ones(32), "after")
+
+
+def test_edits_of_a_shared_copy_are_its_own() -> None:
+    """Numbers in common until an edit replaces them, whichever of the two is edited."""
+    model = net.llama()
+    before = net.state(model)
+    twin = model.copy(shared=True)
+    path = "model.layers.1.mlp.up_proj"
+    own, other = (m.module.get_submodule(path).weight for m in (model, twin))
+    assert own is not other
+    assert own.data_ptr() == other.data_ptr()
+    perform(twin, Edit("weight", f"{path}.weight", torch.zeros(own.shape), "t"))
+    perform(twin, Edit("mask", "model.layers.0.mlp.up_proj.weight", own.abs() > 1, "t"))
+    perform(twin, Edit("patch", "model.layers.0", _after(), "t"))
+    perform(twin, Edit("patch", "model.layers.0", _after(), "t"))
+    assert not other.any()
+    assert all(torch.equal(value, before[name]) for name, value in net.state(model).items())
+    perform(model, Edit("quantize", f"{path}.weight", _planes(*own.shape), "t"))
+    assert not other.any()
+    assert path not in twin.planes
+    assert not twin.masks.keys() & model.masks.keys()
+
+
+def test_what_is_left_is_kept_with_its_reason() -> None:
+    model = net.stack()
+    perform(model, Edit("left", "blocks.0.up", None, "nothing divides its inputs"))
+    assert model.left == {"blocks.0.up": "nothing divides its inputs"}

@@ -217,6 +217,7 @@ def quantize(
     embeddings: int | None = None,
     symmetric: bool | None = None,
     rotate: bool = False,
+    refine: int = 0,
     kv_cache: int | None = None,
     floats: float = 0.0,
     data: Dataset | Place | None = None,
@@ -231,7 +232,7 @@ def quantize(
     sums of byte products saturate, weights beside integer inputs are paired, or have 7 of their 8
     bits (methods other than gptq and rtn). `kv_cache` is 8 or 4 bits of a decoder's keys and
     values; their ranges need data. `floats` is the share of the work that may stay in floats, see
-    `penjing.sensitivity`.
+    `penjing.sensitivity`. `refine` is steps of gradient descent on a block after it is quantized.
     """
     if kv_cache is not None:
         _need(data, "a KV cache in integers")
@@ -241,6 +242,8 @@ def quantize(
         bits = weight_bits()
     if method == "awq":
         _need(data, "quantize with the method awq")
+    if refine:
+        _need(data, "quantize with refine")
     loaded = _model(model)
     if kv_cache is not None:
         check_decoder(loaded)
@@ -263,6 +266,7 @@ def quantize(
         codes=codes,
         scale_bits=scale_bits,
         rotate=rotate,
+        refine=refine,
         paired=paired,
         skip=skip,
     )

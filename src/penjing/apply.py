@@ -76,7 +76,7 @@ def apply(
     Raises:
         InputError: unusable data, or a journal of another run.
     """
-    result = Applied(model.copy())
+    result = Applied(model.copy(shared=True))
     # The same samples in any batches: the same journal, and the same bytes.
     own = rebatched(model, batches) if batches else []
     # A step may begin with others, on the whole network.
@@ -97,7 +97,7 @@ def apply(
             stream = Stream(result.model, own) if own and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
-                reference = stream.twin(result.model.copy())
+                reference = stream.twin(result.model.copy(shared=True))
             units = list(units_of(result.model, stream))
             for unit in track(units, step.name):
                 edits = log.read(number, unit.name)
@@ -128,6 +128,10 @@ def apply(
                     stream = Stream(result.model, own)
                     for later in units:
                         later.stream = stream
+    given_numbers = {p.data_ptr() for p in model.module.parameters()}
+    for parameter in result.model.module.parameters():
+        if parameter.data_ptr() in given_numbers:  # no edit replaced them
+            parameter.data = parameter.data.clone()
     return result
 
 

@@ -148,12 +148,17 @@ class Stream:
                 _: nn.Module,
                 args: Any,
                 output: Any,
+                calls: list[Call] = calls,
                 last: list[Tensor] = last,
                 made: list[Tensor] = made,
             ) -> None:
                 parts = output if isinstance(output, tuple) else (output,)
                 last[:] = parts[:1]
                 made += [part for part in parts[1:] if isinstance(part, Tensor)]
+                # What the first batch has shown is not run again: the logits of a decoder are
+                # larger than all that is kept here.
+                if self._calls and chained and len(calls) == len(blocks) == len(self._calls[0]):
+                    raise _Stop
 
             for block in blocks:
                 # Prepended, so that a patch's own hook does not hide the chain.
@@ -171,7 +176,7 @@ class Stream:
 
                         handles.append(module.register_forward_pre_hook(note))
             try:
-                with torch.no_grad():
+                with torch.no_grad(), contextlib.suppress(_Stop):
                     self.model.run(batch)
             finally:
                 for handle in handles:

@@ -30,6 +30,10 @@ class Call:
     @torch.no_grad()
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The hidden state that `block` makes of `hidden`."""
+        return self.forward(block, hidden)
+
+    def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The same, for gradients."""
         if self.named:
             output = block(*self.args, **(self.kwargs | {"hidden_states": hidden}))
         else:
@@ -59,6 +63,19 @@ class Call:
                 if value.shape[dim] == places and (dim == 1 or value.ndim == 4):
                     value = value.narrow(dim, 0, min(length, places))
             return value
+
+        return self._mapped(cut)
+
+    def samples(self, rows: slice) -> Call:
+        """The call on some of the samples: what has as many as the hidden state is cut with it.
+
+        A vector as long as the samples are is one of positions.
+        """
+        count, places = (*self.hidden.shape, 0)[:2]
+
+        def cut(value: Tensor) -> Tensor:
+            vector = value.ndim == 1 and count == places
+            return value[rows] if value.ndim and len(value) == count and not vector else value
 
         return self._mapped(cut)
 

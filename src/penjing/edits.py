@@ -35,6 +35,7 @@ def perform(model: Model, edit: Edit) -> None:
     """
     value = edit.value
     if edit.kind == "left":
+        model.left[edit.path] = edit.why
         return
     if edit.kind in ("mask", "weight", "quantize"):
         parameter = _parameter(model, edit.path)
@@ -45,17 +46,16 @@ def perform(model: Model, edit: Edit) -> None:
             )
         with torch.no_grad():
             if isinstance(value, IntegerPlanes):
-                parameter.copy_(value.dequantize())
+                _set(parameter, value.dequantize())
                 model.planes[edit.path] = value
             elif edit.kind == "mask" and isinstance(value, Tensor):
                 _refuse_quantized(model, "mask", [edit.path])
-                parameter.mul_(value)
+                _set(parameter, parameter * value)
                 model.masks[edit.path] = value & model.masks.get(edit.path, value)
             elif isinstance(value, Tensor):
                 _refuse_quantized(model, "weight", [edit.path])
-                parameter.copy_(value)
-                if edit.path in model.masks:  # what was removed stays removed
-                    parameter.mul_(model.masks[edit.path])
+                # What was removed stays removed.
+                _set(parameter, value * model.masks.get(edit.path, True))
     elif isinstance(value, ActivationRange):
         layer = model.module.get_submodule(edit.path)
         if not hasattr(layer, "penjing_range"):
@@ -128,6 +128,11 @@ def slice_module(module: nn.Module, slices: list[tuple[str, int, list[int]]]) ->
                 scaled.add((id(owner), attribute))
                 if count * len(kept) % old.shape[dim] == 0:
                     setattr(owner, attribute, count * len(kept) // old.shape[dim])
+
+
+def _set(parameter: nn.Parameter, value: Tensor) -> None:
+    # In a tensor of its own: the old one may be another copy's too, see `Model.copy`.
+    parameter.data = value.to(parameter, copy=True).contiguous()
 
 
 def _parameter(model: Model, path: str) -> nn.Parameter:
@@ -264,8 +269,8 @@ def _patch(model: Model, edit: Edit, patch: Patch) -> None:
         _restructure(model, _structural(edit))
     linear = block.get_submodule(name)
     with torch.no_grad():
-        linear.weight.copy_(weight)  # type: ignore[operator]
-        linear.bias.copy_(bias)  # type: ignore[operator]
+        _set(linear.weight, weight)  # type: ignore[arg-type]
+        _set(linear.bias, bias)  # type: ignore[arg-type]
 
 
 def _patch_before(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -64,6 +64,7 @@ class Model:
         planes: quantized weights by parameter path.
         activations: 8-bit input ranges by module path.
         cache: how keys and values are stored, by path of an attention; empty for floats.
+        left: why a step left a layer as it was, by path, for who asked for it.
         structure: JSON-ready structural edits in the order made; replayed by readers.
         recipe: the steps that were applied since it was loaded.
     """
@@ -79,6 +80,7 @@ class Model:
     planes: dict[str, IntegerPlanes] = field(default_factory=dict)
     activations: dict[str, ActivationRange] = field(default_factory=dict)
     cache: dict[str, CacheGrid] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
     structure: list[dict[str, Any]] = field(default_factory=list)
     recipe: Recipe | None = None
 
@@ -130,11 +132,21 @@ class Model:
         """Whether the inputs are images."""
         return "pixel_values" in self.example
 
-    def copy(self) -> Model:
-        """An independent copy; the original of every experiment."""
+    def copy(self, *, shared: bool = False) -> Model:
+        """An independent copy; the original of every experiment.
+
+        Args:
+            shared: parameters keep the numbers they have in common until an edit replaces them,
+                which takes no memory; for copies that edits alone change.
+        """
         twin = copy.copy(self)
-        for name in ("module", "masks", "planes", "activations", "cache", "structure"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name)))
+        memo: dict[int, nn.Parameter] = {}
+        if shared:
+            own = self.module.parameters()
+            memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in own}
+        twin.module = copy.deepcopy(self.module, memo)
+        for name in ("masks", "planes", "activations", "cache", "left", "structure"):
+            setattr(twin, name, (copy.copy if shared else copy.deepcopy)(getattr(self, name)))
         return twin
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

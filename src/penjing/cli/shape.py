@@ -212,6 +212,13 @@ def cut(
     help="Share of the work that may stay in floats, from the input on.",
 )
 @click.option("--rotate", is_flag=True, help="Quantize weights in a rotated basis of their inputs.")
+@click.option(
+    "--refine",
+    type=click.IntRange(0),
+    default=0,
+    metavar="64",
+    help="Steps of gradient descent on each block's scales and codes.",
+)
 @click.option("--dequantize", is_flag=True, help="Weight files only: store the floats.")
 @targets_option
 @data_options()
@@ -231,6 +238,7 @@ def quantize(
     method: str | None,
     symmetric: bool | None,
     rotate: bool,
+    refine: int,
     dequantize: bool,
     output: Path,
     overwrite: bool,
@@ -255,9 +263,9 @@ def quantize(
                 got=f"{codes}, scales of {scale_bits} bits" + ", rotated" * rotate,
                 allowed="integer, scales of 32 bits, not rotated",
             )
-        if kv_cache or floats:
+        if kv_cache or floats or refine:
             raise UsageError(
-                "--kv-cache and --floats are for networks", got=f"{model}, bare weights",
+                "--kv-cache, --floats and --refine are for networks", got=f"{model}, bare weights",
                 next="leave them out",
             )  # fmt: skip
         if method == "awq":
@@ -304,6 +312,7 @@ def quantize(
         floats=floats,
         symmetric=symmetric,
         rotate=rotate,
+        refine=refine,
         targets=targets or None,
         remarks=lambda before, after: tables_in_floats(before, after, embeddings is not None),
         **options,

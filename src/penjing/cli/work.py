@@ -159,6 +159,11 @@ def technique(
     steps = done.recipe.steps if done.recipe else ()
     if skipped := [path for step in steps for path in getattr(step, "skip", ())]:
         note(f"left in floats: {_several(skipped)}")
+    reasons: dict[str, list[str]] = {}
+    for path, why in done.left.items():
+        reasons.setdefault(why, []).append(path)
+    for why, paths in reasons.items():
+        note(f"{why}: {_several(paths)}")
     for line in remarks(loaded, done) if remarks else ():
         note(line)
     cached = round(sum(grid.bytes_per_token for grid in done.cache.values()))

@@ -64,7 +64,10 @@ class Cache:
             if matches(path, self.targets)
         }
         if not paths:
-            raise InputError("the targets of cache match no attention", got=self.targets)
+            raise InputError(
+                "the targets of cache match no attention", got=", ".join(self.targets),
+                allowed=f"globs of paths such as {next(iter(check_decoder(model).values()))}",
+            )  # fmt: skip
         if not unit.batches:
             raise InputError("ranges of a KV cache need data", next="give calibration data")
         layers, weight = _record(model, unit.batches)
@@ -92,7 +95,7 @@ def check_decoder(model: Model) -> dict[int, str]:
     if not paths:
         raise UsageError(
             "a KV cache in integers", got=f"a network with the interface {model.interface}",
-            allowed="a decoder of transformers",
+            allowed="a decoder of transformers", next="leave --kv-cache out",
         )  # fmt: skip
     return paths
 
@@ -109,7 +112,9 @@ def grid(x: Tensor, bits: int, weight: Tensor) -> tuple[Tensor, Tensor]:
         InputError: NaN or infinite values.
     """
     if not bool(torch.isfinite(x).all()):
-        raise InputError("keys or values of calibration are NaN or infinite")
+        raise InputError(
+            "keys or values of calibration are NaN or infinite", next="check the model and the data"
+        )
     flat = x.flatten(1).T.contiguous()  # [channels, tokens]
     scales, offsets = [], []
     for rows in torch.split(flat, max(1, _ROWS // max(1, flat.shape[1]))):

@@ -25,6 +25,7 @@ from penjing.recipe import ActivationRange, Edit
 from penjing.registry import constant, lookup
 from penjing.rotation import Rotation, possible
 from penjing.steps._awq import Divide
+from penjing.steps._reconstruct import reconstruct
 from penjing.steps._ranges import activation_range, migrations
 from penjing.steps._select import canonical, selected
 
@@ -76,6 +77,8 @@ class Quantize:
             products in 16 bits (`penjing.processor`) make exact sums: of linear layers and
             convolutions of one place, sums of neighbours are bounded (`penjing.grids`);
             depthwise convolutions have no such sums; what else there is has 7 bits.
+        refine: steps of gradient descent on the scales and codes of each finished block, toward
+            what the block gave before, see `penjing.steps._reconstruct`.
     """
 
     name: ClassVar[str] = "quantize"
@@ -100,6 +103,7 @@ class Quantize:
     bias: bool = True
     rotate: bool = False
     paired: bool = False
+    refine: int = 0
 
     def __post_init__(self) -> None:
         if self.bits:
@@ -140,6 +144,11 @@ class Quantize:
 
         if self.paired and not (self.activations and self.bits == 8):
             raise UsageError("paired weights", allowed="with bits = 8 and activations = 8")
+        if self.refine < 0 or (self.refine and self.activations):
+            raise UsageError(
+                "refine", got=self.refine,
+                allowed="steps of gradient descent, 0 with 8-bit activations",
+            )  # fmt: skip
         if self.paired and self.method not in ("gptq", "rtn"):
             raise UsageError("method of paired weights", got=self.method, allowed="gptq, rtn")
 
@@ -169,7 +178,7 @@ class Quantize:
         """Gram matrices unless the method is blind; ranges for static activations."""
         wanted = constant("quantizers", self.method, "needs", frozenset({"gram"}))
         gram = set(wanted) if self.bits else set()
-        if "gram" in gram and self.alpha:
+        if ("gram" in gram and self.alpha) or self.refine:
             gram.add("cross")
         static = {"range"} if self.activations and not self.dynamic else set()
         return frozenset(gram | static)
@@ -207,6 +216,9 @@ class Quantize:
             stage = replace(chosen, layers=layers)
             found = unit.stream.collect(stage, self.needs, unit.reference, stage=len(stages) > 1)
             yield from self._plan(stage, found)
+        if self.refine and unit.index is not None:
+            names = [canonical(unit.model, f"{path}.weight") for path in chosen.layers]
+            yield from reconstruct(unit, names, self.refine)
 
     def _plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         shared = {id(unit.model.module.get_parameter(n)) for g in unit.model.tied() for n in g}
@@ -308,6 +320,8 @@ class Quantize:
                 {"bits": float(bits), "weight_error": error},
             )
         ]  # fmt: skip
+        if self.rotate and held:
+            edits.append(Edit("left", path, None, f"not rotated: {held}"))
         if bias is not None and mean is not None and was is not None:
             made = planes.dequantize().reshape(matrix.shape).double()
             now = _mean_output(made, mean if channels is None else mean / channels)
