@@ -15,7 +15,8 @@ for it (with `python -m venv`) in the cache folder. Seconds are those of quantiz
 and of processors, which a busy machine does not change much.
 
 All rows are kept in bench/results/smollm2.json and the table beside it is written from all of
-them; with ROW only the rows whose name contains it are made, with --missing only new ones.
+them; with ROW only the row of that name is made, or those whose names
+contain it, with --missing only new ones.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
     for bits in (4, 3, 2):
         same = {"bits": bits, "group": 64}
         made[f"{bits} bits, penjing gptq"] = "penjing", same
+        made[f"{bits} bits, penjing gptq, refined"] = "penjing", same | {"refine": 64}
         made[f"{bits} bits, penjing gptq, rotated"] = "penjing", same | {"rotate": True}
         if bits == 2:
             lattice = {"bits": 2, "group": 0, "codes": "e8", "rotate": True}
@@ -128,7 +130,9 @@ def main() -> None:
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, (tool, chosen) in rows().items():
         store = kept()
-        if options.rows and not any(word in name for word in options.rows):
+        if options.rows and not any(
+            name == word if word in rows() else word in name for word in options.rows
+        ):
             continue
         if options.missing and name in store:
             continue

@@ -74,7 +74,7 @@ def reconstruct(unit: Unit, names: list[str], steps: int) -> Iterator[Edit]:
             floats[name] = twin.module.get_parameter(name)
             floats[name].data = parameter.detach().clone()
     parts = list(_parts(unit.stream, unit.reference, before.get_submodule(unit.name)))
-    held = parts[:: _HELD] if len(parts) > 1 else []
+    held = parts[::_HELD] if len(parts) > 1 else []
     train = [part for place, part in enumerate(parts) if place % _HELD] if held else parts
     was = _mean(held, block)
     _descend(train, block, list(grids.values()), list(floats.values()), steps)
