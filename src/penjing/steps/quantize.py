@@ -25,8 +25,8 @@ from penjing.recipe import ActivationRange, Edit
 from penjing.registry import constant, lookup
 from penjing.rotation import Rotation, possible
 from penjing.steps._awq import Divide
-from penjing.steps._reconstruct import reconstruct
 from penjing.steps._ranges import activation_range, migrations
+from penjing.steps._reconstruct import reconstruct
 from penjing.steps._select import canonical, selected
 
 __all__ = ["SMALL_TABLE", "Quantize", "activation_range"]
