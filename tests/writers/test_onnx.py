@@ -446,7 +446,7 @@ def test_a_graph_is_traced_once_for_all_numbers(monkeypatch: pytest.MonkeyPatch)
             parameter.normal_()
     traced = []
     real = graphs._traced
-    monkeypatch.setattr(graphs, "_last", [])
+    monkeypatch.setattr(graphs, "_kept", collections.deque())
     monkeypatch.setattr(graphs, "_traced", lambda m: traced.append(m) or real(m))
     first = writer.float_graph(model)
     twin = model.copy()
@@ -463,16 +463,49 @@ def test_a_graph_is_traced_once_for_all_numbers(monkeypatch: pytest.MonkeyPatch)
     assert len(traced) == 2
 
 
-def test_equal_weights_that_the_tracer_merged_are_traced_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = bert()  # its norms and biases are ones and zeros
-    monkeypatch.setattr(graphs, "_last", [])
+def test_what_the_tracer_merged_serves_while_it_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(first: float, second: float, weights: float) -> Model:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 4))
+        with torch.no_grad():
+            module[0].weight.mul_(weights)
+            module[0].bias.fill_(first).add_(torch.arange(4) * first)
+            module[2].bias.copy_(module[0].bias)
+            module[3].bias.fill_(second)
+        return Model(module.eval(), "tensor", {"x": torch.ones(2, 4)}, SOURCE)
+
+    traced = []
+    real = graphs._traced
+    monkeypatch.setattr(graphs, "_kept", collections.deque())
+    monkeypatch.setattr(graphs, "_traced", lambda m: traced.append(m) or real(m))
+    writer.float_graph(made(1.0, 0.0, 1.0))
+    # Others, but equal among themselves as before.
+    assert writer.float_graph(made(2.0, 0.0, 3.0)) == real(made(2.0, 0.0, 3.0))
+    assert len(traced) == 1
+    # A bias of zeros is left out of the graph.
+    assert writer.float_graph(made(2.0, 0.5, 3.0)) == real(made(2.0, 0.5, 3.0))
+    assert len(traced) == 2
+    apart = made(2.0, 0.0, 3.0)
+    with torch.no_grad():
+        apart.module[2].bias.add_(1)
+    assert writer.float_graph(apart) == real(apart)
+    assert len(traced) == 3
+
+
+def test_a_single_number_is_part_of_the_graph() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * self.scale
+
+    model = Model(Scaled().eval(), "tensor", {"x": torch.ones(2, 4)}, SOURCE)
     writer.float_graph(model)
     twin = model.copy()
     with torch.no_grad():
-        for parameter in twin.module.parameters():
-            parameter.normal_()
+        twin.module.scale.fill_(3)
     assert writer.float_graph(twin) == graphs._traced(twin)
 
 
