@@ -22,7 +22,6 @@ from penjing.steps.quantize import Quantize
 from penjing.writers._compressed import _words
 from penjing.writers.artifact import save as write_artifact
 
-
 SOURCE = Source("huggingface", "tiny", "0")  # one object: the encoder is traced once
 
 
