@@ -22,6 +22,8 @@ from penjing.steps.quantize import Quantize
 from penjing.writers._compressed import _words
 from penjing.writers.artifact import save as write_artifact
 
+SOURCE = Source("huggingface", "tiny", "0")  # one object: the encoder is traced once
+
 
 def encoder() -> Model:
     torch.manual_seed(0)
@@ -32,7 +34,7 @@ def encoder() -> Model:
     ids = torch.randint(50, (1, 6))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     module = BertModel(config, add_pooling_layer=False).eval()
-    return Model(module, "embedding", example, Source("huggingface", "tiny", "0"))
+    return Model(module, "embedding", example, SOURCE)
 
 
 def test_the_probes_differ_in_size_and_padding_and_fit_the_network() -> None:

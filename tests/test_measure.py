@@ -123,7 +123,7 @@ def test_a_decoder_is_timed_on_one_token_after_the_prompt(tmp_path: Path) -> Non
         vocab_size=50,
         hidden_size=64,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
     )

@@ -33,6 +33,7 @@ from penjing.writers import openvino as openvino_writer
 from penjing.writers.artifact import save
 
 OUT, IN = 24, 128
+SOURCE = Source("factory", "here", "0")  # one object: layers of one source are traced once
 FITS = {
     "integer": rtn.fit, "binary": binary.fit, "residual": residual.fit, "ternary": ternary.fit,
     "power2": power2.fit, "additive": additive.fit, "e8": e8.fit, "trellis": trellis.fit,
@@ -117,7 +118,7 @@ def numbers(row: np.ndarray, bits: float, count: int) -> np.ndarray:
 
 def layer(planes: IntegerPlanes) -> Model:
     module = nn.Linear(IN, OUT, bias=False).eval()
-    model = Model(module, "tensor", {"x": torch.eye(IN)}, Source("factory", "here", "0"))
+    model = Model(module, "tensor", {"x": torch.eye(IN)}, SOURCE)
     perform(model, Edit("quantize", "weight", planes, "test"))
     return model
 

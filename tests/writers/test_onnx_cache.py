@@ -30,11 +30,11 @@ from penjing.writers import onnx as writer
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 32}
 
 
-def grouped(kind: Any, network: Any, width: int) -> Model:
+def grouped(kind: Any, network: Any, width: int, layers: int = 2) -> Model:
     """Two queries to a head of keys, rotated positions."""
     torch.manual_seed(0)
     config = kind(
-        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=32, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=width, **SMALL,
     )  # fmt: skip
     return net.wrap(net.sharpen(network(config)), "causal", net.text_batch(samples=2))
@@ -143,8 +143,8 @@ def test_narrow_heads_are_said_before_the_work() -> None:
     assert "no multiple of 8" in writer.check(model)[0]
 
 
-def test_an_attention_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = rounded(llama, 8)
+def test_an_attention_of_another_kind_is_refused() -> None:
+    model = rounded(lambda: grouped(LlamaConfig, LlamaForCausalLM, 8, layers=1), 8)
     model.module.config._attn_implementation = "eager"
     with pytest.raises(ExportError, match="not read by one attention"):
         writer.quantized_graph(model)

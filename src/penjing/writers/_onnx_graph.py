@@ -8,6 +8,7 @@ past_key_values.{i}.key and .value [batch, kv heads, past, head width] -> `outpu
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import io
@@ -79,18 +80,19 @@ class _Trace:
         facts: `_facts` of the model that was traced.
         source: of that model; its copies share it.
         proto: every initializer of `weights` is empty.
-        weights: for an initializer the parameter it holds, and whether it is turned.
+        weights: for an initializer the tensors it holds, and whether each is turned. The tracer
+            merges equal ones; the graph serves as long as they stay equal.
     """
 
     facts: tuple[Any, ...]
     source: Source
     proto: onnx.ModelProto
-    weights: dict[str, tuple[str, bool]]
+    weights: dict[str, list[tuple[str, bool]]]
 
 
-# The last one: edits that change numbers alone do not change the graph, and tracing takes longer
-# than all the rest of an export.
-_last: list[_Trace] = []
+# The last ones: edits that change numbers alone do not change the graph, and tracing takes longer
+# than all the rest of an export. A fit goes to and fro between a few sets of blocks.
+_kept: collections.deque[_Trace] = collections.deque(maxlen=8)
 
 
 def float_graph(model: Model) -> onnx.ModelProto:
@@ -99,9 +101,10 @@ def float_graph(model: Model) -> onnx.ModelProto:
     Raises: as `_traced`.
     """
     facts = _facts(model)
-    if _last and _last[0].source is model.source and _last[0].facts == facts:
-        return _filled(_last[0], model)
-    _last.clear()
+    for trace in _kept:
+        same = trace.source is model.source and trace.facts == facts
+        if same and (filled := _filled(trace, model)) is not None:
+            return filled
     proto = _traced(model)
     if (weights := _weights(proto, model)) is not None:
         bare = onnx.ModelProto()
@@ -109,17 +112,25 @@ def float_graph(model: Model) -> onnx.ModelProto:
         for tensor in bare.graph.initializer:
             if tensor.name in weights:
                 tensor.ClearField("raw_data")
-        _last.append(_Trace(facts, model.source, bare, weights))
+        _kept.append(_Trace(facts, model.source, bare, weights))
     return proto
 
 
 def _facts(model: Model) -> tuple[Any, ...]:
     """All of a model, of one source, that its graph depends on; but no weight."""
+    config = getattr(model.module, "config", None)
     return (
         model.interface,
+        repr(config),
+        getattr(config, "_attn_implementation", None),  # it is not in what is printed
         repr(model.structure),
         tuple((n, tuple(x.shape)) for n, x in model.example.items()),
-        tuple((n, tuple(t.shape), t.dtype) for n, t in _parameters(model).items()),
+        tuple(
+            # What is one number throughout, the tracer may leave out (a bias of zeros), compute
+            # with or merge with a constant of the network.
+            (n, tuple(t.shape), t.dtype, _digest(_array(t)) if _uniform(t) else b"")
+            for n, t in _parameters(model).items()
+        ),
         # A buffer is no weight: rotary tables and the like are the graph's own.
         tuple((n, _digest(_array(t))) for n, t in model.module.named_buffers()),
         model.tied(),
@@ -142,29 +153,33 @@ def _parameters(model: Model) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named}
 
 
-def _weights(proto: onnx.ModelProto, model: Model) -> dict[str, tuple[str, bool]] | None:
-    """Which parameter each float initializer is; None where that is not certain."""
-    places: dict[bytes, set[tuple[str, bool]]] = {}
+def _uniform(tensor: Tensor) -> bool:
+    return tensor.numel() < 2 or bool((tensor == tensor.flatten()[0]).all())
+
+
+def _tensors(model: Model) -> dict[str, Tensor]:
+    return _parameters(model) | dict(model.module.named_buffers())
+
+
+def _weights(proto: onnx.ModelProto, model: Model) -> dict[str, list[tuple[str, bool]]] | None:
+    """Which tensors each float initializer is; None where it is another one's product."""
+    places: dict[bytes, list[tuple[str, bool]]] = {}
     again = {name for group in model.tied() for name in group[1:]}
-    for name, tensor in _parameters(model).items():
+    for name, tensor in _tensors(model).items():
         if name not in again:
             array = _array(tensor)
-            places.setdefault(_digest(array), set()).add((name, False))
+            places.setdefault(_digest(array), []).append((name, False))
             if array.ndim == 2:
-                places.setdefault(_digest(array.T), set()).add((name, True))
-    buffers = {_digest(_array(b)) for b in model.module.buffers()}
+                places.setdefault(_digest(array.T), []).append((name, True))
     found = {}
     for stored in proto.graph.initializer:
         array = numpy_helper.to_array(stored)
         if array.size < 2 or array.dtype.kind != "f":
             continue
-        # The tracer merges equal tensors: what is equal now need not stay so.
-        digest = _digest(array)
-        match = places.get(digest, set())
-        if len(match) + (digest in buffers) != 1 or not stored.HasField("raw_data"):
+        match = places.get(_digest(array))
+        if match is None or not stored.HasField("raw_data"):
             return None
-        if match:
-            found[stored.name] = next(iter(match))
+        found[stored.name] = match
     return found
 
 
@@ -177,15 +192,20 @@ def _digest(array: np.ndarray) -> bytes:
     return hashlib.sha256(f"{array.shape} {array.dtype}".encode() + array.tobytes()).digest()
 
 
-def _filled(trace: _Trace, model: Model) -> onnx.ModelProto:
+def _filled(trace: _Trace, model: Model) -> onnx.ModelProto | None:
+    """None where what the tracer merged is equal no more."""
     proto = onnx.ModelProto()
     proto.CopyFrom(trace.proto)
-    parameters = _parameters(model)
+    tensors = _tensors(model)
     for stored in proto.graph.initializer:
         if stored.name in trace.weights:
-            name, turned = trace.weights[stored.name]
-            tensor = parameters[name].T if turned else parameters[name]
-            stored.raw_data = _array(tensor).tobytes()
+            first, *rest = (
+                _array(tensors[name].T if turned else tensors[name]).tobytes()
+                for name, turned in trace.weights[stored.name]
+            )
+            if any(other != first for other in rest):
+                return None
+            stored.raw_data = first
     return proto
 
 
