@@ -12,6 +12,7 @@ from torch import nn
 from penjing.apply import apply
 from penjing.fit.space import FORMATS, TABLES, Choice, formats_for, recipe_of
 from penjing.model import Batch, Model, Source
+from penjing.processor import weight_bits
 from penjing.recipe import Recipe
 from penjing.steps.cut import Cut
 from penjing.steps.fold import Fold
@@ -60,7 +61,7 @@ def test_paths_after_renumbering_are_the_right_blocks(
         assert block.attention.output.dense.in_features == 32 * heads[i]
         dense = edited.planes.get(f"{path}.output.dense.weight")
         bits = None if dense is None else dense.bits
-        assert bits == {"fp32": None, "int8": (8,), "w8": (8,), "w4": (4,)}[formats[i]]
+        assert bits == {"fp32": None, "int8": (weight_bits(),), "w8": (8,), "w4": (4,)}[formats[i]]
         assert (f"{path}.output.dense" in edited.activations) == (formats[i] == "int8")
     table = edited.planes["embeddings.word_embeddings.weight"]
     assert (table.bits, table.group) == ((4,), 32)

@@ -64,8 +64,8 @@ def preflight(
     ]
     if (bits := weight_bits()) < 8:
         notes.append(
-            "this processor has no VNNI, its sums of 8-bit products saturate: where 8-bit weights "
-            f"meet 8-bit inputs two neighbours are bounded together, or have {bits} bits each"
+            f"where 8-bit weights meet 8-bit inputs they have {bits} bits: this processor has no "
+            "VNNI, its sums of 8-bit products saturate"
         )
     if alone := left_alone(model):
         more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""

@@ -43,13 +43,11 @@ class Format:
         return Quantize(**dict(self.options), method=method, targets=targets)
 
 
-# Processors that would need 7 bits get pairs of weights whose sums are exact.
-_PAIRED = ("paired", weight_bits() < 8)
 FORMATS = {
     f.name: f
     for f in (
         Format("fp32", 32, None),
-        Format("int8", 8, (("bits", 8), ("symmetric", True), ("activations", 8), _PAIRED)),
+        Format("int8", 8, (("bits", weight_bits()), ("symmetric", True), ("activations", 8))),
         Format("w8", 8, (("bits", 8), ("group", 64))),
         Format("w4", 4, (("bits", 4), ("group", 64))),
     )
