@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from torch import nn
 
 from penjing.errors import InputError
-from penjing.fit.preflight import formats, machine, predict
+from penjing.fit.preflight import Speed, formats, machine, predict
+from penjing.fit.space import formats_for
 from penjing.inspect import inspect, left_alone
 from penjing.model import Model
 from penjing.processor import weight_bits
 from penjing.units import format_size
 
-__all__ = ["preflight"]
+__all__ = ["preflight", "worth"]
+
+# Of a layer in a runtime's best format, over the best runtime's: a whole network is more than that
+# layer, so a little behind is still worth an export.
+_SLOWER = 1.5
 
 
 def preflight(
     model: Model, folder: Path, runtimes: list[str], threads: int, length: int, samples: int
-) -> list[str]:
-    """Notes for the report.
+) -> tuple[list[str], list[str]]:
+    """Notes for the report, and the runtimes that are worth an export.
 
     Args:
         model: the original.
@@ -70,9 +76,35 @@ def preflight(
     if alone := left_alone(model):
         more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""
         notes.append(f"left as they are, no step handles them: {', '.join(alone[:6])}{more}")
-    return notes + [
+    notes += [
         f"a layer of {inputs} x {outputs} on {tokens} tokens in {speed.runtime}: "
         f"{speed.format} runs {speed.speedup:.2f}x as fast as fp32"
         for speed in speeds
         if speed.speedup is not None and speed.format != "fp32"
     ]
+    kept = worth(model, runtimes, speeds)
+    notes += [
+        f"{runtime} is not tried further: at best that layer took more than {_SLOWER:g} times as "
+        "long there; --runtime asks for it"
+        for runtime in runtimes
+        if runtime not in kept
+    ]
+    return notes, kept
+
+
+def worth(model: Model, runtimes: list[str], speeds: list[Speed]) -> list[str]:
+    """The runtimes whose best format is not far behind the best of all.
+
+    All of them where linear layers are not most of the network's weights: then one such layer
+    says little.
+    """
+    linear = sum(m.weight.numel() for m in model.module.modules() if isinstance(m, nn.Linear))
+    tables = sum(m.weight.numel() for m in model.module.modules() if isinstance(m, nn.Embedding))
+    if linear < 0.9 * (model.parameter_count - tables):
+        return runtimes
+    best: dict[str, float] = {}
+    for speed in speeds:
+        if speed.microseconds is not None and speed.format in formats_for(model):
+            best[speed.runtime] = min(speed.microseconds, best.get(speed.runtime, math.inf))
+    bar = _SLOWER * min(best.values(), default=math.inf)
+    return [runtime for runtime in runtimes if best.get(runtime, 0.0) <= bar]

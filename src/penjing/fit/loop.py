@@ -77,12 +77,13 @@ def fit(
         )  # fmt: skip
         reference = torch_predictor(model)
         with progress("preflight"):
-            notes += preflight(
+            said, runtimes = preflight(
                 model, folder, runtimes_here(settings.runtime), bench.threads, settings.length,
                 len(data.evaluation),
             )  # fmt: skip
+            notes += said
         with progress("measuring the original and plain number formats"):
-            original, plain, latencies, memory = _baselines(model, data, bench, settings)
+            original, plain, latencies, memory = _baselines(model, data, bench, settings, runtimes)
         began = time.monotonic()
         with progress("evaluating the original"):
             bench.start(original, reference)
@@ -128,7 +129,7 @@ def fit(
 
 
 def _baselines(
-    model: Model, data: Samples, bench: Bench, settings: Settings
+    model: Model, data: Samples, bench: Bench, settings: Settings, runtimes: list[str]
 ) -> tuple[Exported, tuple[Choice, Exported, Recipe] | None, dict[str, float], tuple[float, float]]:
     """The original's export in the best runtime, the plain low-bit one, seconds by format.
 
@@ -143,7 +144,10 @@ def _baselines(
             recipe = recipe_of(model, choice, method="rtn", seed=settings.seed)[1]
             versions[name] = (choice, apply(model, recipe, data.edits).model, recipe)
     exports: dict[tuple[str, str], Exported] = {}
-    for runtime in runtimes_here(settings.runtime):
+    spare = [r for r in runtimes_here(settings.runtime) if r not in runtimes]
+    for runtime in (*runtimes, *spare):
+        if runtime in spare and exports:
+            break
         if (plain := bench.export(model, "original", runtime)) is None:
             continue
         exports[runtime, "fp32"] = plain
