@@ -72,6 +72,7 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (("quantize", "{w}", "--codes", "trellis", "--bits", "5", "-o", "{d}/o.npy"), "2, 3 or 4"),
         (("quantize", "{w}", "--method", "awq", "-o", "{d}/o.npy"), "clip"),
         (("quantize", "{w}", "--rotate", "-o", "{d}/o.npy"), "not rotated"),
+        (("quantize", "{w}", "--refine", "64", "-o", "{d}/o.npy"), "--refine are for networks"),
         (("quantize", "{d}", "--rotate", "--to", "gguf", "-o", "{d}/o"), "onnx, openvino"),
         (
             ("quantize", "{d}", "--bits", "2", "--codes", "trellis", "--to", "onnx", "-o", "{d}/o"),
