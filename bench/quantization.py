@@ -156,6 +156,7 @@ def rows() -> dict[str, Quantize]:
         )
         made[f"{bits} bits, awq"] = integer(bits, "awq")
         made[f"{bits} bits, gptq"] = integer(bits, "gptq")
+        made[f"{bits} bits, gptq, refined"] = integer(bits, "gptq", refine=64)
         made[f"{bits} bits, gptq, rotated"] = integer(bits, "gptq", rotate=True)
     for codes, bits, group, scale in FAMILIES:
         name = f"{bits:g} bits, {codes}" + (f" g{group}" if group else " a row")
