@@ -128,16 +128,18 @@ def sentences(model: Model) -> tuple[list[Batch], list[Batch], Tensor]:
              for t in drawn(kind(), 400, seed)]  # fmt: skip
     calibration = batches(model, texts, "calibration")
     data = batches(model, drawn(movies(), 1200, 3), "movies")
+    return calibration, data, outputs(model, data)
+
+
+def outputs(model: Model, data: list[Batch]) -> Tensor:
+    """Of all samples, [n, ...]."""
     with torch.no_grad():
-        reference = torch.cat([model.run(batch) for batch in data])
-    return calibration, data, reference
+        return torch.cat([model.run(batch) for batch in data])
 
 
 def errors(model: Model, data: list[Batch], wanted: Tensor) -> Tensor:
     """1 - cosine of every sentence."""
-    with torch.no_grad():
-        got = torch.cat([model.run(batch) for batch in data])
-    return 1 - torch.nn.functional.cosine_similarity(got, wanted)
+    return 1 - torch.nn.functional.cosine_similarity(outputs(model, data), wanted)
 
 
 def rows() -> dict[str, Quantize]:

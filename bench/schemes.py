@@ -35,7 +35,7 @@ import cnn
 import numpy as np
 import torch
 from fits import CACHE, FACTORY, HERE, package
-from quantization import sentences, stored_bits
+from quantization import outputs, sentences, stored_bits
 from smollm2_fixture import WINDOWS, fixture
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -116,11 +116,6 @@ def case(name: str) -> Case:
         [{"pixel_values": rows} for rows in own.split(8)] for own in (pixels[:64], pixels[64:])
     ]
     return model, *parts, lambda a, b: divergence(a.unsqueeze(1), b.unsqueeze(1))
-
-
-def outputs(model: Model, data: list[Batch]) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model.run(batch) for batch in data])
 
 
 def write(model: Model, folder: Path) -> dict[str, Path]:
