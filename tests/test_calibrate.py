@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -379,22 +380,22 @@ def test_stages_have_the_statistics_of_the_whole_block() -> None:
     whole = stream.collect(unit, needs, other)
     stages = stream.stages(unit)
     assert [len(stage) for stage in stages] == [3, 1, 1, 1]  # query, key and value together
-    ran: list[int] = []
-    for stage, later in zip(stages, [*stages[1:], {}], strict=True):
-        handles = [
-            layer.register_forward_pre_hook(lambda *_: ran.append(1)) for layer in later.values()
-        ]
-        own = Unit(name, model, stage, stream, 1)
-        found = stream.collect(own, needs, other, stage=True)
-        for handle in handles:
-            handle.remove()
-        assert not ran
+    ran: Counter[str] = Counter()
+    for path, layer in layers.items():
+        layer.register_forward_hook(lambda *_, path=path: ran.update([path]))
+    walked = stream.staged(unit, needs, other)
+    for number, stage in enumerate(stages):
+        own, found = next(walked)
+        assert list(own) == list(stage)
+        # Once to see the order, and once a batch what is before the stage; nothing behind it.
+        assert ran == {n: 3 if p < number else 1 for p, s in enumerate(stages) for n in s}
         for path, stats in found.items():
             for wanted, got in (
                 (whole[path].gram, stats.gram), (whole[path].cross, stats.cross),
                 (whole[path].mean, stats.mean), (whole[path].was, stats.was),
             ):  # fmt: skip
                 assert torch.equal(wanted, got)
+    assert next(walked, None) is None
     # By hand, of the tokens that are there.
     rows = []
     layer = layers[f"{name}.output.dense"]

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,49 +20,14 @@ from torch import Tensor, nn
 from penjing.calls import Call, record
 from penjing.errors import InputError
 from penjing.graph import is_weighted
-from penjing.linalg import Cross, Gram, Sums
+from penjing.layerstats import Collector, LayerStats, unpadded
 from penjing.model import Batch, Model
-from penjing.patches import Patches, is_grouped
+from penjing.pausing import paused
 
-# Input vectors sampled from a batch, and in all, to choose a range by.
-_SAMPLE, _SAMPLES = 256, 8192
 # Most stages of a block that is calibrated layer by layer.
 _STAGES = 8
 
 __all__ = ["LayerStats", "Stream", "Unit", "units_of"]
-
-
-@dataclass
-class LayerStats:
-    """Statistics of the input of one layer.
-
-    Attributes:
-        gram: [in, in] mean outer product, float64; None where it was not asked for.
-        cross: [in, in] mean outer product of the reference's inputs (rows) and these (columns).
-        norm: [in] root mean square of each input.
-        grams: of a grouped convolution in place of `gram`: [groups, row, row], row = in / groups
-            * h * w, mean outer product of the patches of each group.
-        mean: [in] mean of each input, float64, with `gram`; with `grams` [groups, row].
-        was: the same of the reference's inputs, with `cross`.
-        low, high: range of all values seen.
-        lows, highs: [channels], range of each input channel, with `range`.
-        rows: [n, channels], a sample of input vectors spread over the data, with `range`; of a
-            convolution the channels at a place, without its kernel's neighbourhood.
-        count: input vectors seen; 0 where the layer was never run.
-    """
-
-    gram: Tensor | None = None
-    grams: Tensor | None = None
-    norm: Tensor | None = None
-    cross: Tensor | None = None
-    mean: Tensor | None = None
-    was: Tensor | None = None
-    low: float = 0.0
-    high: float = 0.0
-    count: int = 0
-    lows: Tensor | None = None
-    highs: Tensor | None = None
-    rows: Tensor | None = None
 
 
 @dataclass
@@ -100,6 +64,10 @@ class Stream:
     Args:
         model: the network; edits made to it are seen at once.
         batches: calibration batches.
+
+    Attributes:
+        outputs: what the entered block gives, one a batch, where it is known; who changes the
+            block after that sets it to None.
     """
 
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
@@ -110,7 +78,7 @@ class Stream:
         self.chained = False
         self._calls: list[list[Call]] = []  # [batch][block]; hidden only of the entered block
         self._entered = 0
-        self._mask: Tensor | None = None
+        self.outputs: list[Tensor] | None = None
         self._probe()
 
     def _probe(self) -> None:
@@ -143,6 +111,10 @@ class Stream:
                 if calls:  # only the first block's hidden states are kept
                     call.free()
                 calls.append(call)
+                # What the first batch has shown is not run again.
+                if self._calls and chained and _alike(self._calls[0], len(blocks)):
+                    calls += [call.empty() for _ in blocks[1:]]
+                    raise _Stop
 
             def leave(
                 _: nn.Module,
@@ -155,8 +127,7 @@ class Stream:
                 parts = output if isinstance(output, tuple) else (output,)
                 last[:] = parts[:1]
                 made += [part for part in parts[1:] if isinstance(part, Tensor)]
-                # What the first batch has shown is not run again: the logits of a decoder are
-                # larger than all that is kept here.
+                # The logits of a decoder are larger than all that is kept here.
                 if self._calls and chained and len(calls) == len(blocks) == len(self._calls[0]):
                     raise _Stop
 
@@ -204,17 +175,20 @@ class Stream:
         Chained streams only go forward.
         """
         if not self.chained:
-            self._entered = index
+            self._entered, self.outputs = index, None
             self._calls = [[*self._capture(b, index)] for b in self.batches]
             return
         while self._entered < index:
             block = self.model.module.get_submodule(self.model.blocks[self._entered])
-            for calls in self._calls:
-                call = calls[self._entered]
-                with torch.no_grad():
-                    calls[self._entered + 1].hidden = call.run(block, call.hidden)
-                call.free()
-            self._entered += 1
+            self._move(self.outputs or self.run(block))
+
+    def _move(self, outputs: Iterable[Tensor]) -> None:
+        """On to the next block, with what the entered one gave."""
+        for calls, output in zip(self._calls, outputs, strict=True):
+            calls[self._entered].free()
+            calls[self._entered + 1].hidden = output
+        self._entered += 1
+        self.outputs = None
 
     def _capture(self, batch: Batch, index: int) -> Iterator[Call]:
         found: list[Call] = []
@@ -236,8 +210,7 @@ class Stream:
 
     def calls(self) -> Iterator[Call]:
         """The recorded calls of the entered block, one a batch."""
-        for calls, batch in zip(self._calls, self.batches, strict=True):
-            self._mask = batch.get("attention_mask")
+        for calls in self._calls:
             yield calls[self._entered if self.chained else 0]
 
     def walk(self) -> Iterator[tuple[int, nn.Module, list[Call], list[Tensor]]]:
@@ -249,17 +222,14 @@ class Stream:
             outputs = list(self.run(block))
             yield index, block, calls, outputs
             if self.chained and index + 1 < len(self.model.blocks):
-                for own, output in zip(self._calls, outputs, strict=True):
-                    own[index].free()
-                    own[index + 1].hidden = output
-                self._entered = index + 1
+                self._move(outputs)
 
     def rows(self, number: int, hidden: Tensor) -> Tensor:
         """Hidden states [batch, length, width] of batch `number` as rows [tokens, width].
 
         Padding is left out.
         """
-        return _unpadded(hidden, self.batches[number].get("attention_mask"))
+        return unpadded(hidden, self.batches[number].get("attention_mask"))
 
     def run(self, block: nn.Module) -> Iterator[Tensor]:
         """Outputs of `block` on the entered inputs, one a batch."""
@@ -274,8 +244,8 @@ class Stream:
     def stages(self, unit: Unit) -> list[dict[str, nn.Module]]:
         """A block's layers in the order they run, those that read the same input together.
 
-        One stage where the order is not that of a chain: a layer runs more than once, or there
-        are more than `_STAGES` of them (experts).
+        One stage where the order is not that of a chain: a layer runs more than once, or not at
+        all, or there are more than `_STAGES` of them (experts).
         """
         if unit.index is None or len(unit.layers) < 2:
             return [unit.layers]
@@ -290,7 +260,7 @@ class Stream:
 
             handles.append(layer.register_forward_pre_hook(see, prepend=True))
         try:
-            call = self.sample()
+            call = self.sample().samples(slice(0, 1))
             call.run(self.model.module.get_submodule(unit.name), call.hidden)
         finally:
             for handle in handles:
@@ -300,19 +270,12 @@ class Stream:
             if not place or inputs[place] is not inputs[place - 1]:
                 stages.append({})
             stages[-1][name] = unit.layers[name]
-        if len(order) != len(set(order)) or len(stages) > _STAGES:
+        if sorted(order) != sorted(unit.layers) or len(stages) > _STAGES:
             return [unit.layers]
-        if unseen := {n: m for n, m in unit.layers.items() if n not in order}:
-            stages.append(unseen)
         return stages
 
     def collect(
-        self,
-        unit: Unit,
-        needs: frozenset[str],
-        reference: Stream | None = None,
-        *,
-        stage: bool = False,
+        self, unit: Unit, needs: frozenset[str], reference: Stream | None = None
     ) -> dict[str, LayerStats]:
         """Statistics of the inputs of a unit's layers; embeddings have none.
 
@@ -321,187 +284,98 @@ class Stream:
             needs: any of `gram`, `range`, `cross`.
             reference: the same batches on their way through the network before the edits; a
                 layer whose input has another width there has no `cross`.
-            stage: the layers run once each, as in `stages`; what comes after them is not run.
 
         Raises:
             InputError: an activation is NaN or infinite.
         """
-        names = [n for n, m in unit.layers.items() if not isinstance(m, nn.Embedding)]
-        stats = {name: LayerStats() for name in names}
-        grams: dict[str, Gram] = {}
-        crosses: dict[str, Cross] = {}
         other = reference if "cross" in needs else None
-        twins = {}
-        if other is not None:
-            modules = dict(other.model.module.named_modules())
-            twins = {n: modules[n] for n in names if n in modules}
-        seen: dict[str, list[Tensor]] = {}
-        # Of grouped convolutions, of this network and of the reference.
-        patches: dict[tuple[str, bool], Patches] = {}
-        # Layers that read one tensor share its rows and their sums within a call.
-        # The tensors are kept with them, so that no address is used twice.
-        shared: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
-        sums: tuple[Sums, Sums] = {}, {}
-        left = {False: set(names), True: set(twins)}
+        found = Collector(unit.layers, needs, _modules(other))
 
-        def rows_of(module: nn.Module, x: Tensor, twin: bool) -> Tensor:
-            if not isinstance(module, nn.Linear):
-                return x
-            key = twin, id(x)
-            if key not in shared:
-                shared[key] = x, _unpadded(x, self._mask)
-            return shared[key][1]
+        def note(_: nn.Module, args: Any, name: str) -> None:
+            found.before(name, args[0])
 
-        def passed(name: str, twin: bool) -> None:
-            left[twin].discard(name)
-            if stage and unit.index is not None and not left[twin]:
-                raise _Stop
-
-        def add_patches(module: nn.Module, x: Tensor, name: str, twin: bool) -> None:
-            if "gram" in needs and is_grouped(module) and x.numel():
-                patches.setdefault((name, twin), Patches()).add(module, x)
-
-        def note(module: nn.Module, args: Any, name: str) -> None:
-            add_patches(module, args[0], name, True)
-            if (rows := _vectors(module, rows_of(module, args[0], True))) is not None:
-                seen.setdefault(name, []).append(rows)
-            passed(name, True)
-
-        def see(module: nn.Module, args: Any, name: str) -> None:
-            x = rows_of(module, args[0], False)
-            own, both = sums if isinstance(module, nn.Linear) else (None, None)
-            add_patches(module, args[0], name, False)
-            rows = _update(name, module, x, stats[name], grams, needs, own)
-            if rows is not None and (before := seen.get(name)):
-                was = before.pop(0)
-                if was.shape == rows.shape:
-                    crosses.setdefault(name, Cross(rows.shape[1])).add(was, rows, both)
-            passed(name, False)
-
-        def fresh() -> None:
-            for known in (seen, shared, *sums):
-                known.clear()
-            left[False], left[True] = set(names), set(twins)
+        def see(_: nn.Module, args: Any, name: str) -> None:
+            found.now(name, args[0])
 
         # Appended, so that the hook sees what the layer sees.
         handles = [
-            unit.layers[n].register_forward_pre_hook(functools.partial(see, name=n)) for n in names
-        ]
-        handles += [
-            m.register_forward_pre_hook(functools.partial(note, name=n)) for n, m in twins.items()
+            layer.register_forward_pre_hook(functools.partial(hook, name=name))
+            for layers, hook in ((found.layers, see), (found.twins, note))
+            for name, layer in layers.items()
         ]
         try:
             with torch.no_grad():
-                if unit.index is not None:
-                    block = self.model.module.get_submodule(unit.name)
-                    pairs: Iterator[tuple[Call, Call | None]] = (
-                        zip(self.calls(), itertools.repeat(None))
-                        if other is None
-                        else zip(self.calls(), other.calls(), strict=True)
-                    )
-                    for call, was in pairs:
-                        fresh()
-                        if other is not None and was is not None:
-                            twin = other.model.module.get_submodule(unit.name)
-                            with contextlib.suppress(_Stop):
-                                was.run(twin, was.hidden)
-                        with contextlib.suppress(_Stop):
-                            call.run(block, call.hidden)
-                else:
-                    for batch in self.batches:
-                        fresh()
-                        self._mask = batch.get("attention_mask")
-                        if other is not None:
-                            other.model.run(batch)
-                        self.model.run(batch)
+                for number, batch in enumerate(self.batches):
+                    found.begin(batch.get("attention_mask"))
+                    for stream in (other, self):
+                        if stream is None:
+                            continue
+                        if unit.index is None:
+                            stream.model.run(batch)
+                        else:
+                            call = stream._calls[number][stream._entered if stream.chained else 0]
+                            call.run(stream.model.module.get_submodule(unit.name), call.hidden)
         finally:
             for handle in handles:
                 handle.remove()
-        for name, gram in grams.items():
-            own = stats[name]
-            own.gram, own.norm, own.mean = gram.matrix, gram.norm, gram.mean
-        for (name, before_edits), known in patches.items():
-            if not before_edits:
-                stats[name].grams, stats[name].mean = known.grams, known.mean
-            elif (now := patches.get((name, False))) and now.mean.shape == known.mean.shape:
-                stats[name].was = known.mean
-        for name, cross in crosses.items():
-            if cross.count == grams[name].count:  # every row had its pair
-                stats[name].cross, stats[name].was = cross.matrix, cross.mean
-        return stats
+        return found.stats()
+
+    def staged(
+        self, unit: Unit, needs: frozenset[str], reference: Stream | None = None
+    ) -> Iterator[tuple[dict[str, nn.Module], dict[str, LayerStats]]]:
+        """A unit's layers stage by stage, with the statistics of their inputs.
+
+        The output projection of an attention sees what the caller has made of the queries, keys
+        and values. A block is run once in all, and what it gives is kept for the next one.
+
+        Args:
+            unit, needs, reference: as in `collect`.
+
+        Raises:
+            InputError: as in `collect`.
+        """
+        stages = self.stages(unit)
+        if unit.index is None or len(stages) == 1:
+            for layers in stages:
+                yield layers, self.collect(replace(unit, layers=layers), needs, reference)
+            return
+        streams = [self] if reference is None or "cross" not in needs else [reference, self]
+        streams = [self] if reference is None or "cross" not in needs else [reference, self]
+        modules = [_modules(stream) for stream in streams]
+        with contextlib.ExitStack() as stack:
+            runs = []
+            for stream, own in zip(streams, modules, strict=True):
+                leaders = [own[next(iter(layers))] for layers in stages]
+                block = stream.model.module.get_submodule(unit.name)
+                runs.append(stack.enter_context(paused(block, leaders, list(stream.calls()))))
+            for place, layers in enumerate(stages):
+                found = Collector(layers, needs, modules[0] if len(streams) > 1 else {})
+                adds = (found.before, found.now)[-len(streams) :]
+                for number, batch in enumerate(self.batches):
+                    found.begin(batch.get("attention_mask"))
+                    for calls, add in zip(runs, adds, strict=True):
+                        if (x := calls[number].until(place)) is not None:
+                            for name in found.layers:
+                                add(name, x)
+                yield layers, found.stats()
+            if unit.index + 1 < len(self.model.blocks):
+                for stream, calls in zip(streams, runs, strict=True):
+                    stream.outputs = [call.finish() for call in calls]
 
 
-def _unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape:
-        return x[mask.bool()]  # [tokens, width]
-    return x.reshape(-1, x.shape[-1])
+def _alike(calls: list[Call], blocks: int) -> bool:
+    """Whether all blocks were given the very same besides their hidden state."""
+    first = calls[0]
+    return len(calls) == blocks and all(
+        call.named == first.named and call.kwargs.keys() == first.kwargs.keys()
+        and all(a is b for a, b in zip(call.args, first.args, strict=True))
+        and all(value is first.kwargs[name] for name, value in call.kwargs.items())
+        for call in calls
+    )  # fmt: skip
 
 
-def _update(
-    name: str,
-    layer: nn.Module,
-    x: Tensor,
-    stats: LayerStats,
-    grams: dict[str, Gram],
-    needs: frozenset[str],
-    sums: Sums | None,
-) -> Tensor | None:
-    if not x.numel():  # an expert that no token was sent to
-        return None
-    low, high = float(x.amin()), float(x.amax())
-    if not (torch.isfinite(torch.tensor([low, high])).all()):
-        raise InputError(
-            f"the input of {name} is NaN or infinite on the calibration data",
-            next="check the data and the model's precision",
-        )
-    stats.low = min(stats.low, low)
-    stats.high = max(stats.high, high)
-    if "range" in needs:
-        _range(layer, x, stats)
-    vectors = _vectors(layer, x) if "gram" in needs else None
-    stats.count += len(x) if vectors is None else len(vectors)
-    if vectors is not None:
-        if name not in grams:
-            grams[name] = Gram(vectors.shape[1])
-        grams[name].add(vectors, sums)
-    return vectors
-
-
-def _range(layer: nn.Module, x: Tensor, stats: LayerStats) -> None:
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        x = x.movedim(1, -1)
-    rows = x.detach().reshape(-1, x.shape[-1])  # [n, channels]
-    lows, highs = rows.amin(0), rows.amax(0)
-    # A prime step, so that a convolution's places do not all come from one column.
-    step = max(1, len(rows) // _SAMPLE)
-    sample = rows[:: next(p for p in itertools.count(step) if _is_prime(p))].clone()
-    if stats.lows is not None and stats.highs is not None and stats.rows is not None:
-        lows, highs = torch.minimum(lows, stats.lows), torch.maximum(highs, stats.highs)
-        sample = torch.cat([stats.rows, sample])
-        if len(sample) > _SAMPLES:
-            sample = sample[::2].clone()
-    stats.lows, stats.highs, stats.rows = lows, highs, sample
-
-
-def _is_prime(number: int) -> bool:
-    return number == 1 or all(number % k for k in range(2, int(number**0.5) + 1))
-
-
-def _vectors(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """Input as rows that the weight matrix [out, in] multiplies; None for grouped convolutions."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(-1, x.shape[-1])  # [tokens, in]
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
-        patches = torch.nn.functional.unfold(
-            x,
-            layer.kernel_size,
-            layer.dilation,
-            0 if isinstance(layer.padding, str) else layer.padding,
-            layer.stride,
-        )  # [batch, in * h * w, places]
-        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-        return rows[:: max(1, len(rows) // 4096)]
-    return None
+def _modules(stream: Stream | None) -> dict[str, nn.Module]:
+    return {} if stream is None else dict(stream.model.module.named_modules())
 
 
 def units_of(model: Model, stream: Stream | None) -> Iterator[Unit]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class Call:
     def free(self) -> None:
         """Forget the hidden state; a view of it would keep its memory."""
         self.hidden = self.hidden.new_empty(0)
+
+    def empty(self) -> Call:
+        """The call without its hidden state."""
+        return replace(self, hidden=self.hidden.new_empty(0))
 
     def first(self, batch: int, length: int) -> Call:
         """The call on the first samples and positions, for probing.

@@ -211,14 +211,13 @@ class Quantize:
         if stats or unit.stream is None or not self.needs:
             yield from self._plan(chosen, stats)
             return
-        stages = unit.stream.stages(chosen)
-        for layers in stages:
-            stage = replace(chosen, layers=layers)
-            found = unit.stream.collect(stage, self.needs, unit.reference, stage=len(stages) > 1)
-            yield from self._plan(stage, found)
+        for layers, found in unit.stream.staged(chosen, self.needs, unit.reference):
+            yield from self._plan(replace(chosen, layers=layers), found)
         if self.refine and unit.index is not None:
             names = [canonical(unit.model, f"{path}.weight") for path in chosen.layers]
-            yield from reconstruct(unit, names, self.refine)
+            for edit in reconstruct(unit, names, self.refine):
+                unit.stream.outputs = None
+                yield edit
 
     def _plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         shared = {id(unit.model.module.get_parameter(n)) for g in unit.model.tied() for n in g}

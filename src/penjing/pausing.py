@@ -1,0 +1,98 @@
+"""A call of a block that stops before some of its layers.
+
+All batches go as far as a layer, the layer is edited, and they go on from there: the block is run
+once, and its later layers see what the edits before them give. A call under way keeps what Python
+keeps of it, no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from penjing.calls import Call
+
+__all__ = ["Paused", "paused"]
+
+
+class Paused:
+    """One call, under way.
+
+    Attributes:
+        output: the block's hidden state, once it is through.
+    """
+
+    def __init__(self, call: Call, block: nn.Module) -> None:
+        self._task = _Task(lambda: call.forward(block, call.hidden))
+        self._place = -1  # of the layer that it stands before
+        self._input: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def until(self, place: int) -> Tensor | None:
+        """Go on to layer number `place`; its input, None where the call does not reach it."""
+        while self.output is None and self._place < place:
+            self._go()
+        return self._input if self._place == place else None
+
+    def finish(self) -> Tensor:
+        """Go on to the end; the block's hidden state."""
+        while self.output is None:
+            self._go()
+        return self.output
+
+    def close(self) -> None:
+        """Give up the call."""
+        self._input = None
+        self._task.throw()
+
+    def _go(self) -> None:
+        self._input = None
+        # Here and not inside: the mode belongs to the thread, which all calls share.
+        with torch.no_grad():
+            found = self._task.switch()
+        if self._task.dead:
+            self.output = found
+        else:
+            self._place, self._input = found
+
+
+class _Task(greenlet):
+    pass
+
+
+@contextmanager
+def paused(
+    block: nn.Module, layers: Sequence[nn.Module], calls: Sequence[Call]
+) -> Iterator[list[Paused]]:
+    """Calls of `block` that stop before each of `layers`, numbered in the order they run."""
+    handles = [
+        layer.register_forward_pre_hook(partial(_stop, place=place))
+        for place, layer in enumerate(layers)
+    ]
+    runs = [Paused(call, block) for call in calls]
+    try:
+        yield runs
+    finally:
+        for run in runs:
+            run.close()
+        for handle in handles:
+            handle.remove()
+
+
+def _stop(layer: nn.Module, args: tuple[Any, ...], place: int) -> tuple[Any, ...]:
+    own = getcurrent()
+    if not isinstance(own, _Task) or own.parent is None:
+        return args
+    known = set(layer._forward_pre_hooks)
+    own.parent.switch((place, args[0]))
+    # The list of hooks was read before the stop, and an edit may have added one since.
+    for key, hook in layer._forward_pre_hooks.items():
+        if key not in known and (changed := hook(layer, args)) is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    return args
