@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from penjing.quantizers import _feedback
-from penjing.quantizers._refit import solve
+from penjing.quantizers._refit import affine, solve
 
 
 def problem(out: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,9 +70,10 @@ def test_feedback_beats_nearest_and_polish_beats_feedback(seed: int, width: int)
     fed = error(weight, made, gram)
     assert fed < 0.8 * nearest
     smooth = _feedback.damped(gram)
-    better = _feedback.polish(weight, made, smooth, halves)
+    better, loss = _feedback.polish(weight, made, smooth, halves)
     assert error(weight, better, smooth) <= error(weight, made, smooth)
     assert error(weight, better, gram) < fed
+    assert float(loss.sum()) == pytest.approx(error(weight, better, smooth), rel=1e-4)
 
 
 def test_polish_ends_where_no_single_change_helps() -> None:
@@ -80,7 +81,7 @@ def test_polish_ends_where_no_single_change_helps() -> None:
     smooth = _feedback.damped(gram)
     made = halves(weight, 0)
     for block in (3, 128, 128, 128, 128, 128, 128, 128, 128):
-        made = _feedback.polish(weight, made, smooth, halves, block=block)
+        made, _ = _feedback.polish(weight, made, smooth, halves, block=block)
     least = error(weight, made, smooth)
     for column in range(12):
         for value in torch.arange(-3, 4) / 2:
@@ -126,6 +127,40 @@ def test_scales_are_least_squares(group: int) -> None:
         matrix = torch.cat(parts).numpy() @ root  # [groups * planes, in]
         wanted = np.linalg.lstsq(matrix.T, weight[row].numpy() @ root, rcond=None)[0]
         np.testing.assert_allclose(found[:, row].T.flatten().numpy(), wanted, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [10, 4])
+@pytest.mark.parametrize("levels", [None, 15])
+def test_an_affine_grid_is_the_best_of_all_zero_points(group: int, levels: int | None) -> None:
+    """The scales by least squares in numpy; of zero points near by none is much better."""
+    weight, gram = problem(3, 10, 11)
+    gram = gram + 0.1 * gram.diagonal().mean() * torch.eye(10)
+    root = torch.linalg.cholesky(gram).numpy()
+    weight += 0.7  # so that the zero points have to move
+    groups = -(-10 // group)
+    zero = torch.full((3, groups), 8.0)
+    scale = torch.full((3, groups), 0.4)
+    codes = (weight / 0.4 + 8).round().clamp(0, 15).to(torch.uint8)
+    image = weight @ gram.float()
+    found, moved = affine(image, codes, scale, zero, group, gram.float(), levels)
+    assert torch.equal(moved, moved.round())
+    assert torch.equal(moved, zero) == (levels is None)
+
+    def best(row: int, zeros: np.ndarray) -> tuple[np.ndarray, float]:
+        matrix = np.zeros((groups, 10))
+        for g in range(groups):
+            own = slice(g * group, (g + 1) * group)
+            matrix[g, own] = codes[row, own].numpy().astype(float) - zeros[g]
+        goal = weight[row].numpy() @ root
+        scales = np.linalg.lstsq((matrix @ root).T, goal, rcond=None)[0]
+        return scales, float(np.square(scales @ matrix @ root - goal).sum())
+
+    now = [best(row, moved[row].numpy()) for row in range(3)]
+    before = [best(row, zero[row].numpy()) for row in range(3)]
+    for row, (wanted, _) in enumerate(now):
+        np.testing.assert_allclose(found[row].numpy(), wanted, rtol=2e-3)
+    if levels:
+        assert sum(e for _, e in now) < 0.95 * sum(e for _, e in before)
 
 
 def test_a_negative_scale_is_not_taken() -> None:

@@ -162,14 +162,29 @@ def run(
             place = places[j // d]
             chosen = assign(rest[j : j + d].T, place).T  # [d, out]
             quantized[j : j + d] = chosen
-            error = made.inverse[place].T @ (rest[j : j + d] - chosen)
-            errors[j - start : j - start + d] = error
+            error = errors[j - start : j - start + d]
+            _times(made.inverse[place].T, rest[j : j + d] - chosen, out=error)
             if j + d < stop:
-                rest[j + d : stop].addmm_(upper[j : j + d, j + d : stop].T, error, alpha=-1)
+                _take(rest[j + d : stop], upper[j : j + d, j + d : stop].T, error)
         rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     unordered = torch.empty_like(quantized)
     unordered[columns] = quantized
     return unordered.T[:, :inputs].contiguous()
+
+
+def _times(matrix: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """matrix [d, d] @ rows [d, out]; a product of matrices is slow to call for a single number."""
+    if len(matrix) == 1:
+        return torch.mul(rows, matrix, out=out)
+    return torch.mm(matrix, rows, out=out)
+
+
+def _take(rest: Tensor, matrix: Tensor, rows: Tensor) -> None:
+    """Subtract matrix [n, d] @ rows [d, out] from `rest` [n, out]; as `_times`."""
+    if len(rows) == 1:
+        rest.addcmul_(matrix, rows, value=-1)
+    else:
+        rest.addmm_(matrix, rows, alpha=-1)
 
 
 def polish(
@@ -180,7 +195,7 @@ def polish(
     *,
     width: int = 1,
     block: int = 128,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One pass of coordinate descent over all places of a code that is already there.
 
     Args:
@@ -192,13 +207,14 @@ def polish(
         block: columns whose updates are made together on the others.
 
     Returns:
-        The new Q, float32 [out, in]; tr((W - Q) H (W - Q)^T) has not grown.
+        The new Q, float32 [out, in], and (w - q) H (w - q)^T of each row, [out]; none has grown.
     """
     inputs = weight.shape[1]
     d, n = width, len(gram)
     pad = (0, n - inputs)
     now = torch.nn.functional.pad(quantized, pad).T.contiguous()  # [n, out]
-    residual = gram @ (torch.nn.functional.pad(weight, pad).T - now)  # [n, out]
+    wanted = torch.nn.functional.pad(weight, pad).T
+    residual = gram @ (wanted - now)  # [n, out]
     places = torch.arange(n // d)
     blocks = gram.reshape(n // d, d, n // d, d)[places, :, places]
     inverse = torch.linalg.inv(blocks.double()).float()
@@ -208,11 +224,12 @@ def polish(
         changes = torch.empty(stop - start, now.shape[1])
         for j in range(start, stop, d):
             own = slice(j, j + d)
-            target = torch.addmm(now[own], inverse[j // d], residual[own])
-            change = assign(target.T, j // d).T - now[own]
-            now[own] += change
-            changes[j - start : j - start + d] = change
-            residual[start:stop].addmm_(gram[start:stop, own], change, alpha=-1)
+            change = changes[j - start : j - start + d]
+            target = _times(inverse[j // d], residual[own]).add_(now[own])
+            chosen = assign(target.T, j // d).T
+            torch.sub(chosen, now[own], out=change)
+            now[own] = chosen
+            _take(residual[start:stop], gram[start:stop, own], change)
         for side in (slice(0, start), slice(stop, n)):
             residual[side].addmm_(gram[side, start:stop], changes, alpha=-1)
-    return now.T[:, :inputs].contiguous()
+    return now.T[:, :inputs].contiguous(), ((wanted - now) * residual).sum(0)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["solve"]
+__all__ = ["affine", "solve"]
 
 # Rows, and numbers of their normal equations, that are in memory at once.
 _ROWS, _NUMBERS = 512, 2**25
@@ -46,6 +46,86 @@ def solve(
         rows = slice(first, first + count)
         parts.append(_solve(weight[rows], basis(rows), start[:, rows], group, gram, positive))
     return torch.cat(parts, 1) if parts else start
+
+
+def affine(
+    image: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: int,
+    gram: Tensor,
+    levels: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Zero points, then scales, of least error for codes on an integer grid.
+
+    The zero point is the best real one, rounded; the scales are the best ones for it. With
+    b = codes - zero, b' = b - d (1 in the group, d what the zero point moved by), all that the
+    second solution needs follows from the first one's products.
+
+    Args:
+        image: float32 W H [out, in].
+        codes: uint8 [out, in].
+        scale: those that are there [out, groups]; kept in a row whose result is no scale.
+        zero: zero points [out, groups], whole numbers.
+        group: columns that share a scale.
+        gram: damped H [in, in].
+        levels: the largest zero point; None to keep those that are there.
+
+    Returns:
+        Scales and zero points, float32 [out, groups].
+    """
+    inputs, groups = codes.shape[1], scale.shape[1]
+    ends = [(g * group, min((g + 1) * group, inputs)) for g in range(groups)]
+
+    def by_group(x: Tensor) -> Tensor:  # [..., in] to sums [..., groups]
+        return torch.stack([x[..., a:b].sum(-1) for a, b in ends], -1)
+
+    ones = by_group(gram)  # H 1, [in, groups]
+    between = by_group(ones.T).double()  # 1 H 1, [groups, groups]
+    scales, zeros = [], []
+    count = max(1, min(_ROWS, _NUMBERS // (2 * groups) ** 2))
+    for first in range(0, len(codes), count):
+        rows = slice(first, first + count)
+        base = codes[rows] - zero[rows].repeat_interleave(group, 1)[:, :inputs]
+        own = torch.empty(len(base), groups, groups)  # b H b
+        shared = torch.empty(len(base), groups, groups)  # b H 1
+        for g, (start, stop) in enumerate(ends):
+            product = base[:, start:stop] @ gram[start:stop, start:]
+            product *= base[:, start:]
+            for h in range(g, groups):
+                a, b = ends[h]
+                own[:, g, h] = own[:, h, g] = product[:, a - start : b - start].sum(1)
+            shared[:, g] = base[:, start:stop] @ ones[start:stop]
+        own, shared = own.double(), shared.double()
+        right, flat = by_group(base * image[rows]).double(), by_group(image[rows]).double()
+        was, old = scale[rows].double(), zero[rows].double()
+        moved = torch.zeros_like(old)
+        if levels is not None:
+            joint = torch.empty(len(base), groups, 2, groups, 2, dtype=torch.float64)
+            joint[:, :, 0, :, 0], joint[:, :, 0, :, 1] = own, shared
+            joint[:, :, 1, :, 0], joint[:, :, 1, :, 1] = shared.transpose(1, 2), between
+            both = torch.stack([right, flat], -1).flatten(1)
+            start_both = torch.stack([was, torch.zeros_like(was)], -1).flatten(1)
+            found = _held(joint.reshape(len(base), 2 * groups, -1), both, start_both)
+            size, shift = found.reshape(-1, groups, 2).unbind(-1)
+            good = _good(size)
+            size, shift = torch.where(good, size, was), torch.where(good, shift, 0.0)
+            best = (old - shift / size.clamp_min(1e-30)).round().clamp(0, levels)
+            moved = torch.where(size > 0, best - old, 0.0)
+        # b' H b' and b' H W.
+        crossed = moved.unsqueeze(1) * shared
+        own = own - crossed - crossed.transpose(1, 2)
+        own += moved.unsqueeze(2) * moved.unsqueeze(1) * between
+        size = _held(own, right - moved * flat, was)
+        scales.append(torch.where(_good(size) & (size > 0), size, was).float())
+        zeros.append((old + moved).float())
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _good(scale: Tensor) -> Tensor:
+    """Rows [out, 1] in which every scale is one."""
+    return ((scale >= 0) & scale.isfinite()).all(1, keepdim=True)
 
 
 def _solve(

@@ -25,7 +25,7 @@ from penjing import grids
 from penjing.grids import Grid
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers import _feedback
-from penjing.quantizers._refit import solve
+from penjing.quantizers._refit import affine
 
 __all__ = ["families", "fit", "needs"]
 
@@ -70,20 +70,27 @@ def fit(
     if gram is None or not weight.numel():
         return grids.to_planes(grid.codes(weight), grid)
     order = None if act_order else torch.arange(weight.shape[1])
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    # A column at a time is written: each contiguous.
+    codes = torch.empty(weight.shape[::-1], dtype=torch.uint8).T
     made = _feedback.run(
         weight, gram, _assigner(grid, codes, weight), order=order, damping=damping, block=block
     )
     if scheme.bits >= _MANY or not rounds:
         return grids.to_planes(codes, grid)
     smooth = _feedback.damped(gram, damping=damping)
+    image = weight @ smooth  # [out, in]
     best, least = (codes, grid), _feedback.loss(weight - made, smooth)  # [out]
     for _ in range(rounds):
-        grid = _refit(weight, codes, grid, smooth)
+        scale, zero = affine(
+            image, codes, grid.scale, grid.zero_point, grid.group, smooth,
+            None if scheme.symmetric else scheme.levels,
+        )  # fmt: skip
+        grid = replace(grid, scale=scale, zero_point=zero)
         codes = codes.clone()
         made = grids.to_planes(codes, grid).dequantize()
-        made = _feedback.polish(weight, made, smooth, _assigner(grid, codes, weight), block=block)
-        loss = _feedback.loss(weight - made, smooth)
+        _, loss = _feedback.polish(
+            weight, made, smooth, _assigner(grid, codes, weight), block=block
+        )
         better = loss < least
         best, least = _rows(better, (codes, grid), best), torch.minimum(loss, least)
     return grids.to_planes(*best)
@@ -93,37 +100,19 @@ def _assigner(grid: Grid, codes: Tensor, weight: Tensor) -> _feedback.Assign:
     """Nearest point of the grid; writes the codes [out, in] of `weight` in place."""
     scales, zeros = grid.scale.T.contiguous(), grid.zero_point.T.contiguous()  # [groups, out]
     shifts = grid.shift.T.contiguous()
-    low, top = (side.T.contiguous() for side in grids.limits(weight, grid))  # [in, out]
+    top: Any = grid.scheme.levels
+    low: Any = 0
+    if grid.scheme.paired:
+        low, top = (side.T.contiguous() for side in grids.limits(weight, grid))  # [in, out]
 
     def assign(columns: Tensor, place: int) -> Tensor:
         g = place // grid.group
-        scale = scales[g]
-        code = (columns[:, 0] / scale).round_().add_(zeros[g])
-        code = torch.minimum(torch.maximum(code, low[place]), top[place])
+        code = torch.addcdiv(zeros[g], columns[:, 0], scales[g]).round_()
+        code = code.clamp_(low[place], top[place]) if grid.scheme.paired else code.clamp_(low, top)
         codes[:, place] = code
-        return code.mul_(scale).add_(shifts[g]).unsqueeze(1)
+        return torch.addcmul(shifts[g], code, scales[g]).unsqueeze(1)
 
     return assign
-
-
-def _refit(weight: Tensor, codes: Tensor, grid: Grid, gram: Tensor) -> Grid:
-    """Zero points, then scales, of least error for the codes that are there."""
-    if not grid.scheme.symmetric:
-
-        def both(rows: slice) -> Tensor:
-            own = codes[rows].float()
-            return torch.stack([own, torch.ones_like(own)])
-
-        start = torch.stack([grid.scale, grid.shift])
-        scale, shift = solve(weight, both, start, grid.group, gram, 1)
-        zero = (-shift / scale.clamp_min(1e-30)).round().clamp(0, grid.scheme.levels)
-        grid = replace(grid, zero_point=torch.where(scale > 0, zero, grid.zero_point))
-    wide = grids.spread(grid.zero_point, grid.group, weight.shape[1])
-    found = solve(
-        weight, lambda rows: (codes[rows] - wide[rows]).unsqueeze(0), grid.scale.unsqueeze(0),
-        grid.group, gram, 1,
-    )[0]  # fmt: skip
-    return replace(grid, scale=torch.where(found > 0, found, grid.scale))
 
 
 def _rows(
