@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Group", "coupled_groups", "find_blocks", "is_weighted"]
+__all__ = ["Group", "Transposed", "coupled_groups", "find_blocks", "is_weighted"]
 
 # Batched float64 kernels may round differently from single ones; a real change is larger.
 _CHANGE = 1e-9
@@ -23,6 +23,13 @@ _CHANGE = 1e-9
 _FEW, _MANY = 8, 256
 
 Runner = Callable[[nn.Module, Tensor], Tensor]
+
+
+class Transposed(nn.Linear):
+    """A linear layer whose checkpoint has its matrix as [in, out] (GPT-2's `Conv1D`)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, device="meta")
 
 
 def is_weighted(module: nn.Module) -> bool:

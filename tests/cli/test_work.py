@@ -124,15 +124,16 @@ def test_from_a_model_to_a_measured_artifact(bert: Path, tmp_path: Path) -> None
 
 
 def test_what_no_step_handles_is_named(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(
-        vocab_size=30, n_embd=32, n_layer=2, n_head=2, n_positions=32, n_inner=64
+    """Layers that are neither linear nor convolutions, in a network of one's own."""
+    (tmp_path / "net.py").write_text(
+        "import torch, transformers\n"
+        "def make():\n"
+        "    return transformers.GPT2LMHeadModel(transformers.GPT2Config(\n"
+        "        vocab_size=30, n_embd=32, n_layer=2, n_head=2, n_positions=32, n_inner=64))\n"
+        "def example():\n"
+        "    return {'input_ids': torch.arange(6).reshape(1, 6)}\n"
     )
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxy"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=32)
-    tokenizer.save_pretrained(tmp_path / "gpt2")
-    arguments = ["quantize", str(tmp_path / "gpt2"), "-o", str(tmp_path / "out"), "--json"]
+    arguments = ["quantize", f"{tmp_path / 'net.py'}:make", "-o", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(group, arguments)
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(tmp_path / "out")

@@ -15,10 +15,16 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+import penjing
+from penjing.apply import apply
 from penjing.errors import InputError
 from penjing.readers import huggingface
 from penjing.readers._transformers import read_tokenizer
+from penjing.recipe import Recipe
+from penjing.steps.quantize import Quantize
+from penjing.writers import compressed_tensors
 
 TEXT = {"intermediate_size": 24, "vocab_size": 50, "max_position_embeddings": 32}
 IMAGE = {"intermediate_size": 24, "image_size": 16, "patch_size": 8, "num_labels": 3}
@@ -259,3 +265,28 @@ def test_the_tokenizer_is_the_file_s(tmp_path: Path) -> None:
     found = read_tokenizer(tmp_path)
     for text in ("Hello  world", "hello, world", "it's  hello"):
         assert found(text).input_ids == own.encode(text).ids
+
+
+def test_matrices_that_a_checkpoint_stores_transposed(tmp_path: Path) -> None:
+    """GPT-2's, as linear layers that every step handles; square ones too."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=32, n_layer=2, n_head=2, n_positions=16, n_inner=48
+    )
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    plain.save_pretrained(tmp_path / "gpt2")
+    model = penjing.load(tmp_path / "gpt2")
+    ids = torch.randint(0, 40, (3, 12))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        torch.testing.assert_close(model.run(batch), plain(**batch).logits, atol=1e-5, rtol=0)
+    kept = model.module.get_parameter("transformer.h.0.attn.c_attn.weight")
+    assert torch.equal(kept, plain.transformer.h[0].attn.c_attn.weight.T)
+    made = apply(model, Recipe((Quantize(bits=4, group=16),)), [batch]).model
+    layers = [n for n, m in model.module.named_modules() if isinstance(m, nn.Linear)]
+    assert len(made.planes) == len(layers) == 9  # four a block, and the output
+    penjing.save(made, tmp_path / "four")
+    again = penjing.load(tmp_path / "four")
+    assert torch.equal(again.run(batch), made.run(batch))
+    (line, *_) = compressed_tensors.check(made)
+    assert "transposed" in line

@@ -16,9 +16,11 @@ import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 from penjing.errors import InputError
 from penjing.files import read_json
+from penjing.graph import Transposed
 from penjing.model import Batch, Model, Source
 from penjing.readers._files import regular
 from penjing.readers._images import image_size, preprocessor
@@ -162,6 +164,10 @@ def empty(class_name: str, config: Mapping[str, Any], *, pooler: bool = False) -
         # Constructors fail on odd values in as many ways as there are constructors.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"config.json does not describe a {class_name}", got=reason) from error
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, Conv1D):
+            holder, _, last = path.rpartition(".")
+            setattr(module.get_submodule(holder), last, Transposed(layer.nx, layer.nf))
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():

@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from penjing.errors import InputError
 from penjing.files import fingerprint, read_json
+from penjing.graph import Transposed
 from penjing.model import Model, Source
 from penjing.readers._files import regular
 from penjing.readers._safetensors import read_names, read_safetensors
@@ -77,6 +78,9 @@ def read(path: Path, *, allow_pickle: bool = False) -> Model:
 def fill(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
     """Rename checkpoint tensors to the module's names, assign them, tie what is tied."""
     tensors = _renamed(model.module, tensors, path)
+    for name, layer in model.module.named_modules():
+        if isinstance(layer, Transposed) and (own := f"{name}.weight") in tensors:
+            tensors[own] = tensors[own].T.contiguous()
     wanted = model.module.state_dict(keep_vars=True)
     unused = [n for n in tensors if n not in wanted and _ignorable(n, model)]
     for name in unused:

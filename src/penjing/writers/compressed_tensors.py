@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from penjing.errors import ExportError
 from penjing.files import read_json, whole_folder, write_json
+from penjing.graph import Transposed
 from penjing.model import Model
 from penjing.writers._compressed import Layout, dequantized, layout, problem, stored
 
@@ -45,6 +46,11 @@ def check(model: Model) -> list[str]:
         reason = problem(planes, inputs=name.removesuffix(".weight") in model.activations)
         if reason:
             lines.append(f"{name}: {reason}")
+    lines += [
+        f"{path}: its matrix is transposed in a checkpoint"
+        for path, module in model.module.named_modules()
+        if isinstance(module, Transposed)
+    ]
     for path, found in model.activations.items():
         if f"{path}.weight" not in model.planes:
             lines.append(f"{path}: 8-bit inputs of a layer without integer weights of its own")
