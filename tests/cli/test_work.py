@@ -133,7 +133,8 @@ def test_what_no_step_handles_is_named(tmp_path: Path) -> None:
         "def example():\n"
         "    return {'input_ids': torch.arange(6).reshape(1, 6)}\n"
     )
-    arguments = ["quantize", f"{tmp_path / 'net.py'}:make", "-o", str(tmp_path / "out"), "--json"]
+    arguments = ["quantize", f"{tmp_path / 'net.py'}:make", "--weights", "own"]
+    arguments += ["-o", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(group, arguments)
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
