@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -425,3 +426,32 @@ def test_later_batches_are_not_run_past_the_blocks() -> None:
         alone = Stream(model, [batch])
         alone.enter(2)
         assert torch.equal(next(alone.calls()).hidden, found)
+
+
+def test_masks_that_only_later_batches_need_are_each_block_s_own() -> None:
+    """A short text without padding shows no mask; a long one has another in a sliding window."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=50, use_sliding_window=True, sliding_window=4,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    module = transformers.Qwen2ForCausalLM(config).eval()
+    batches: list[Batch] = []
+    for length, padding in ((3, 0), (12, 0), (12, 5)):
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[0, length - padding :] = 0
+        batches.append({"input_ids": torch.randint(50, (2, length)), "attention_mask": mask})
+    model = net.wrap(module, "causal", batches[0])
+    seen: list[Tensor] = []
+    block = module.model.layers[2]
+    handle = block.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model.run(batch)
+    handle.remove()
+    stream = Stream(model, batches)
+    assert stream.chained
+    stream.enter(2)
+    for call, wanted in zip(stream.calls(), seen, strict=True):
+        assert torch.equal(call.hidden, wanted)

@@ -86,7 +86,8 @@ class Stream:
         chained = bool(blocks)
         seen_front: dict[str, None] = {}
         inside = False
-        for batch in self.batches:
+        # How the blocks hang together is seen in one sample and not run again on all.
+        for batch in [self._sample(), *self.batches]:
             calls: list[Call] = []
             last: list[Tensor] = []
             made: list[Tensor] = []  # what blocks give besides the hidden state
@@ -111,7 +112,6 @@ class Stream:
                 if calls:  # only the first block's hidden states are kept
                     call.free()
                 calls.append(call)
-                # What the first batch has shown is not run again.
                 if self._calls and chained and _alike(self._calls[0], len(blocks)):
                     calls += [call.empty() for _ in blocks[1:]]
                     raise _Stop
@@ -153,8 +153,17 @@ class Stream:
                 for handle in handles:
                     handle.remove()
             self._calls.append(calls)
+        del self._calls[0]
         self.front = list(seen_front)
         self.chained = chained and all(len(c) == len(blocks) for c in self._calls)
+
+    def _sample(self) -> Batch:
+        """One sample of the longest, with padding: no mask is left out that a batch may need."""
+        longest = max(self.batches, key=lambda batch: next(iter(batch.values())).shape[1:])
+        sample = {name: value[:1].clone() for name, value in longest.items()}
+        if "attention_mask" in sample and sample["attention_mask"].shape[-1] > 1:
+            sample["attention_mask"][:, -1] = 0
+        return sample
 
     def twin(self, model: Model) -> Stream:
         """The same batches on their way through a copy of the network, as far as they are here.
@@ -367,11 +376,12 @@ def _alike(calls: list[Call], blocks: int) -> bool:
     """Whether all blocks were given the very same besides their hidden state."""
     first = calls[0]
     return len(calls) == blocks and all(
-        call.named == first.named and call.kwargs.keys() == first.kwargs.keys()
+        call.named == first.named
+        and call.kwargs.keys() == first.kwargs.keys()
         and all(a is b for a, b in zip(call.args, first.args, strict=True))
         and all(value is first.kwargs[name] for name, value in call.kwargs.items())
         for call in calls
-    )  # fmt: skip
+    )
 
 
 def _modules(stream: Stream | None) -> dict[str, nn.Module]:
