@@ -25,7 +25,8 @@ from penjing.errors import InputError
 from penjing.planes import IntegerPlanes, Scheme, round_scales
 
 __all__ = [
-    "Grid", "check_weight", "grouped", "limits", "min_max", "mse", "search", "spread", "to_planes",
+    "Grid", "check_weight", "grouped", "limits", "min_max", "mse", "room", "search", "spread",
+    "to_planes",
 ]  # fmt: skip
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -104,23 +105,32 @@ def _together(codes: Tensor) -> Tensor:
 
 
 def limits(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Lowest and highest code of each weight, [out, in]; every choice within them is allowed.
-
-    In a paired grid each of two neighbours may go from its nearest code as far as half of what the
-    pair has left.
-    """
+    """Lowest and highest code of each weight, [out, in]; every choice within them is allowed."""
     top = torch.full_like(weight, grid.scheme.levels)
     if not grid.scheme.paired:
         return torch.zeros_like(top), top
     zero = spread(grid.zero_point, grid.group, weight.shape[1])
-    codes = torch.nn.functional.pad(grid.codes(weight) - zero, (0, weight.shape[1] % 2))
+    own = grid.codes(weight) - zero
+    down, up = room(own)
+    return (own - down + zero).clamp(min=0), torch.minimum(own + up + zero, top)
+
+
+def room(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the codes of a paired grid may go down, and up; every choice keeps the sums.
+
+    Each of two neighbours may go half of what the pair has left.
+
+    Args:
+        codes: about the zero point, [out, in]; a pair of them whose sum is too large has less
+            than nothing.
+    """
+    width = codes.shape[1]
+    codes = torch.nn.functional.pad(codes, (0, width % 2))
     total = codes[:, ::2] + codes[:, 1::2]
-    up, down = (
-        (((_PAIR - side * total) / 2).floor()).repeat_interleave(2, 1)[:, : weight.shape[1]]
-        for side in (1, -1)
+    down, up = (
+        ((_PAIR - side * total) / 2).floor().repeat_interleave(2, 1)[:, :width] for side in (-1, 1)
     )
-    own = codes[:, : weight.shape[1]] + zero
-    return (own - down).clamp(min=0), torch.minimum(own + up, top)
+    return down, up
 
 
 def min_max(weight: Tensor, scheme: Scheme) -> Grid:

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -258,3 +259,20 @@ def test_a_grid_of_rotated_planes_is_the_weight() -> None:
     assert float((grid.v - grid.whole[0]).detach().abs().max()) < 1e-3
     assert torch.equal(grid.result().codes, planes.codes)
     assert grid.result().rotation == 0
+
+
+def test_learned_codes_of_paired_weights_stay_paired() -> None:
+    """Sums of neighbours fit 16 bits wherever descent goes; plain 8 bits go where they will."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 31, generator=generator) ** 3
+    for paired in (True, False):
+        planes = rtn.fit(weight, Scheme(8, symmetric=True, paired=paired))
+        grid = Grid(planes, weight)
+        assert torch.equal(grid.result().codes, planes.codes)
+        assert grid.v is not None
+        grid.v.data += 200 * torch.randn(grid.v.shape, generator=generator)
+        found = grid.result()
+        codes = np.pad(found.codes[0].numpy().astype(int) - 128, ((0, 0), (0, 1)))
+        sums = np.abs(codes[:, ::2] + codes[:, 1::2]).max()
+        assert (sums <= 128) == paired
+        torch.testing.assert_close(grid(weight).detach(), found.dequantize(), atol=1e-5, rtol=0)

@@ -8,7 +8,9 @@ et al., arXiv 1902.08153) a float v stands behind every code:
 
     code = round(clip(v, 0, 2**bits - 1))
 
-with slope 1 for the rounding. v is in units of the scale, so that the two do not pull each other.
+with slope 1 for the rounding. Where the sums of neighbouring 8-bit codes fit the processors that
+they were made for (see `penjing.grids`), v stays where they do. v is in units of the scale, so
+that the two do not pull each other.
 Of rotated planes all this is in their basis; the weight that comes out is not.
 """
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from penjing.grids import room
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes, round_scales
 from penjing.scales import centred
@@ -45,6 +48,8 @@ class Grid(nn.Module):
     scale: Tensor
     shift: Tensor
     zero: Tensor  # used where the shift is stored as a zero point
+    low: Tensor  # of learned codes [out, groups, group]
+    high: Tensor
 
     def __init__(self, planes: IntegerPlanes, behind: Tensor | None = None) -> None:
         super().__init__()
@@ -72,6 +77,14 @@ class Grid(nn.Module):
             place = place / self._wide(self.scale[0]).clamp_min(1e-30)
             code = self.whole[0]
             self.v = nn.Parameter(torch.minimum(torch.maximum(place, code - _KEPT), code + _KEPT))
+            low, high = torch.zeros_like(code), torch.full_like(code, 2 ** planes.bits[0] - 1)
+            if planes.bits == (8,) and planes.offset == "centre" and groups == 1:
+                down, up = room(code.flatten(1) - planes.centre[0])
+                if bool((torch.minimum(down, up) >= 0).all()):
+                    low = torch.maximum(low, code - down.reshape(code.shape))
+                    high = torch.minimum(high, code + up.reshape(code.shape))
+            self.register_buffer("low", low)
+            self.register_buffer("high", high)
 
     def scales(self) -> list[nn.Parameter]:
         """What is trained of scales and shifts."""
@@ -92,7 +105,7 @@ class Grid(nn.Module):
     def _codes(self) -> Tensor:
         if self.v is None:
             return self.whole
-        place = self.v.clamp(0, 2 ** int(self.planes.bits[0]) - 1)
+        place = self.v.clamp(self.low, self.high)
         return (place + (place.round() - place).detach()).unsqueeze(0)
 
     def forward(self, _: Tensor) -> Tensor:
