@@ -367,7 +367,7 @@ class Stream:
                             for name in found.layers:
                                 add(name, x)
                 yield layers, found.stats()
-            if unit.index + 1 < len(self.model.blocks):
+            if self.chained and unit.index + 1 < len(self.model.blocks):
                 for stream, calls in zip(streams, runs, strict=True):
                     stream.outputs = [call.finish() for call in calls]
 
