@@ -87,7 +87,7 @@ class Stream:
         seen_front: dict[str, None] = {}
         inside = False
         # How the blocks hang together is seen in one sample and not run again on all.
-        for batch in [self._sample(), *self.batches]:
+        for batch in [self._longest(), *self.batches]:
             calls: list[Call] = []
             last: list[Tensor] = []
             made: list[Tensor] = []  # what blocks give besides the hidden state
@@ -157,7 +157,7 @@ class Stream:
         self.front = list(seen_front)
         self.chained = chained and all(len(c) == len(blocks) for c in self._calls)
 
-    def _sample(self) -> Batch:
+    def _longest(self) -> Batch:
         """One sample of the longest, with padding: no mask is left out that a batch may need."""
         longest = max(self.batches, key=lambda batch: next(iter(batch.values())).shape[1:])
         sample = {name: value[:1].clone() for name, value in longest.items()}
@@ -348,7 +348,6 @@ class Stream:
             for layers in stages:
                 yield layers, self.collect(replace(unit, layers=layers), needs, reference)
             return
-        streams = [self] if reference is None or "cross" not in needs else [reference, self]
         streams = [self] if reference is None or "cross" not in needs else [reference, self]
         modules = [_modules(stream) for stream in streams]
         with contextlib.ExitStack() as stack:
