@@ -78,17 +78,24 @@ class Graph:
         at = self.position(node)
         self.nodes[at:at] = new
 
+    def sweep(self) -> set[str]:
+        """Drop the nodes that nobody reads; what is read."""
+        needed = set(self.outputs)
+        for kept in (self.nodes, self.early):
+            alive = []
+            for node in reversed(kept):
+                if any(o in needed for o in node.output):
+                    alive.append(node)
+                    needed.update(node.input)
+            kept[:] = alive[::-1]
+        return needed
+
     def finish(self) -> onnx.ModelProto:
         """The rewritten model, without dead nodes and constants."""
-        needed = set(self.outputs)
-        alive = []
-        for node in reversed([*self.early, *self.nodes]):
-            if any(o in needed for o in node.output):
-                alive.append(node)
-                needed.update(node.input)
+        needed = self.sweep()
         graph = self.proto.graph
         # Copies first: clearing a repeated field ends the messages it held.
-        nodes = [_copied(node) for node in reversed(alive)]
+        nodes = [_copied(node) for node in [*self.early, *self.nodes]]
         tensors = [_copied(t) for name, t in self.constants.items() if name in needed]
         values = [_copied(v) for v in graph.value_info if v.name in needed]
         for node in nodes:

@@ -17,6 +17,7 @@ from penjing.writers._onnx_attention import flatten_attention
 from penjing.writers._onnx_blocks import place, problem
 from penjing.writers._onnx_cache import place_cache
 from penjing.writers._onnx_edit import Graph
+from penjing.writers._onnx_fused import fuse_attention
 from penjing.writers._onnx_graph import float_graph, turn_constants
 from penjing.writers._onnx_integer import Layer, place_kernels, place_matrices
 from penjing.writers._onnx_uses import Use, find_uses
@@ -111,6 +112,7 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
             del graph.constants[node.output[0]]
     place_cache(graph, model)
     flatten_attention(graph)
+    fuse_attention(graph)
     _unfuse_residuals(graph)
     return graph.finish()
 
