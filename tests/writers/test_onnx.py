@@ -197,9 +197,10 @@ def test_8_bit_inputs_merge_what_reads_the_same_tensor(static: bool, tmp_path: P
         assert relative(before.run(batch).numpy(), got) < 0.05
     kind = "MatMulIntegerToFloat" if static else "DynamicQuantizeMatMul"
     counts = operators(path)
-    # query, key and value are one product: four a layer.
-    assert counts[kind] == 8
-    assert counts["Split"] == 2
+    # Query, key and value are one product: four a layer, with static ranges that of the attention.
+    assert counts[kind] == (6 if static else 8)
+    assert counts["QAttention"] == (2 if static else 0)
+    assert counts["Split"] == (0 if static else 2)
     assert counts["MatMul"] == 0
     assert counts["QuantizeLinear"] == (8 if static else 0)
 

@@ -6,12 +6,13 @@ operator and its result back behind it. Opset 23's Attention takes them flat jus
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 from onnx import helper
 
 from penjing.writers._onnx_edit import Graph
 
-__all__ = ["after_turn", "before_turn", "flatten_attention", "shapes_of"]
+__all__ = ["after_turn", "before_turn", "flatten_attention", "repeat_rotary", "shapes_of"]
 
 _TURN = [0, 2, 1, 3]  # batch, length, heads, width and back
 
@@ -34,6 +35,28 @@ def flatten_attention(graph: Graph) -> None:
             node.attribute.append(helper.make_attribute(name, count))
         # Dead from here on; another node must not make what the attention gives now.
         end.output[0] = graph.name("dead")
+
+
+def repeat_rotary(graph: Graph) -> None:
+    """Angles of one sample repeated for each: onnxruntime's RotaryEmbedding does not broadcast."""
+    shapes, repeated = shapes_of(graph), dict[str, str]()
+    for node in [n for n in graph.nodes if n.op_type == "RotaryEmbedding"]:
+        for place in (1, 2):
+            name = node.input[place]
+            writer = graph.writer(name)
+            known = shapes.get(name) or shapes.get(writer.input[0] if writer else "") or [0]
+            if known[0] != 1:  # of a decoder with a cache they are of each sample
+                continue
+            if name not in repeated:
+                batch, size, repeated[name] = (graph.name(s) for s in ("batch", "size", "repeated"))
+                ones = graph.constant("ones", np.array([1, 1], np.int64))
+                made = [
+                    graph.node("Shape", [node.input[0]], [batch], start=0, end=1),
+                    graph.node("Concat", [batch, ones], [size], axis=0),
+                    graph.node("Expand", [name, size], [repeated[name]]),
+                ]
+                graph.before(node, made)
+            node.input[place] = repeated[name]
 
 
 def shapes_of(graph: Graph) -> dict[str, list[int]]:

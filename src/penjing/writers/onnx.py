@@ -13,7 +13,7 @@ from torch import nn
 
 from penjing.errors import ExportError, UsageError
 from penjing.model import Model
-from penjing.writers._onnx_attention import flatten_attention
+from penjing.writers._onnx_attention import flatten_attention, repeat_rotary
 from penjing.writers._onnx_blocks import place, problem
 from penjing.writers._onnx_cache import place_cache
 from penjing.writers._onnx_edit import Graph
@@ -111,6 +111,7 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
             graph.nodes.insert(0, node)
             del graph.constants[node.output[0]]
     place_cache(graph, model)
+    repeat_rotary(graph)
     flatten_attention(graph)
     fuse_attention(graph)
     _unfuse_residuals(graph)
