@@ -45,12 +45,19 @@ def fuse_attention(graph: Graph) -> None:
             made = graph.node("Cast", [source], [cast], to=TensorProto.INT32)
             graph.nodes.insert(0, made)
         x, weight, x_scale, scale, x_zero, *rest = product.input
-        bias = rest[1] if len(rest) > 1 else ""
+        bias = rest[1] if len(rest) > 1 else graph.constant("bias", np.zeros(width, np.float32))
+        output = node.output[0]
+        # Factors on what attention gives are as good on the values.
+        if (found := _factor(graph, output, width // 3)) is not None:
+            factor, output = np.ones(width, np.float32), found.output[0]
+            factor[-(width // 3) :] = graph.array(found.input[1])
+            scale, bias = (graph.constant(n, graph.array(n) * factor) for n in (scale, bias))
+            graph.replace([found], [])
+        zero = graph.constant("zero", np.array(0, np.int8))
         fused = graph.node(
             "QAttention",
-            [x, weight, bias or graph.constant("bias", np.zeros(width, np.float32)), x_scale,
-             scale, cast if source else "", x_zero, graph.constant("zero", np.array(0, np.int8))],
-            [node.output[0]], "com.microsoft", num_heads=heads,
+            [x, weight, bias, x_scale, scale, cast if source else "", x_zero, zero],
+            [output], "com.microsoft", num_heads=heads,
         )  # fmt: skip
         graph.replace([node], [fused])
 
@@ -69,6 +76,16 @@ def _product(graph: Graph, node: onnx.NodeProto) -> onnx.NodeProto | None:
     product = graph.writer(split.input[0])
     known = product is not None and product.op_type == "MatMulIntegerToFloat"
     return product if known and len(graph.readers(split.input[0])) == 1 else None
+
+
+def _factor(graph: Graph, value: str, width: int) -> onnx.NodeProto | None:
+    """The product with a constant [width] that alone reads a value."""
+    readers = graph.readers(value)
+    if value in graph.outputs or len(readers) != 1 or readers[0].op_type != "Mul":
+        return None
+    (node,) = readers
+    constant = node.input[0] == value and node.input[1] in graph.constants
+    return node if constant and graph.array(node.input[1]).shape == (width,) else None
 
 
 def _heads(node: onnx.NodeProto, width: int) -> int:
