@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 from collections import Counter
@@ -388,8 +389,9 @@ def test_stages_have_the_statistics_of_the_whole_block() -> None:
     for number, stage in enumerate(stages):
         own, found = next(walked)
         assert list(own) == list(stage)
-        # Once to see the order, and once a batch what is before the stage; nothing behind it.
-        assert ran == {n: 3 if p < number else 1 for p, s in enumerate(stages) for n in s}
+        # Once to see the order, twice a batch to see that it may be stopped; then once a batch what
+        # is before the stage, and nothing behind it.
+        assert ran == {n: 7 if p < number else 5 for p, s in enumerate(stages) for n in s}
         for path, stats in found.items():
             for wanted, got in (
                 (whole[path].gram, stats.gram), (whole[path].cross, stats.cross),
@@ -455,3 +457,90 @@ def test_masks_that_only_later_batches_need_are_each_block_s_own() -> None:
     stream.enter(2)
     for call, wanted in zip(stream.calls(), seen, strict=True):
         assert torch.equal(call.hidden, wanted)
+
+
+class _InPlace(nn.Module):
+    """Two layers read one tensor, which is changed between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.tanh()
+        h += self.first(h)
+        return x + self.third(self.second(h).tanh())
+
+
+class _Keeps(nn.Module):
+    """State on the module between two layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.skip = x.tanh()
+        y = self.first(self.skip)
+        return x + self.third(self.second(y.relu() + self.skip).tanh())
+
+
+class _Turns(nn.Module):
+    """The order is the data's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = (self.first, self.second) if x.mean() > 0 else (self.second, self.first)
+        return x + self.third(two(one(x).tanh()).tanh())
+
+
+class _Half(nn.Module):
+    """A mode of the thread around two layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.second(self.first(x.tanh()).tanh())
+        return x + self.third(y.float().tanh())
+
+
+class _Named(nn.Module):
+    """Layers are called by the name of their input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(input=self.first(input=x.tanh()).tanh())
+        return x + self.third(input=y.tanh())
+
+
+@pytest.mark.parametrize("kind", [_InPlace, _Keeps, _Turns, _Half, _Named])
+def test_blocks_that_cannot_be_stopped_have_their_own_statistics(kind: type[nn.Module]) -> None:
+    """Beside plain hooks and numpy, every stage after the edits before it; nothing else changes."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(kind() for _ in range(2))
+    for block in blocks:
+        for name in ("first", "second", "third"):
+            setattr(block, name, nn.Linear(6, 6))
+    module = nn.Module()
+    module.blocks = blocks
+    module.forward = lambda x: blocks[1](blocks[0](x))  # type: ignore[method-assign]
+    batches = [{"x": torch.randn(8, 6) + shift} for shift in (1.0, -1.0, 0.2)]
+    model = net.wrap(module, "tensor", batches[0])
+    stream = Stream(model, batches)
+    for unit in units_of(model, stream):
+        if unit.index is None:
+            continue
+        stream.enter(unit.index)
+        for layers, stats in stream.staged(unit, GRAM):
+            inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+            def see(_: nn.Module, args: Any, kwargs: Any, name: str, inputs: Any = inputs) -> None:
+                inputs[name].append((args or [*kwargs.values()])[0].float().clone())
+
+            handles = [
+                layer.register_forward_pre_hook(functools.partial(see, name=name), with_kwargs=True)
+                for name, layer in layers.items()
+            ]
+            with torch.no_grad():
+                for batch in batches:
+                    model.run(batch)
+            for handle in handles:
+                handle.remove()
+            for name, layer in layers.items():
+                rows = torch.cat(inputs[name]).double().numpy()
+                assert stats[name].count == len(rows) == 24
+                gram = stats[name].gram
+                assert gram is not None
+                np.testing.assert_allclose(gram.numpy(), rows.T @ rows / 24, rtol=1e-2, atol=1e-5)
+                perform(model, Edit("weight", f"{name}.weight", 0.5 * layer.weight.detach(), ""))  # type: ignore[operator]
+    assert not torch.is_autocast_enabled("cpu")
+    assert not any(m._forward_pre_hooks for m in module.modules())

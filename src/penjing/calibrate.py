@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from penjing.calls import Call, record
 from penjing.errors import InputError
-from penjing.graph import is_weighted
+from penjing.graph import given, is_weighted
 from penjing.layerstats import Collector, LayerStats, unpadded
+from penjing.linalg import state
 from penjing.model import Batch, Model
 from penjing.pausing import paused
 
@@ -79,6 +80,7 @@ class Stream:
         self._calls: list[list[Call]] = []  # [batch][block]; hidden only of the entered block
         self._entered = 0
         self.outputs: list[Tensor] | None = None
+        self._makes: dict[Any, bool] = {}
         self._probe()
 
     def _probe(self) -> None:
@@ -258,30 +260,67 @@ class Stream:
         """
         if unit.index is None or len(unit.layers) < 2:
             return [unit.layers]
-        order: list[str] = []
-        inputs: list[Tensor] = []
-        handles = []
-        for name, layer in unit.layers.items():
+        order, _ = self._order(unit, self.sample().samples(slice(0, 1)))
+        ran = [name for stage in order for name in stage]
+        if sorted(ran) != sorted(unit.layers) or len(order) > _STAGES:
+            return [unit.layers]
+        return [{name: unit.layers[name] for name in stage} for stage in order]
 
-            def see(_: nn.Module, args: Any, name: str = name) -> None:
-                order.append(name)
-                inputs.append(args[0])
+    def _order(self, unit: Unit, call: Call) -> tuple[list[list[str]], Tensor]:
+        """Layers as a call runs them, those with the same input together; what the block gives."""
+        order: list[list[str]] = []
+        last: list[Any] = []
 
-            handles.append(layer.register_forward_pre_hook(see, prepend=True))
+        def see(_: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+            x = given(args, kwargs)
+            if not last or x is not last[0] or state(x) != last[1]:
+                order.append([])
+            order[-1].append(name)
+            last[:] = x, state(x)
+
+        handles = [
+            layer.register_forward_pre_hook(
+                functools.partial(see, name=name), with_kwargs=True, prepend=True
+            )
+            for name, layer in unit.layers.items()
+        ]
         try:
-            call = self.sample().samples(slice(0, 1))
-            call.run(self.model.module.get_submodule(unit.name), call.hidden)
+            output = call.run(self.model.module.get_submodule(unit.name), call.hidden)
         finally:
             for handle in handles:
                 handle.remove()
-        stages: list[dict[str, nn.Module]] = []
-        for place, name in enumerate(order):
-            if not place or inputs[place] is not inputs[place - 1]:
-                stages.append({})
-            stages[-1][name] = unit.layers[name]
-        if sorted(order) != sorted(unit.layers) or len(stages) > _STAGES:
-            return [unit.layers]
-        return stages
+        return order, output
+
+    def _stoppable(self, unit: Unit, stages: list[dict[str, nn.Module]]) -> bool:
+        """Whether calls of a block may stop before its stages, side by side.
+
+        Seen by running blocks of each make once: every batch runs the layers in the order of the
+        stages, and two calls under way together give what each gives alone.
+        """
+        block = self.model.module.get_submodule(unit.name)
+        order = [list(layers) for layers in stages]
+        make = (
+            tuple((name, type(part)) for name, part in block.named_modules()),
+            tuple(tuple(n.removeprefix(unit.name) for n in names) for names in order),
+        )
+        if make not in self._makes:
+            self._makes[make] = False
+            calls = list(self.calls())
+            found = [self._order(unit, call) for call in calls]
+            if all(names == order for names, _ in found):
+                leaders = [unit.layers[names[0]] for names in order]
+                try:
+                    with paused(block, leaders, calls[:2]) as runs:
+                        for place in range(len(leaders)):
+                            for run in runs:
+                                run.until(place)
+                        outputs = [run.finish() for run in runs]
+                except Exception:
+                    # Whatever it is: run in one go such a block works, or fails by itself.
+                    return False
+                pairs = zip(outputs, found, strict=False)
+                self._makes[make] = all(torch.equal(got, own) for got, (_, own) in pairs)
+        return self._makes[make]
 
     def collect(
         self, unit: Unit, needs: frozenset[str], reference: Stream | None = None
@@ -300,15 +339,15 @@ class Stream:
         other = reference if "cross" in needs else None
         found = Collector(unit.layers, needs, _modules(other))
 
-        def note(_: nn.Module, args: Any, name: str) -> None:
-            found.before(name, args[0])
+        def note(_: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+            found.before(name, given(args, kwargs))
 
-        def see(_: nn.Module, args: Any, name: str) -> None:
-            found.now(name, args[0])
+        def see(_: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+            found.now(name, given(args, kwargs))
 
         # Appended, so that the hook sees what the layer sees.
         handles = [
-            layer.register_forward_pre_hook(functools.partial(hook, name=name))
+            layer.register_forward_pre_hook(functools.partial(hook, name=name), with_kwargs=True)
             for layers, hook in ((found.layers, see), (found.twins, note))
             for name, layer in layers.items()
         ]
@@ -335,7 +374,8 @@ class Stream:
         """A unit's layers stage by stage, with the statistics of their inputs.
 
         The output projection of an attention sees what the caller has made of the queries, keys
-        and values. A block is run once in all, and what it gives is kept for the next one.
+        and values. A block is run once in all, and what it gives is kept for the next one; one that
+        cannot be stopped in between (see `_stoppable`) is run once a stage.
 
         Args:
             unit, needs, reference: as in `collect`.
@@ -344,7 +384,7 @@ class Stream:
             InputError: as in `collect`.
         """
         stages = self.stages(unit)
-        if unit.index is None or len(stages) == 1:
+        if unit.index is None or len(stages) == 1 or not self._stoppable(unit, stages):
             for layers in stages:
                 yield layers, self.collect(replace(unit, layers=layers), needs, reference)
             return

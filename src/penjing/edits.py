@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from penjing.cache import CacheGrid, attention_layers
 from penjing.errors import InputError
+from penjing.graph import given
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange, Edit, Patch, Slice
@@ -59,7 +60,7 @@ def perform(model: Model, edit: Edit) -> None:
     elif isinstance(value, ActivationRange):
         layer = model.module.get_submodule(edit.path)
         if not hasattr(layer, "penjing_range"):
-            layer.register_forward_pre_hook(_quantize_input)
+            layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
         layer.penjing_range = value  # type: ignore[assignment]
         model.activations[edit.path] = value
     elif isinstance(value, CacheGrid):
@@ -287,12 +288,14 @@ def _patch_after(block: nn.Module, args: Any, output: Any) -> Any:
     return patch(output)
 
 
-def _quantize_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def _quantize_input(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Round the input to the grid the runtime will use: what is measured is what is shipped."""
     found: ActivationRange | None = layer.penjing_range  # type: ignore[assignment]
     if found is None:
         return None
-    x = args[0]
+    x = given(args, kwargs)
     if found.channels is not None:
         x = x / found.channels.to(x)
     scale, zero = torch.tensor(found.scale), torch.tensor(float(found.zero_point))
@@ -305,7 +308,7 @@ def _quantize_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
     if x.requires_grad and torch.is_grad_enabled():
         # Rounding has no slope; training goes straight through it.
         rounded = x + (rounded - x).detach()
-    return (rounded, *args[1:])
+    return (rounded, *args[1:]), kwargs if args else {}
 
 
 def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:

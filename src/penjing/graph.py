@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Group", "Transposed", "coupled_groups", "find_blocks", "is_weighted"]
+__all__ = ["Group", "Transposed", "coupled_groups", "find_blocks", "given", "is_weighted"]
 
 # Batched float64 kernels may round differently from single ones; a real change is larger.
 _CHANGE = 1e-9
@@ -30,6 +30,12 @@ class Transposed(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, device="meta")
+
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a layer, by place or by name."""
+    found: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return found
 
 
 def is_weighted(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from penjing.errors import InputError
-from penjing.linalg import Cross, Gram, Sums
+from penjing.linalg import Cross, Gram, Sums, state
 from penjing.patches import Patches, is_grouped
 
 # Input vectors sampled from a batch, and in all, to choose a range by.
@@ -74,10 +74,10 @@ class Collector:
         self._crosses: dict[str, Cross] = {}
         # Of grouped convolutions, of this network and of the one before.
         self._patches: dict[tuple[str, bool], Patches] = {}
-        self._seen: dict[str, list[Tensor]] = {}
+        self._seen: dict[str, list[tuple[Tensor, tuple[int, ...]]]] = {}
         # Layers that read one tensor share its rows and their sums within a batch.
         # The tensors are kept with them, so that no address is used twice.
-        self._shared: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
+        self._shared: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._sums: tuple[Sums, Sums] = {}, {}
 
     def begin(self, mask: Tensor | None) -> None:
@@ -91,7 +91,7 @@ class Collector:
         module = self.twins[name]
         self._add_patches(name, module, x, twin=True)
         if (rows := _vectors(module, self._rows(module, x, twin=True))) is not None:
-            self._seen.setdefault(name, []).append(rows)
+            self._seen.setdefault(name, []).append((rows, state(rows)))
 
     def now(self, name: str, x: Tensor) -> None:
         """An input that it has; that of before is added first.
@@ -107,8 +107,8 @@ class Collector:
             self._needs, own,
         )  # fmt: skip
         if rows is not None and (before := self._seen.get(name)):
-            was = before.pop(0)
-            if was.shape == rows.shape:
+            was, then = before.pop(0)
+            if was.shape == rows.shape and state(was) == then:  # not changed in place since
                 self._crosses.setdefault(name, Cross(rows.shape[1])).add(was, rows, both)
 
     def stats(self) -> dict[str, LayerStats]:
@@ -130,7 +130,7 @@ class Collector:
     def _rows(self, module: nn.Module, x: Tensor, *, twin: bool) -> Tensor:
         if not isinstance(module, nn.Linear):
             return x
-        key = twin, id(x)
+        key = int(twin), *state(x)
         if key not in self._shared:
             self._shared[key] = x, unpadded(x, self._mask)
         return self._shared[key][1]

@@ -25,6 +25,7 @@ __all__ = [
     "damped_cholesky",
     "inverse_cholesky_upper",
     "ridge",
+    "state",
 ]
 
 # Tokens multiplied in float32 before the float64 sum: relative rounding stays near 1e-6.
@@ -42,6 +43,12 @@ def _check_finite(what: str, *tensors: Tensor | None) -> None:
                 f"{what} has NaN or infinite values",
                 next="check the weights and the calibration data",
             )
+
+
+def state(tensor: Tensor) -> tuple[int, ...]:
+    """Tells living tensors apart, and what one holds before and after a change in place."""
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, *tensor.shape, *tensor.stride()
 
 
 class Gram:
@@ -136,7 +143,7 @@ class Cross:
 
     def add(self, y: Tensor, x: Tensor, memo: Sums | None = None) -> None:
         """Add pairs of rows y, x [tokens, width]; `memo` as in `Gram.add`."""
-        place = tuple(n for t in (y, x) for n in (t.data_ptr(), *t.shape, *t.stride()))
+        place = (*state(y), *state(x))
         if memo is None or place not in memo:
             _check_finite("a layer's input", y)
             found = _outer(y, x)
@@ -162,12 +169,14 @@ class Cross:
 def _outer(y: Tensor, x: Tensor) -> Tensor:
     """Sum of y^T x over rows [tokens, width], float64, chunk by chunk."""
     total = torch.zeros(y.shape[1], x.shape[1], dtype=torch.float64)
-    for start in range(0, len(x), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        product = y[rows].float().T @ x[rows].float()
-        if not bool(torch.isfinite(product).all()):
-            product = y[rows].double().T @ x[rows].double()
-        total += product
+    # A network may ask for products in fewer bits; these are ours.
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(x), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            product = y[rows].float().T @ x[rows].float()
+            if not bool(torch.isfinite(product).all()):
+                product = y[rows].double().T @ x[rows].double()
+            total += product
     return total
 
 

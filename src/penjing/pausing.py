@@ -17,6 +17,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from penjing.calls import Call
+from penjing.graph import given
 
 __all__ = ["Paused", "paused"]
 
@@ -55,7 +56,11 @@ class Paused:
         self._input = None
         # Here and not inside: the mode belongs to the thread, which all calls share.
         with torch.no_grad():
+            modes = _modes()
             found = self._task.switch()
+        if _modes() != modes:
+            self.close()
+            raise RuntimeError("the block was stopped within torch.autocast")
         if self._task.dead:
             self.output = found
         else:
@@ -66,13 +71,19 @@ class _Task(greenlet):
     pass
 
 
+def _modes() -> list[object]:
+    """What belongs to the thread, and a call under way would change for all others."""
+    kinds = ("cpu", "cuda")
+    return [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+
+
 @contextmanager
 def paused(
     block: nn.Module, layers: Sequence[nn.Module], calls: Sequence[Call]
 ) -> Iterator[list[Paused]]:
     """Calls of `block` that stop before each of `layers`, numbered in the order they run."""
     handles = [
-        layer.register_forward_pre_hook(partial(_stop, place=place))
+        layer.register_forward_pre_hook(partial(_stop, place=place), with_kwargs=True)
         for place, layer in enumerate(layers)
     ]
     runs = [Paused(call, block) for call in calls]
@@ -85,14 +96,20 @@ def paused(
             handle.remove()
 
 
-def _stop(layer: nn.Module, args: tuple[Any, ...], place: int) -> tuple[Any, ...]:
+def _stop(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], place: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     own = getcurrent()
     if not isinstance(own, _Task) or own.parent is None:
-        return args
+        return args, kwargs
     known = set(layer._forward_pre_hooks)
-    own.parent.switch((place, args[0]))
+    own.parent.switch((place, given(args, kwargs)))
     # The list of hooks was read before the stop, and an edit may have added one since.
     for key, hook in layer._forward_pre_hooks.items():
-        if key not in known and (changed := hook(layer, args)) is not None:
-            args = changed if isinstance(changed, tuple) else (changed,)
-    return args
+        if key in known:
+            continue
+        named = key in layer._forward_pre_hooks_with_kwargs
+        changed = hook(layer, args, kwargs) if named else hook(layer, args)
+        if changed is not None:
+            args, kwargs = changed if named else (changed, kwargs)
+    return args, kwargs

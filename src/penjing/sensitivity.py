@@ -10,12 +10,14 @@ run, because an integer product between two float ones gains nothing and has bot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penjing.edits import perform
 from penjing.errors import UsageError
+from penjing.graph import given
 from penjing.meter import Meter, hooked
 from penjing.model import Batch, Model
 from penjing.recipe import ActivationRange, Edit
@@ -93,11 +95,11 @@ def _ranges(
     handles = []
     for path, layer in layers.items():
 
-        def see(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-            low, high = found.get(path, (0.0, 0.0))
-            found[path] = min(low, float(args[0].min())), max(high, float(args[0].max()))
+        def see(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            x, (low, high) = given(args, kwargs), found.get(path, (0.0, 0.0))
+            found[path] = min(low, float(x.min())), max(high, float(x.max()))
 
-        handles.append(layer.register_forward_pre_hook(see, prepend=True))
+        handles.append(layer.register_forward_pre_hook(see, with_kwargs=True, prepend=True))
     try:
         for batch in batches:
             model.run(batch)
