@@ -12,7 +12,7 @@ GOOD = [
 BAD = [
     ("integer", 1), ("integer", 2.0), ("binary", 0), ("residual", 9), ("ternary", 2),
     ("power2", 5), ("additive", 1.3), ("additive", 4.125), ("e8", True), ("trellis", "2"),
-    ("trellis", 1.5),
+    ("trellis", 1.5), ("e8", 2.125),
 ]  # fmt: skip
 
 
@@ -30,6 +30,13 @@ def test_bad_bits_say_what_is_allowed(family: str, bits: float) -> None:
     with pytest.raises(UsageError, match="bits") as error:
         Scheme(bits, codes=family)
     assert FAMILIES[family][1] in str(error.value)
+
+
+@pytest.mark.parametrize(("family", "size"), [("additive", 8), ("e8", 8), ("trellis", 4)])
+def test_a_group_is_of_whole_vectors(family: str, size: int) -> None:
+    assert Scheme(2, 3 * size, codes=family).group == 3 * size
+    with pytest.raises(UsageError, match=f"multiple of {size}"):
+        Scheme(2, 3 * size + 1, codes=family)
 
 
 def test_other_fields() -> None:

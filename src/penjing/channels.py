@@ -172,9 +172,11 @@ def _passes(func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> bo
     if name not in _AFTER_EACH_OTHER or not given or not made:
         return False
     result = made[0]
+    if result.ndim < 2:
+        return False
     if any(x.ndim < 2 or x.shape[1] != result.shape[1] for x in (*given, result) if x.ndim):
         return False
-    if any(not x.ndim for x in given) or result.ndim < 2:
+    if any(not x.ndim for x in given):
         return False
     if name == "add":  # of two tensors; a number added is no factor
         return len(given) == 2 and all(x.shape[2:] == result.shape[2:] for x in given)

@@ -12,6 +12,9 @@ __all__ = ["FAMILIES", "WIDTHS", "Scheme"]
 WIDTHS = (32, 16, 8)
 
 _EIGHTHS = [n / 8 for n in range(8, 33)]
+_BALLS = [1, 1.5, 1.75, 2, 2.5, 2.75, 3, 3.5, 3.75, 4]
+# Weights that share a code, in families of vectors.
+_VECTORS = {"additive": 8, "e8": 8, "trellis": 4}
 # Bits a weight by family, and how they are said.
 FAMILIES: dict[str, tuple[list[float], str]] = {
     "integer": ([*range(2, 9)], "a whole number from 2 to 8"),
@@ -20,7 +23,7 @@ FAMILIES: dict[str, tuple[list[float], str]] = {
     "ternary": ([1.6, 3.2, 4.8], "1.6, 3.2 or 4.8"),
     "power2": ([2, 3, 4], "2, 3 or 4"),
     "additive": (_EIGHTHS, "1 to 4 in steps of 1/8"),
-    "e8": (_EIGHTHS, "1 to 4 in steps of 1/8"),
+    "e8": (_BALLS, ", ".join(f"{n:g}" for n in _BALLS)),
     "trellis": ([1, 2, 3, 4], "1, 2, 3 or 4"),
 }
 
@@ -64,6 +67,10 @@ class Scheme:
         if type(self.group) is not int or self.group < 0:
             raise UsageError(
                 "group", got=repr(self.group), allowed="a whole number; 0 is the whole row"
+            )
+        if self.group % (size := _VECTORS.get(self.codes, 1)):
+            raise UsageError(
+                f"group of {self.codes} codes", got=self.group, allowed=f"0 or a multiple of {size}"
             )
         if type(self.symmetric) is not bool:
             raise UsageError("symmetric", got=repr(self.symmetric), allowed="true or false")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
@@ -174,3 +175,19 @@ def test_what_it_is_not_for() -> None:
             Quantize(method="awq", **({"bits": 4} | more))
     with pytest.raises(UsageError, match="gptq, rtn"):
         Quantize(bits=2, codes="binary", method="awq")
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """Its experts' products have no float64; what is found is as good as the network was."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = net.wrap(transformers.MixtralForCausalLM(config).eval(), "causal", net.text_batch(1))
+    batches = [net.text_batch(seed) for seed in (1, 2)]
+    made = apply(model, Recipe((Quantize(8, method="awq"),)), batches).model
+    assert made.planes
+    with torch.no_grad():
+        wanted, got = model.run(batches[1]), made.run(batches[1])
+    assert float((got - wanted).norm() / wanted.norm()) < 0.02

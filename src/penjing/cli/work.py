@@ -12,7 +12,7 @@ import click
 
 from penjing.cli.options import check_model, set_threads
 from penjing.cli.show import count, folder_size, show_json, show_pairs
-from penjing.errors import PenjingError, UsageError, printable
+from penjing.errors import UsageError, printable
 from penjing.files import check_output
 from penjing.units import format_size, format_time
 
@@ -147,7 +147,7 @@ def technique(
     try:
         done = work(loaded, journal=kept, **options)
         api.save(done, output, to=to, overwrite=overwrite)
-    except (PenjingError, KeyboardInterrupt):
+    except BaseException:
         # Without a finished block there is nothing to go on from.
         if any(kept.glob("*.safetensors")):
             note(f"finished blocks are kept in {kept}: the same command goes on from there")

@@ -162,8 +162,14 @@ def _sets(part: Unit, paths: tuple[str, ...]) -> list[Channels]:
     call = part.stream.sample()
     if call.hidden.ndim == 3:
         call = call.first(batch=2, length=16)
-    call = call.double()
-    block = copy.deepcopy(model.module.get_submodule(part.name)).double()
+    own = model.module.get_submodule(part.name)
+    block, wide = copy.deepcopy(own).double(), call.double()
+    try:
+        wide.run(block, wide.hidden)
+    except RuntimeError:  # an operator that has no float64, as a product of experts
+        block = copy.deepcopy(own)
+    else:
+        call = wide
     prefix = f"{part.name}."
     inner, makers = ({n.removeprefix(prefix) for n in names} for names in (paths, linear))
 

@@ -242,6 +242,9 @@ class Quantize:
             if name not in unit.model.planes:
                 tied = id(layer.weight) in shared
                 yield from self._quantized(unit, path, layer, name, own, channels, tied=tied)
+            elif found is None:
+                bits = "+".join(f"{b:g}" for b in unit.model.planes[name].bits)
+                yield Edit("left", path, None, f"already in {bits} bits, left as they are")
             if found is not None:
                 why = "8-bit input" + (", channels divided" if channels is not None else "")
                 yield Edit("activation", path, found, why)
