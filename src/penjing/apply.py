@@ -21,6 +21,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
 from penjing.batching import rebatched
 from penjing.calibrate import Stream, Unit, units_of
@@ -138,7 +139,9 @@ def apply(
 def _check_targets(step: str, targets: Sequence[str], model: Model) -> None:
     paths = [n for n, _ in model.module.named_modules()]
     if targets and not any(fnmatchcase(n, t) for n in paths for t in targets):
-        layers = [n for n, m in model.module.named_modules() if is_weighted(m)]
+        weighted = [(n, m) for n, m in model.module.named_modules() if is_weighted(m)]
+        # A table stands first in most networks, and is rarely what is meant.
+        layers = [n for n, m in sorted(weighted, key=lambda p: isinstance(p[1], nn.Embedding))]
         raise InputError(
             f"the targets of {step} match no layer", got=", ".join(targets),
             allowed=f"globs of paths such as {layers[0]}" if layers else "a network with layers",

@@ -119,7 +119,7 @@ class Quantize:
             lookup("quantizers", self.codes, "fit")
         if self.method == "awq" and (self.activations or self.rotate):
             raise UsageError(
-                "method awq with 8-bit activations, or rotated",
+                "method awq", got="8-bit activations" if self.activations else "rotate",
                 allowed="weights alone, in their own basis", next="use the method gptq there",
             )  # fmt: skip
         if self.observer != "auto":
@@ -139,6 +139,8 @@ class Quantize:
         if self.activations and not (integers and not self.group and self.symmetric):
             raise UsageError(
                 "8-bit activations",
+                got=f"bits = {self.bits:g}, codes = {self.codes}, "
+                f"group = {self.group}" + ("" if self.symmetric else ", not symmetric"),
                 allowed="with bits = 8 or 7, codes = integer, group = 0 and symmetric weights",
             )
 
