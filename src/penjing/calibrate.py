@@ -304,23 +304,29 @@ class Stream:
             tuple(tuple(n.removeprefix(unit.name) for n in names) for names in order),
         )
         if make not in self._makes:
-            self._makes[make] = False
-            calls = list(self.calls())
-            found = [self._order(unit, call) for call in calls]
-            if all(names == order for names, _ in found):
-                leaders = [unit.layers[names[0]] for names in order]
-                try:
-                    with paused(block, leaders, calls[:2]) as runs:
-                        for place in range(len(leaders)):
-                            for run in runs:
-                                run.until(place)
-                        outputs = [run.finish() for run in runs]
-                except Exception:
-                    # Whatever it is: run in one go such a block works, or fails by itself.
-                    return False
-                pairs = zip(outputs, found, strict=False)
-                self._makes[make] = all(torch.equal(got, own) for got, (_, own) in pairs)
+            self._makes[make] = self._try_stops(block, unit, order)
         return self._makes[make]
+
+    def _try_stops(self, block: nn.Module, unit: Unit, order: list[list[str]]) -> bool:
+        calls = list(self.calls())
+        alone: list[Tensor] = []
+        for call in calls:
+            names, output = self._order(unit, call)
+            if names != order:
+                return False
+            if len(alone) < 2:
+                alone.append(output)
+        leaders = [unit.layers[names[0]] for names in order]
+        try:
+            with paused(block, leaders, calls[:2]) as runs:
+                for place in range(len(leaders)):
+                    for run in runs:
+                        run.until(place)
+                together = [run.finish() for run in runs]
+        except Exception:
+            # Whatever it is: run in one go such a block works, or fails by itself.
+            return False
+        return all(map(torch.equal, together, alone))
 
     def collect(
         self, unit: Unit, needs: frozenset[str], reference: Stream | None = None

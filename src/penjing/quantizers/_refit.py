@@ -76,13 +76,8 @@ def affine(
         Scales and zero points, float32 [out, groups].
     """
     inputs, groups = codes.shape[1], scale.shape[1]
-    ends = [(g * group, min((g + 1) * group, inputs)) for g in range(groups)]
-
-    def by_group(x: Tensor) -> Tensor:  # [..., in] to sums [..., groups]
-        return torch.stack([x[..., a:b].sum(-1) for a, b in ends], -1)
-
-    ones = by_group(gram)  # H 1, [in, groups]
-    between = by_group(ones.T).double()  # 1 H 1, [groups, groups]
+    ones = _by_group(gram, group)  # H 1, [in, groups]
+    between = _by_group(ones.T, group).double()  # 1 H 1, [groups, groups]
     scales, zeros = [], []
     count = max(1, min(_ROWS, _NUMBERS // (2 * groups) ** 2))
     for first in range(0, len(codes), count):
@@ -90,15 +85,14 @@ def affine(
         base = codes[rows] - zero[rows].repeat_interleave(group, 1)[:, :inputs]
         own = torch.empty(len(base), groups, groups)  # b H b
         shared = torch.empty(len(base), groups, groups)  # b H 1
-        for g, (start, stop) in enumerate(ends):
-            product = base[:, start:stop] @ gram[start:stop, start:]
-            product *= base[:, start:]
-            for h in range(g, groups):
-                a, b = ends[h]
-                own[:, g, h] = own[:, h, g] = product[:, a - start : b - start].sum(1)
-            shared[:, g] = base[:, start:stop] @ ones[start:stop]
+        for g in range(groups):
+            first_column = g * group
+            columns = slice(first_column, first_column + group)
+            product = (base[:, columns] @ gram[columns, first_column:]).mul_(base[:, first_column:])
+            own[:, g, g:] = own[:, g:, g] = _by_group(product, group)
+            shared[:, g] = base[:, columns] @ ones[columns]
         own, shared = own.double(), shared.double()
-        right, flat = by_group(base * image[rows]).double(), by_group(image[rows]).double()
+        right, flat = (_by_group(x, group).double() for x in (base * image[rows], image[rows]))
         was, old = scale[rows].double(), zero[rows].double()
         moved = torch.zeros_like(old)
         if levels is not None:
@@ -123,6 +117,14 @@ def affine(
     return torch.cat(scales), torch.cat(zeros)
 
 
+def _by_group(x: Tensor, group: int) -> Tensor:
+    """Sums over groups of the last axis, [..., in] to [..., groups]; the last may be shorter."""
+    count = -(-x.shape[-1] // group)
+    if pad := count * group - x.shape[-1]:
+        x = torch.nn.functional.pad(x, (0, pad))
+    return x.reshape(*x.shape[:-1], count, group).sum(-1)
+
+
 def _good(scale: Tensor) -> Tensor:
     """Rows [out, 1] in which every scale is one."""
     return ((scale >= 0) & scale.isfinite()).all(1, keepdim=True)
@@ -131,17 +133,14 @@ def _good(scale: Tensor) -> Tensor:
 def _solve(
     weight: Tensor, basis: Tensor, start: Tensor, group: int, gram: Tensor, positive: int
 ) -> Tensor:
-    planes, out, inputs = basis.shape
+    planes, out, _ = basis.shape
     groups = start.shape[2]
-    pad = groups * group - inputs
-
-    def by_group(x: Tensor) -> Tensor:  # [..., in] to sums [..., groups]
-        return torch.nn.functional.pad(x, (0, pad)).reshape(*x.shape[:-1], groups, group).sum(-1)
-
     if gram.ndim == 1 or groups == 1:
         image = basis * gram if gram.ndim == 1 else basis @ gram  # [planes, out, in]
-        normal = by_group(image.unsqueeze(1) * basis).permute(2, 3, 0, 1)  # [out, groups, p, p]
-        right = by_group(image * weight).permute(1, 2, 0)  # [out, groups, p]
+        normal = _by_group(image.unsqueeze(1) * basis, group).permute(
+            2, 3, 0, 1
+        )  # [out, groups, p, p]
+        right = _by_group(image * weight, group).permute(1, 2, 0)  # [out, groups, p]
         scale = _held(normal, right, start.permute(1, 2, 0)).permute(2, 0, 1)
     else:
         n = groups * planes
@@ -151,7 +150,7 @@ def _solve(
             own = slice(g * group, (g + 1) * group)
             image = basis[..., own] @ gram[own]  # [planes, out, in]
             for q in range(planes):
-                whole[:, g, :, :, q] = by_group(image * basis[q]).transpose(0, 1)
+                whole[:, g, :, :, q] = _by_group(image * basis[q], group).transpose(0, 1)
             right[:, g] = (image * weight).sum(-1).T
         flat = start.permute(1, 2, 0).reshape(out, n)
         solved = _held(whole.reshape(out, n, n), right.reshape(out, n), flat)

@@ -80,15 +80,20 @@ class Graph:
 
     def sweep(self) -> set[str]:
         """Drop the nodes that nobody reads; what is read."""
-        needed = set(self.outputs)
-        for kept in (self.nodes, self.early):
-            alive = []
-            for node in reversed(kept):
-                if any(o in needed for o in node.output):
-                    alive.append(node)
-                    needed.update(node.input)
-            kept[:] = alive[::-1]
+        alive, needed = self.behind(self.outputs)
+        kept = {id(node) for node in alive}
+        self.early = [node for node in self.early if id(node) in kept]
+        self.nodes = [node for node in self.nodes if id(node) in kept]
         return needed
+
+    def behind(self, values: set[str]) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that make `values`, in order, and all that is read on the way to them."""
+        nodes, needed = [], set(values)
+        for node in reversed([*self.early, *self.nodes]):
+            if needed.intersection(node.output):
+                nodes.append(node)
+                needed.update(node.input)
+        return nodes[::-1], needed
 
     def finish(self) -> onnx.ModelProto:
         """The rewritten model, without dead nodes and constants."""

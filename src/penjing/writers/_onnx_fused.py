@@ -102,16 +102,12 @@ def _padding(graph: Graph, mask: str) -> str | None:
 
     Empty where it masks nothing, None where it is something else.
     """
-    needed, nodes = {mask}, []
-    for node in reversed([*graph.early, *graph.nodes]):
-        if needed.intersection(node.output):
-            nodes.append(node)
-            needed.update(node.input)
+    nodes, needed = graph.behind({mask})
     given = [v for v in graph.proto.graph.input if v.name in needed]
     source = _PADDING if _PADDING in {v.name for v in given} else ""
     model = helper.make_model(
         helper.make_graph(
-            nodes[::-1], "mask", given, [helper.make_empty_tensor_value_info(mask)],
+            nodes, "mask", given, [helper.make_empty_tensor_value_info(mask)],
             [tensor for name, tensor in graph.constants.items() if name in needed],
         ),
         opset_imports=list(graph.proto.opset_import),
