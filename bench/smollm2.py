@@ -128,6 +128,7 @@ def main() -> None:
     folder, _ = fixture()
     ids = np.load(WINDOWS / "evaluation.npy")
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    floats = {name: own.detach().clone() for name, own in module.named_parameters()}
     for name, (tool, chosen) in rows().items():
         store = kept()
         if options.rows and not any(
@@ -142,13 +143,12 @@ def main() -> None:
             continue
         weights = load_file(out)
         out.unlink()
-        own = {f"{path}.weight": layer for path, layer in linears(module).items()}
-        if weights.keys() != own.keys():
+        if any(f"{path}.weight" not in weights for path in linears(module)):
             print(f"{name}: not all layers were quantized", file=sys.stderr)
             continue
         with torch.no_grad():
-            for path, weight in weights.items():
-                own[path].weight.copy_(weight)
+            for path, before in floats.items():
+                module.get_parameter(path).copy_(weights.get(path, before))
         found["losses"] = [round(float(x), 5) for x in losses(module, ids)]
         store = kept() | {name: found}  # two runs may each make some of the rows
         beside = STORE.with_suffix(f".{os.getpid()}")

@@ -1,0 +1,131 @@
+"""Widths that modules keep beside their parameters, set right after a parameter lost channels.
+
+Layers of torch say their widths by known attributes. Other modules (attention with a number of
+heads) have integers of their own; which of them count what was removed is not known by name, but
+found by trying: see `settings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from penjing.model import parent_of
+
+__all__ = ["Setting", "repair", "replace_tensor", "resize", "settings"]
+
+# Attributes that are tried alone and in pairs; with more, only all together.
+_FEW = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An integer attribute of a module."""
+
+    path: str
+    name: str
+    value: int
+
+
+def replace_tensor(module: nn.Module, old: Tensor, new: Tensor) -> list[tuple[nn.Module, str]]:
+    """Put other numbers in the place of a parameter or buffer, under all its names.
+
+    Returns:
+        The modules that have it, and its names there.
+    """
+    found = []
+    fresh = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for own in module.modules():
+        for table in (own._parameters, own._buffers):
+            for name in [name for name, tensor in table.items() if tensor is old]:
+                setattr(own, name, fresh)
+                found.append((own, name))
+    return found
+
+
+def resize(module: nn.Module, path: str, dim: int, kept: Tensor) -> None:
+    """Keep some indices of a parameter or buffer, and say so in the layers that have it."""
+    holder, name = parent_of(module, path)
+    old = getattr(holder, name)
+    new = old.data.index_select(dim, kept.to(old.device))
+    for own, key in replace_tensor(module, old, new):
+        _describe(own, key, dim, old.shape[dim], len(kept))
+
+
+def _describe(layer: nn.Module, name: str, dim: int, before: int, now: int) -> None:
+    """Widths of a layer of torch."""
+    if isinstance(layer, nn.RNNBase):
+        if name.startswith("weight_ih_l0") and dim == 1:
+            layer.input_size = now
+        elif name.startswith("weight_hh") and dim == 1:
+            layer.hidden_size = now
+    if name != "weight":
+        return
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, _ConvNd):
+        turned = isinstance(layer, _ConvTransposeNd)
+        if dim == 0 and layer.groups > 1:
+            layer.groups = layer.groups * now // before
+        first, second = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+        layer.in_channels, layer.out_channels = (first, second) if turned else (second, first)
+    elif isinstance(layer, nn.modules.batchnorm._NormBase):
+        layer.num_features = now
+    elif isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = tuple(layer.weight.shape)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_groups = layer.num_groups * now // before
+        layer.num_channels = now
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+
+
+def repair(module: nn.Module, known: list[Setting]) -> None:
+    """Set attributes."""
+    for one in known:
+        setattr(module.get_submodule(one.path), one.name, one.value)
+
+
+def settings(
+    module: nn.Module, parameters: list[str], units: int, kept: int
+) -> Iterator[list[Setting]]:
+    """Attributes that may count the removed units, likely ones first; at first none.
+
+    Integers of the modules above the parameters that are a multiple of the units, and a part of an
+    axis that has them.
+    """
+    yield []
+    lengths = {n for path in parameters for n in _find(module, path).shape}
+    above: dict[str, nn.Module] = {}
+    for path in parameters:
+        names = path.split(".")[:-1]
+        for depth in range(len(names), -1, -1):
+            above.setdefault(".".join(names[:depth]), module.get_submodule(".".join(names[:depth])))
+    found = []
+    for path, own in sorted(above.items(), key=lambda item: (-item[0].count("."), not item[0])):
+        if type(own).__module__.startswith("torch.nn."):
+            continue
+        for name, value in vars(own).items():
+            if type(value) is not int or value % units or value <= 0:
+                continue
+            if any(length % value == 0 for length in lengths):
+                found.append(Setting(path, name, value * kept // units))
+    if not found:
+        return
+    yield found
+    same = {(f.name, f.value): [g for g in found if (g.name, g.value) == (f.name, f.value)]
+            for f in found}  # fmt: skip
+    alike = list(same.values())[:_FEW]
+    for count in (1, 2, 3):
+        for some in combinations(alike, count):
+            yield [one for part in some for one in part]
+
+
+def _find(module: nn.Module, path: str) -> Tensor:
+    holder, name = parent_of(module, path)
+    found: Tensor = getattr(holder, name)
+    return found
