@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
-from penjing.edits import pack, perform, replay, slice_module, unpack
+from penjing.edits import pack, perform, replay, unpack
 from penjing.errors import InputError
 from penjing.model import Model
 from penjing.planes import IntegerPlanes
-from penjing.recipe import ActivationRange, Edit, Patch, Slice
+from penjing.recipe import ActivationRange, Edit, Patch, Setting, Slice
 
 
 def _planes(out: int, inputs: int, bits: int = 3) -> IntegerPlanes:
@@ -117,12 +117,22 @@ def test_a_slice_by_hand() -> None:
 
 
 def test_counts_of_heads_follow_a_slice() -> None:
-    attention = net.bert().module.encoder.layer[0].attention.self
-    kept = list(range(8, 24))  # two heads of four
-    slice_module(attention, [(f"{n}.weight", 0, kept) for n in ("query", "key", "value")])
-    assert attention.num_attention_heads == 2
-    assert attention.all_head_size == 16
-    assert attention.attention_head_size == 8
+    model = net.bert()
+    path = "encoder.layer.0.attention.self"
+    kept = torch.arange(8, 24)  # two heads of four
+    slices = [Slice(f"{path}.{n}.weight", 0, kept) for n in ("query", "key", "value")]
+    counts = [Setting(path, "num_attention_heads", 2), Setting(path, "all_head_size", 16)]
+    edit = Edit("slice", path, (*slices, *counts), "by hand")
+    (again,) = unpack(*pack([edit]))
+    fresh = model.copy()
+    perform(model, again)
+    replay(fresh, model.structure)
+    for one in (model, fresh):
+        attention = one.module.get_submodule(path)
+        assert attention.num_attention_heads == 2
+        assert attention.all_head_size == 16
+        assert attention.attention_head_size == 8
+        assert attention.key.out_features == 16
 
 
 def test_masks_add_up_and_follow_slices() -> None:

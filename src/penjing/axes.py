@@ -106,7 +106,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.own = self.found.labels
         # A buffer that is not saved is made again from the configuration, at its full size.
         saved = module.state_dict(keep_vars=True)
-        self._stored = {id(t): n for n, t in saved.items()}
+        self._stored: dict[int, str] = {}
+        for name, tensor in saved.items():  # of a tied one the first name
+            self._stored.setdefault(id(tensor), name)
         self._seen: Any = WeakTensorKeyDictionary()
 
     def seen(self, tensor: Tensor) -> Seen:

@@ -257,8 +257,9 @@ def _spatial(call: Call) -> int:
 def _write(call: Call) -> None:
     """`copy_`: what stands there afterwards is what was written."""
     target, source = call.args[:2]
-    if target._base is not None or any(s.fields for s in (call.watch.seen(target),)):
-        return call.unknown("written into a part of another tensor")
+    if target._base is not None or call.watch.seen(target).fields:
+        call.unknown("written into a part of another tensor")
+        return
     seen = call.watch.seen(source)
     skip = target.ndim - source.ndim
     call.keep(*(f.reshape([1] * skip + list(f.shape)) for f in seen.fields), tensor=target)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from penjing.axisrules import follow
 from penjing.coupling import PROOF, Frozen, Plan, Units, coupled, drawn, prove
 from penjing.model import Model
-from penjing.shapes import Setting
+from penjing.recipe import Setting
+from penjing.shapes import settings
 
 __all__ = ["ChannelMap", "Free", "channel_map", "map_of"]
 
@@ -49,6 +50,22 @@ class ChannelMap:
 
     free: tuple[Free, ...]
     frozen: tuple[Frozen, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        groups = [
+            {
+                "name": one.group.name, "units": one.group.count, "heads": one.group.is_heads,
+                "members": [
+                    {"name": m.name, "axis": m.dim, "reads": m.summed, "places": m.places.tolist()}
+                    for m in one.group.members
+                ],
+                "counts": [{"path": s.path, "name": s.name} for s in one.known],
+            }
+            for one in self.free
+        ]  # fmt: skip
+        frozen = [{"name": f.name, "axis": f.dim, "reason": f.reason} for f in self.frozen]
+        return {"groups": groups, "frozen": frozen}
 
 
 def channel_map(model: Model) -> ChannelMap:
@@ -113,10 +130,14 @@ def _proved(
     probe: nn.Module, run: Callable[[nn.Module], Any], groups: Sequence[Units],
     frozen: list[Frozen], most: float,
 ) -> ChannelMap:  # fmt: skip
-    """All at once first: where that holds, each of them does."""
+    """All at once first, with the usual attributes: where that holds, each of them does."""
     plans: list[Plan] = [(group, _half(group)) for group in groups]
-    if plans and prove(probe, run, plans, (), most)[0] <= most:
-        return ChannelMap(tuple(Free(group, ()) for group in groups), tuple(frozen))
+    usual = [next(settings(probe, [m.name for m in g.members], g.count, len(set(kept))))
+             for g, kept in plans]  # fmt: skip
+    if plans and prove(probe, run, plans, [s for own in usual for s in own], most)[0] <= most:
+        return ChannelMap(
+            tuple(Free(g, tuple(own)) for g, own in zip(groups, usual, strict=True)), tuple(frozen)
+        )
     free: list[Free] = []
     for plan in plans:
         off, known = prove(probe, run, [plan], None, most)

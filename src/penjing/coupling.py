@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from penjing.axes import Axes
 from penjing.model import parent_of
-from penjing.recipe import Slice
-from penjing.shapes import Setting, repair, replace_tensor, resize, settings
+from penjing.recipe import Setting, Slice
+from penjing.shapes import repair, replace_tensor, resize, settings
 
 __all__ = [
     "PROOF",
@@ -73,9 +73,9 @@ class Units:
         return len(self.members[0].places)
 
     @property
-    def size(self) -> int:
-        """Most places of a unit along one axis: more than 1 for heads and the like."""
-        return max(member.places.shape[1] for member in self.members)
+    def is_heads(self) -> bool:
+        """Whether a unit is more than one neuron wide everywhere: heads, groups of a norm."""
+        return min(member.places.shape[1] for member in self.members) > 1
 
     @property
     def name(self) -> str:

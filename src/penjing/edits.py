@@ -17,15 +17,10 @@ from penjing.errors import InputError
 from penjing.graph import given
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
-from penjing.recipe import ActivationRange, Edit, Patch, Slice
+from penjing.recipe import ActivationRange, Edit, Patch, Setting, Slice
+from penjing.shapes import repair, resize
 
-__all__ = ["pack", "perform", "replay", "slice_module", "unpack"]
-
-# Integer attributes that count neurons of the layers right below a module.
-_COUNTS = (
-    "num_attention_heads", "num_heads", "n_heads", "n_head", "num_key_value_heads",
-    "all_head_size", "intermediate_size",
-)  # fmt: skip
+__all__ = ["pack", "perform", "replay", "unpack"]
 
 
 def perform(model: Model, edit: Edit) -> None:
@@ -71,7 +66,8 @@ def perform(model: Model, edit: Edit) -> None:
     else:
         touched: list[str] = []
         if edit.kind == "slice":
-            touched = [s.path for s in value]  # type: ignore[union-attr]
+            touched = [s.path for s in value if isinstance(s, Slice)]  # type: ignore[union-attr]
+            touched = [path for path in touched if _is_parameter(model, path)]
             if held := [p for p in model.cache if any(t.startswith(f"{p}.") for t in touched)]:
                 raise InputError(
                     f"slice of {held[0]}, whose keys and values are quantized already",
@@ -111,29 +107,14 @@ def replay(model: Model, structure: list[dict[str, Any]]) -> None:
         _restructure(model, entry)
 
 
-def slice_module(module: nn.Module, slices: list[tuple[str, int, list[int]]]) -> None:
-    """Keep only some indices of parameters, and set the counts of the layers that hold them."""
-    scaled: set[tuple[int, str]] = set()
-    for path, dim, kept in slices:
-        holder, name = parent_of(module, path)
-        old = getattr(holder, name)
-        index = torch.tensor(kept, dtype=torch.long, device=old.device)
-        new = old.data.index_select(dim, index)  # [kept along dim]
-        setattr(holder, name, nn.Parameter(new, requires_grad=old.requires_grad))
-        if isinstance(holder, nn.Linear):
-            holder.out_features, holder.in_features = holder.weight.shape
-        owner = parent_of(module, path.rpartition(".")[0])[0]
-        for attribute in _COUNTS if name == "weight" and dim == 0 else ():
-            count = getattr(owner, attribute, None)
-            if isinstance(count, int) and (id(owner), attribute) not in scaled:
-                scaled.add((id(owner), attribute))
-                if count * len(kept) % old.shape[dim] == 0:
-                    setattr(owner, attribute, count * len(kept) // old.shape[dim])
-
-
 def _set(parameter: nn.Parameter, value: Tensor) -> None:
     # In a tensor of its own: the old one may be another copy's too, see `Model.copy`.
     parameter.data = value.to(parameter, copy=True).contiguous()
+
+
+def _is_parameter(model: Model, path: str) -> bool:
+    holder, name = parent_of(model.module, path)
+    return name in holder._parameters
 
 
 def _parameter(model: Model, path: str) -> nn.Parameter:
@@ -147,8 +128,7 @@ def _parameter(model: Model, path: str) -> nn.Parameter:
 def _structural(edit: Edit) -> dict[str, Any]:
     entry: dict[str, Any] = {"kind": edit.kind, "path": edit.path}
     if edit.kind == "slice":
-        slices: tuple[Slice, ...] = edit.value  # type: ignore[assignment]
-        entry["slices"] = [[s.path, s.dim, s.kept.tolist()] for s in slices]
+        entry |= _listed(edit.value)  # type: ignore[arg-type]
     elif isinstance(edit.value, Patch):
         entry |= {"position": edit.value.position, "width": edit.value.weight.shape[0]}
     elif edit.kind == "fold":
@@ -156,14 +136,22 @@ def _structural(edit: Edit) -> dict[str, Any]:
     return entry
 
 
+def _listed(value: tuple[Slice | Setting, ...]) -> dict[str, Any]:
+    return {
+        "slices": [[s.path, s.dim, s.kept.tolist()] for s in value if isinstance(s, Slice)],
+        "set": [[s.path, s.name, s.value] for s in value if isinstance(s, Setting)],
+    }
+
+
 def _restructure(model: Model, entry: dict[str, Any]) -> None:
     kind, path = entry["kind"], entry["path"]
     if kind == "slice":
-        slice_module(model.module, [(p, d, k) for p, d, k in entry["slices"]])
         for name, dim, kept in entry["slices"]:
+            resize(model.module, name, dim, torch.tensor(kept, dtype=torch.long))
             if (mask := model.masks.get(name)) is not None:
                 index = torch.tensor(kept, dtype=torch.long, device=mask.device)
                 model.masks[name] = mask.index_select(dim, index)
+        repair(model.module, [Setting(*one) for one in entry.get("set", ())])
     elif kind == "patch":
         block, name = model.module.get_submodule(path), f"penjing_{entry['position']}"
         like = next(block.parameters())
@@ -337,7 +325,7 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
             entry["cache"] = value.bits
             tensors |= {f"{number}.{k}": t.contiguous() for k, t in value.tensors().items()}
         elif isinstance(value, tuple):
-            entry["slices"] = [[s.path, s.dim, s.kept.tolist()] for s in value]
+            entry |= _listed(value)
         elif isinstance(value, str):
             entry["norm"] = value
         table.append(entry)
@@ -370,7 +358,8 @@ def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
         elif "cache" in entry:
             value = CacheGrid(entry["cache"], **own)
         elif "slices" in entry:
-            value = tuple(Slice(p, d, torch.tensor(k)) for p, d, k in entry["slices"])
+            slices = (Slice(p, d, torch.tensor(k)) for p, d, k in entry["slices"])
+            value = (*slices, *(Setting(*one) for one in entry["set"]))
         elif "norm" in entry:
             value = entry["norm"]
         edits.append(Edit(entry["kind"], entry["path"], value, entry["why"], entry["note"]))

@@ -1,71 +1,115 @@
-"""Which neurons to keep: greedy optimal brain surgeon on the consumer's Gram matrix.
+"""Which neurons to keep: greedy optimal brain surgeon on the Gram matrices of what reads them.
 
 Removing inputs g of a consumer W with Gram matrix H, and refitting the rest, costs
     trace(W_g ([H^-1]_gg)^-1 W_g^T)
 (Hassibi and Stork 1993, for groups: ZipLM, Kurtic et al., NeurIPS 2023, section 3). The
 cheapest group goes, W and H^-1 are updated, and so on; the updated W is the least-squares
-refit. Single neurons go a thirtieth at a time.
+refit. Of many units a thirtieth go at a time. Where several layers read them, each counts by the
+share of its output that is lost.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from penjing.linalg import damped_cholesky
 
-__all__ = ["by_scores", "greedy_obs"]
+__all__ = ["Reader", "by_scores", "greedy_obs"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer that reads the units.
+
+    Attributes:
+        weight: [out, in].
+        gram: [in, in] of its inputs.
+        columns: int64 [units, size], inputs of each unit.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    columns: Tensor
+
+
+class _State:
+    """A reader while units go."""
+
+    def __init__(self, reader: Reader, damping: float) -> None:
+        gram = reader.gram.double()
+        self.inverse = torch.cholesky_inverse(damped_cholesky(gram, damping))  # [in, in]
+        self.weight = reader.weight.double().clone()
+        self.columns = reader.columns
+        whole = float(((self.weight @ gram) * self.weight).sum())
+        self.unit = whole if whole > 0 else 1.0
+
+    def cost(self, left: Tensor) -> Tensor:
+        """Of each unit that is left, [left]."""
+        index = self.columns[left]  # [left, size]
+        if index.shape[1] == 1:
+            own = index[:, 0]
+            found = self.weight[:, own].square().sum(0) / self.inverse[own, own]
+        else:
+            blocks = self.inverse[index.unsqueeze(-1), index.unsqueeze(-2)]
+            part = self.weight[:, index].permute(1, 2, 0)  # [left, size, out]
+            found = (part * torch.linalg.solve(blocks, part)).sum((1, 2))
+        return found / self.unit
+
+    def drop(self, units: Tensor) -> None:
+        gone = self.columns[units].flatten()
+        step = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])  # [gone, in]
+        self.weight -= self.weight[:, gone] @ step
+        self.inverse -= self.inverse[:, gone] @ step
+        # Exact zeros: rounding must not bring a removed input back.
+        self.weight[:, gone] = 0
+        self.inverse[gone], self.inverse[:, gone] = 0.0, 0.0
+        self.inverse[gone, gone] = 1.0
 
 
 def greedy_obs(
-    weight: Tensor, gram: Tensor, units: list[list[int]], keep: int, damping: float = 0.01
-) -> tuple[list[int], Tensor]:
+    readers: Sequence[Reader], keep: int, damping: float = 0.01
+) -> tuple[list[int], list[Tensor]]:
     """Remove units one by one until `keep` are left.
 
     Args:
-        weight: [out, in] of the consumer.
-        gram: [in, in] of its inputs.
-        units: inputs of each unit; all of one length.
+        readers: at least one; all of the same number of units.
         keep: units that stay, at least 1.
 
     Returns:
-        Kept unit numbers, ascending, and the refitted weight [out, kept inputs].
+        Kept unit numbers, ascending, and each reader's refitted weight [out, in], zero where it
+        read what is gone.
     """
-    lower = damped_cholesky(gram.double(), damping)
-    inverse = torch.cholesky_inverse(lower)  # [in, in]
-    updated = weight.double().clone()
-    index = torch.tensor(units)  # [units, size]
-    alive = torch.ones(len(units), dtype=torch.bool)
-    size = index.shape[1]
-    # Single inputs go some at a time: the order inside 3 % hardly matters, the time does.
-    stride = max(1, len(units) // 32) if size == 1 else 1
+    states = [_State(reader, damping) for reader in readers]
+    count = len(readers[0].columns)
+    alive = torch.ones(count, dtype=torch.bool)
+    # The order inside 3 % hardly matters, the time does.
+    stride = max(1, count // 32)
     while int(alive.sum()) > keep:
         left = alive.nonzero().flatten()
-        if size == 1:
-            columns = index[left, 0]
-            cost = updated[:, columns].square().sum(0) / inverse[columns, columns]
-        else:
-            blocks = inverse[index[left].unsqueeze(-1), index[left].unsqueeze(-2)]
-            part = updated[:, index[left]].permute(1, 2, 0)  # [left, size, out]
-            cost = (part * torch.linalg.solve(blocks, part)).sum((1, 2))
-        count = min(stride, int(alive.sum()) - keep)
-        chosen = left[torch.sort(cost, stable=True).indices[:count]]
-        gone = index[chosen].flatten()
-        step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # [gone, in]
-        updated -= updated[:, gone] @ step
-        inverse -= inverse[:, gone] @ step
-        # Exact zeros: rounding must not bring a removed input back.
-        updated[:, gone] = 0
-        inverse[gone], inverse[:, gone] = 0.0, 0.0
-        inverse[gone, gone] = 1.0
+        cost = torch.stack([state.cost(left) for state in states]).sum(0)
+        several = min(stride, int(alive.sum()) - keep)
+        chosen = left[torch.sort(cost, stable=True).indices[:several]]
+        for state in states:
+            state.drop(chosen)
         alive[chosen] = False
-    kept = alive.nonzero().flatten().tolist()
-    inputs = sorted(i for u in kept for i in units[u])
-    return kept, updated[:, inputs].float()
+    return alive.nonzero().flatten().tolist(), [state.weight.float() for state in states]
 
 
-def by_scores(scores: Tensor, units: list[list[int]], keep: int) -> list[int]:
-    """The `keep` units with the largest sum of squared scores [out, in], ascending."""
-    total = torch.stack([scores[:, u].float().square().sum() for u in units])
+def by_scores(scores: Sequence[Tensor], columns: Sequence[Tensor], keep: int) -> list[int]:
+    """The `keep` units with the largest sum of squared scores, ascending.
+
+    Args:
+        scores: [out, in] of each layer that reads them.
+        columns: int64 [units, size] of each, inputs of each unit.
+    """
+    total = torch.zeros(len(columns[0]), dtype=torch.float64)
+    for own, index in zip(scores, columns, strict=True):
+        power = own.double().square()
+        power = power.sum(0) / power.sum().clamp_min(1e-30)  # [in]
+        total += power[index].sum(1)
     order = torch.sort(total, descending=True, stable=True).indices
     return sorted(order[:keep].tolist())

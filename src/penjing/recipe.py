@@ -20,7 +20,7 @@ from penjing.errors import InputError
 if TYPE_CHECKING:
     from penjing.planes import IntegerPlanes
 
-__all__ = ["ActivationRange", "Edit", "Kind", "Patch", "Recipe", "Slice", "Step"]
+__all__ = ["ActivationRange", "Edit", "Kind", "Patch", "Recipe", "Setting", "Slice", "Step"]
 
 Kind = Literal[
     "mask",
@@ -50,6 +50,19 @@ class Slice:
     path: str
     dim: int
     kept: Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An integer attribute of a module that counts what was removed.
+
+    Attributes:
+        path: of the module, empty for the network itself.
+    """
+
+    path: str
+    name: str
+    value: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +115,8 @@ class Edit:
         kind: what `value` is:
             mask: bool tensor of the parameter's shape, True is kept;
             weight: new values of the parameter, same shape;
-            slice: tuple of `Slice`, every parameter coupled to the removed neurons;
+            slice: tuple of `Slice`, every parameter coupled to the removed neurons, and of
+                `Setting`, every attribute that counts them;
             drop: None, the block at `path` goes away;
             patch: `Patch` at the block at `path`;
             untie: None, the parameter at `path` gets a copy of its own;
@@ -121,7 +135,7 @@ class Edit:
     path: str
     value: (
         Tensor
-        | tuple[Slice, ...]
+        | tuple[Slice | Setting, ...]
         | Patch
         | IntegerPlanes
         | ActivationRange

@@ -8,27 +8,23 @@ found by trying: see `settings`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from penjing.model import parent_of
+from penjing.recipe import Setting
 
-__all__ = ["Setting", "repair", "replace_tensor", "resize", "settings"]
+__all__ = ["repair", "replace_tensor", "resize", "settings"]
 
+# Attributes that are set wherever they count the units, needed or not: others may read them.
+_KNOWN = (
+    "num_attention_heads", "num_heads", "n_heads", "n_head", "num_key_value_heads",
+    "all_head_size", "intermediate_size",
+)  # fmt: skip
 # Attributes that are tried alone and in pairs; with more, only all together.
 _FEW = 8
-
-
-@dataclass(frozen=True)
-class Setting:
-    """An integer attribute of a module."""
-
-    path: str
-    name: str
-    value: int
 
 
 def replace_tensor(module: nn.Module, old: Tensor, new: Tensor) -> list[tuple[nn.Module, str]]:
@@ -93,12 +89,11 @@ def repair(module: nn.Module, known: list[Setting]) -> None:
 def settings(
     module: nn.Module, parameters: list[str], units: int, kept: int
 ) -> Iterator[list[Setting]]:
-    """Attributes that may count the removed units, likely ones first; at first none.
+    """Attributes that may count the removed units, likely ones first.
 
     Integers of the modules above the parameters that are a multiple of the units, and a part of an
-    axis that has them.
+    axis that has them. At first those that are called so, then none.
     """
-    yield []
     lengths = {n for path in parameters for n in _find(module, path).shape}
     above: dict[str, nn.Module] = {}
     for path in parameters:
@@ -114,6 +109,10 @@ def settings(
                 continue
             if any(length % value == 0 for length in lengths):
                 found.append(Setting(path, name, value * kept // units))
+    known = [one for one in found if one.name in _KNOWN]
+    yield known
+    if known:
+        yield []
     if not found:
         return
     yield found

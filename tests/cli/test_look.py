@@ -89,3 +89,22 @@ def test_evaluate_wants_data(tmp_path: Path) -> None:
     done = CliRunner().invoke(group, ["evaluate", str(tmp_path)])
     assert done.exit_code == 2
     assert "--data" in done.stderr
+
+
+def test_inspect_groups(llama: Path) -> None:
+    done = CliRunner().invoke(group, ["inspect", str(llama), "--groups", "--json"])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    units = {one["name"]: (one["units"], one["heads"]) for one in found["groups"]}
+    layers = [f"model.layers.{i}" for i in (0, 1)]
+    assert units == {f"{n}.self_attn.q_proj.weight": (2, True) for n in layers} | {
+        f"{n}.mlp.gate_proj.weight": (48, False) for n in layers
+    }
+    reads = [m for one in found["groups"] for m in one["members"] if m["reads"]]
+    assert {m["name"].split(".")[-2] for m in reads} == {"o_proj", "down_proj"}
+    frozen = {(f["name"], f["axis"]): f["reason"] for f in found["frozen"]}
+    assert frozen["model.embed_tokens.weight", 0] == "rows of a table"
+    done = CliRunner().invoke(group, ["inspect", str(llama), "--groups"])
+    assert done.exit_code == 0, done.stderr
+    assert "4 groups, each proved" in done.stdout
+    assert "stays: " in done.stdout

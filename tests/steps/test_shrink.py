@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
 from penjing.apply import apply
 from penjing.calibrate import Stream, units_of
-from penjing.edits import perform, slice_module
+from penjing.coupling import remove
+from penjing.edits import perform, replay
 from penjing.errors import InputError, UsageError
-from penjing.graph import Group
 from penjing.model import Batch, Model
 from penjing.planes import IntegerPlanes
 from penjing.recipe import Edit, Recipe
 from penjing.steps.prune import Prune
-from penjing.steps.shrink import Shrink, groups_of, proof, slices_of
+from penjing.steps.shrink import Shrink, groups_of
 
 TEXTS = [net.text_batch(seed) for seed in (1, 2)]
 BLOCKS: list[tuple[str, Callable[[], Model]]] = [
@@ -84,34 +84,22 @@ def test_every_single_unit_may_go(name: str, make: Callable[[], Model]) -> None:
     unit = _unit(model, TEXTS)
     block = model.module.get_submodule(unit.name)
     call = unit.stream.sample().double()
-    for group in groups_of(unit):
-        for gone in (0, 1, len(group.units) - 1):
-            kept = [u for u in range(len(group.units)) if u != gone]
+    free = groups_of(unit).free
+    assert len(free) == 2
+    for one in free:
+        for gone in (0, 1, one.group.count - 1):
+            kept = [u for u in range(one.group.count) if u != gone]
             masked, small = copy.deepcopy(block).double(), copy.deepcopy(block).double()
+            (reader,) = (m for m in one.group.members if m.summed)
             with torch.no_grad():
-                masked.get_submodule(group.consumer).weight[:, list(group.units[gone])] = 0
-            slices = slices_of(block, group, kept)
-            slice_module(small, [(s.path, s.dim, s.kept.tolist()) for s in slices])
+                masked.get_parameter(reader.name)[:, reader.places[gone]] = 0
+            remove(small, [(one.group, kept)], one.settings(len(kept)))
             torch.testing.assert_close(
                 call.run(small, call.hidden), call.run(masked, call.hidden), rtol=1e-9, atol=1e-9
             )
 
 
-def test_the_proof_refuses_a_wrong_pairing() -> None:
-    model = net.stack()
-    batches = net.arrays(2)
-    unit = _unit(model, batches)
-    block = model.module.blocks[0]
-    (group,) = groups_of(unit)
-    kept = list(range(0, 24, 2))
-    assert proof(block, unit, group, kept, slices_of(block, group, kept)) < 1e-12
-    shifted = Group(group.consumer, group.units, {"up": (*group.producers["up"][1:], (0,))})
-    assert proof(block, unit, shifted, kept, slices_of(block, shifted, kept)) > 1e-3
-    slices = slices_of(block, group, kept)[:1]  # the producer keeps its width
-    assert proof(block, unit, group, kept, slices) == float("inf")
-
-
-def test_a_block_whose_width_is_held_elsewhere_is_left_whole() -> None:
+def test_a_parameter_of_the_block_itself_goes_along() -> None:
     class Scaled(net.MlpBlock):
         def __init__(self) -> None:
             super().__init__(8, 24)
@@ -122,7 +110,19 @@ def test_a_block_whose_width_is_held_elsewhere_is_left_whole() -> None:
 
     torch.manual_seed(0)
     model = net.wrap(net.Stack([Scaled(), Scaled()]), "tensor", {"x": torch.randn(2, 5, 6)})
-    applied = apply(model, Recipe((Shrink(0.5),)), net.arrays(2))
+    applied = apply(model, Recipe((Shrink(0.5, multiple=4),)), net.arrays(2))
+    assert applied.model.module.blocks[1].gamma.shape == (12,)
+
+
+def test_a_block_whose_width_is_held_elsewhere_is_left_whole() -> None:
+    class Scaled(net.MlpBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(torch.ones(24) * torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    blocks = [Scaled(8, 24), Scaled(8, 24)]
+    model = net.wrap(net.Stack(blocks), "tensor", {"x": torch.randn(2, 5, 6)})
+    applied = apply(model, Recipe((Shrink(0.5, targets=("*.down",)),)), net.arrays(2))
     assert applied.done == []
     assert net.same(applied.model, model)
 
@@ -130,7 +130,8 @@ def test_a_block_whose_width_is_held_elsewhere_is_left_whole() -> None:
 def test_repair_beats_no_repair_and_is_least_squares() -> None:
     model, batches = net.stack(1 + 1), net.arrays(8)
     plain, repaired = (
-        apply(model, Recipe((Shrink(0.5, repair=r),)), batches).model for r in (False, True)
+        apply(model, Recipe((Shrink(0.5, repair=r, targets=("*.down",)),)), batches).model
+        for r in (False, True)
     )
     with torch.no_grad():
         wanted = model.run(batches[-1])
@@ -213,9 +214,54 @@ def test_targets_choose_consumers() -> None:
     assert [d.kind for d in done] == ["slice", "weight"]
 
 
-def test_convolutions_are_left_whole() -> None:
+def test_convolutions_lose_channels_inside_the_blocks_and_between_them() -> None:
     model = net.resnet()
-    assert apply(model, Recipe((Shrink(0.5),)), [model.example]).done == []
+    batches = [model.example]
+    step = Shrink(0.5, repair=False, multiple=2)
+    small = apply(model, Recipe((step,)), batches).model
+    first, stem = small.module.layer1[0], model.module.layer1[0]
+    assert first.conv1.out_channels == stem.conv1.out_channels // 2
+    assert first.conv2.out_channels == stem.conv2.out_channels // 2  # the stream
+    twin = net.resnet()
+    replay(twin, small.structure)
+    twin.module.load_state_dict(small.module.state_dict())
+    assert torch.equal(twin.run(model.example), small.run(model.example))
+    # Channel by channel, the original with what reads the removed ones at zero: by each slice.
+    masked = model.copy()
+    left: dict[tuple[str, int], list[int]] = {}
+    for entry in small.structure:
+        for path, dim, kept in entry["slices"]:
+            stays = left.get(
+                (path, dim), list(range(dict(model.module.state_dict())[path].shape[dim]))
+            )
+            left[path, dim] = [stays[k] for k in kept]
+    for (path, dim), kept in left.items():
+        if dim == 1:
+            weight = masked.module.get_parameter(path)
+            gone = [i for i in range(weight.shape[1]) if i not in set(kept)]
+            with torch.no_grad():
+                weight[:, gone] = 0
+    for one in (masked, small, model):
+        one.module.double()
+    example = {"x": model.example["x"].double()}
+    with torch.no_grad():
+        wanted, found, was = (m.module(*example.values()) for m in (masked, small, model))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert float((was - wanted).abs().max()) > 1e-3
+
+
+def test_repair_helps_convolutions() -> None:
+    model = net.resnet()
+    generator = torch.Generator().manual_seed(0)
+    shape = (16, *model.example["x"].shape[1:])
+    batches = [{"x": torch.randn(shape, generator=generator)} for _ in range(3)]
+    errors = {}
+    for repair in (False, True):
+        step = Shrink(0.25, repair=repair, multiple=1)
+        small = apply(model, Recipe((step,)), batches[:2]).model
+        with torch.no_grad():
+            errors[repair] = float((small.run(batches[2]) - model.run(batches[2])).norm())
+    assert errors[True] < 0.7 * errors[False]
 
 
 def test_after_pruning_the_removed_connections_stay_removed() -> None:

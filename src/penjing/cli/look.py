@@ -14,7 +14,7 @@ from penjing.cli.options import (
     size_options,
     threads_option,
 )
-from penjing.cli.show import show_inspection, show_json, show_pairs
+from penjing.cli.show import show_groups, show_inspection, show_json, show_pairs
 
 __all__ = ["evaluate", "inspect"]
 
@@ -30,6 +30,7 @@ SORTS = ("order", "parameters", "bytes", "macs", "memory", "latency")
 @threads_option
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Only the first N layers.")
 @click.option("--latency/--no-latency", default=True, help="Measure latency.  [default: yes]")
+@click.option("--groups", is_flag=True, help="Channels that shrink can remove, and why not others.")
 @json_option
 def inspect(
     model: str,
@@ -41,12 +42,14 @@ def inspect(
     threads: int | None,
     top: int | None,
     latency: bool,
+    groups: bool,
     as_json: bool,
 ) -> None:
     """Parameters, bytes, MACs, memory and latency by layer.
 
     \b
     penjing inspect ./my-model --sort latency --top 10
+    penjing inspect ./my-model --groups
     penjing inspect weights.safetensors --json
     """
     check_model(model)
@@ -55,6 +58,16 @@ def inspect(
     from penjing.load import load
     from penjing.progress import task
 
+    if groups:
+        from penjing.channelmap import channel_map
+
+        with task("follow the channels of the model"):
+            channels = channel_map(load(model, weights=weights, allow_pickle=allow_pickle))
+        if as_json:
+            show_json(channels.to_json())
+        else:
+            show_groups(channels, top)
+        return
     with task("read and run the model"):
         loaded = load(model, weights=weights, allow_pickle=allow_pickle)
         found = look(loaded, batch=batch, length=length, latency=latency).sorted(sort)

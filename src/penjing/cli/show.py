@@ -14,10 +14,19 @@ from penjing.result import show_drop
 from penjing.units import format_size, format_time
 
 if TYPE_CHECKING:
+    from penjing.channelmap import ChannelMap
     from penjing.inspect import Inspection
     from penjing.result import Measurement, Result
 
-__all__ = ["count", "folder_size", "show_inspection", "show_json", "show_pairs", "show_result"]
+__all__ = [
+    "count",
+    "folder_size",
+    "show_groups",
+    "show_inspection",
+    "show_json",
+    "show_pairs",
+    "show_result",
+]
 
 
 def show_json(value: Any) -> None:
@@ -124,6 +133,40 @@ def show_inspection(found: Inspection, top: int | None = None) -> None:
         click.echo(f"tied: {printable(' = '.join(group))}")
     if found.shared:
         click.echo(f"runs more than once: {printable(', '.join(found.shared))}")
+
+
+def show_groups(found: ChannelMap, top: int | None = None) -> None:
+    """Groups of channels that can go, and the axes that stay by the reason for it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, side in (("made by", "left"), ("units", "right"), ("kind", "left"),
+                       ("read by", "left"), ("with it", "left")):  # fmt: skip
+        table.add_column(name, justify="right" if side == "right" else "left", no_wrap=True)
+    for free in found.free[:top]:
+        group = free.group
+        rest = [m.name for m in group.members if not m.summed and m.name != group.name]
+        table.add_row(
+            printable(group.name), str(group.count), "heads" if group.is_heads else "channels",
+            printable(_several([m.name for m in group.members if m.summed])),
+            printable(_several(rest)),
+        )  # fmt: skip
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=220)
+    console.print(table)
+    click.echo(f"{len(found.free)} groups, each proved: silenced equals removed")
+    reasons: dict[str, list[str]] = {}
+    for axis in found.frozen:
+        if not axis.name.endswith("bias"):
+            reasons.setdefault(axis.reason, []).append(f"{axis.name}[{axis.dim}]")
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        click.echo(f"stays: {len(names)} axes, {printable(reason)}: {printable(_several(names))}")
+
+
+def _several(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else "-"
 
 
 def _versus(name: str, before: float | None, after: float | None, show: Any) -> tuple[str, ...]:

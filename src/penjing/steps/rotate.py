@@ -25,12 +25,12 @@ from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.calls import Call
 from penjing.edits import perform
 from penjing.errors import InputError, UsageError
-from penjing.graph import Group
 from penjing.model import Model
 from penjing.norms import Gain, gain_of
 from penjing.recipe import Edit
 from penjing.residual import Residual, residual_streams
 from penjing.rotation import Rotation, possible
+from penjing.steps._neurons import Group
 from penjing.steps._select import matches
 from penjing.steps.shrink import groups_of
 
@@ -168,8 +168,9 @@ class Rotate:
         stream = Stream(model, [model.example])
         for index, block in enumerate(model.blocks):
             stream.enter(index)
-            groups = groups_of(Unit(block, model, {}, stream, index))
-            groups = [group for group in groups if group.is_heads]
+            found = groups_of(Unit(block, model, {}, stream, index)).free
+            known = [Group.of(free.group) for free in found if free.group.is_heads]
+            groups = [group for group in known if group is not None]
             if not groups:
                 changes.leave(block, "no heads with values of their own were found")
             for group in groups:

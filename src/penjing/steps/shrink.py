@@ -1,33 +1,34 @@
-"""Shrink: whole neurons go away, physically: hidden units of an MLP, heads or key-value groups.
+"""Shrink: whole neurons go away, physically: channels, hidden units, heads or key-value groups.
 
-Units are found by running the block (`penjing.graph`). The consumer's weights are refitted by
-least squares on the calibration data, and every edit is proved: the block with the removed
-columns masked to zero gives the same output as the small one.
+Which of them go together is found by following the network's channels through one run
+(`penjing.channelmap`). What reads them is refitted by least squares on the calibration data, and
+every edit is proved: the network with the weights that read the removed units at zero gives the
+same output as the small one. Units of a block go with its turn; those that several blocks share
+(the residual stream of a CNN) go before, on the whole network.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from penjing.calibrate import LayerStats, Unit
-from penjing.edits import slice_module
+from penjing.calibrate import LayerStats, Stream, Unit
+from penjing.channelmap import ChannelMap, Free, channel_map, map_of
+from penjing.coupling import PROOF, Member, Units, prove, silence
 from penjing.errors import UsageError
-from penjing.graph import Group, coupled_groups
-from penjing.linalg import ridge
-from penjing.neurons import by_scores, greedy_obs
-from penjing.recipe import Edit, Slice
+from penjing.model import Model
+from penjing.recipe import Edit, Setting, Slice
 from penjing.registry import lookup
-from penjing.steps._select import matrix_layers
+from penjing.shapes import replace_tensor
+from penjing.steps._neurons import Consumer, Remaining, choose, consumers_of, described, refit
+from penjing.steps._select import matches, matrix_layers
 
-__all__ = ["Shrink"]
-
-_PROOF = 1e-6
+__all__ = ["Shrink", "groups_of"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Shrink:
         ratio: fraction of the units of every group that go, 0 to 1.
         heads: fraction of the heads or key-value groups that go; None means `ratio`.
         criterion: `gram` (greedy optimal brain surgeon) or a name of `penjing.criteria`.
-        repair: refit the consumer by ridge least squares.
-        multiple: kept hidden units are a multiple of this, which kernels want.
-        targets: globs of consumer layer paths, e.g. `*.output.dense`.
+        repair: refit what reads them by ridge least squares.
+        multiple: kept units are a multiple of this, which kernels want; of heads any number.
+        targets: globs of the layers that read the units, e.g. `*.output.dense`.
     """
 
     name: ClassVar[str] = "shrink"
@@ -63,115 +64,212 @@ class Shrink:
         if self.multiple < 1:
             raise UsageError("multiple", got=self.multiple, allowed="1 or more")
 
+    @property
+    def before(self) -> tuple[_Shared, ...]:
+        """What goes first."""
+        return (_Shared(self),)
+
     def layers(self, unit: Unit) -> dict[str, nn.Module]:
-        """The consumers that may lose inputs, by path."""
-        return matrix_layers(unit, self.targets)
+        """The layers that may lose inputs, by path."""
+        return matrix_layers(unit, self.targets) if unit.index is not None else {}
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
-        """One slice and one refitted consumer for every group of the block."""
+        """Slices and refitted readers for every group of the block."""
         if unit.stream is None:
             raise UsageError("shrink needs data", next="give --data")
         if unit.index is None:
             return
         block = unit.model.module.get_submodule(unit.name)
-        for group in groups_of(unit):
-            path = f"{unit.name}.{group.consumer}"
-            if path not in self.layers(unit):
-                continue
-            keep = self._keep(group)
+        chosen, left = self.layers(unit), Remaining(unit.model.module)
+        for free in groups_of(unit).free:
+            own = _placed(free.group, unit.name)
+            readers = consumers_of(unit.model.module, own)
             # A layer that was never run has no Gram matrix to choose by.
-            if keep == len(group.units) or stats[path].gram is None:
+            consumers = [c for c in readers if c.path in chosen and stats[c.path].gram is not None]
+            keep = self.keep(free.group)
+            if keep == own.count or not consumers or any(c.path not in chosen for c in readers):
                 continue
-            kept, weight = self._choose(
-                block.get_submodule(group.consumer), group, keep, stats[path]
-            )
-            slices = slices_of(block, group, kept)
-            error = proof(block, unit, group, kept, slices)
-            if error > _PROOF:
+            kept, weights = choose(chosen, consumers, stats, keep, self.criterion)
+            settings = free.settings(keep)
+            error = _proof(block, unit, free.group, kept, settings)
+            if error > PROOF:
                 continue
-            what = "heads" if group.is_heads else "hidden units"
-            yield Edit(
-                "slice",
-                path,
-                tuple(Slice(f"{unit.name}.{s.path}", s.dim, s.kept) for s in slices),
-                f"{len(group.units) - keep} of {len(group.units)} {what}, least important by "
-                f"{self.criterion}; masked equals small within {error:.0e}",
-                {"kept": float(keep), "of": float(len(group.units))},
-            )
-            if self.repair:
-                yield Edit("weight", f"{path}.weight", weight, "refitted to the kept inputs")
+            settings = described(settings, unit.name)
+            yield _edit(self, own, consumers[0], kept, left, settings, error)
+            for path, weight in weights.items() if self.repair else ():
+                yield _refitted(unit.model.module, path, weight, left)
 
-    def _keep(self, group: Group) -> int:
+    def keep(self, group: Units) -> int:
+        """Units of a group that stay."""
         ratio = self.ratio if self.heads is None or not group.is_heads else self.heads
         if not ratio:  # rounding to `multiple` must not take any
-            return len(group.units)
-        keep = round(len(group.units) * (1 - ratio))
-        if not group.is_heads and len(group.units) > self.multiple:
+            return group.count
+        keep = round(group.count * (1 - ratio))
+        if not group.is_heads and group.count > self.multiple:
             keep = max(1, round(keep / self.multiple)) * self.multiple
-        return min(max(1, keep), len(group.units))
-
-    def _choose(
-        self, consumer: nn.Module, group: Group, keep: int, stats: LayerStats
-    ) -> tuple[list[int], Tensor]:
-        weight: Tensor = consumer.weight.detach().float()  # type: ignore[operator]
-        units = [list(u) for u in group.units]
-        gram = stats.gram
-        assert gram is not None
-        if self.criterion == "gram":
-            return greedy_obs(weight, gram, units, keep)
-        scores = lookup("criteria", self.criterion, "score")(weight, stats)
-        kept = by_scores(scores, units, keep)
-        inputs = sorted(i for u in kept for i in units[u])
-        # Least squares of the full output on the kept inputs: cross = H[kept, :] W^T.
-        cross = gram[inputs] @ weight.double().T  # [kept, out]
-        fitted = ridge(gram[inputs][:, inputs], cross, 0.01, weight[:, inputs].double().T)
-        return kept, fitted.T.float()
+        return min(max(1, keep), group.count)
 
 
-def groups_of(unit: Unit) -> list[Group]:
-    """Coupled groups of a block, found on one short sample of its input."""
+@dataclass(frozen=True)
+class _Shared:
+    """Units that no block has for itself."""
+
+    name: ClassVar[str] = "shrink"
+    scope: ClassVar[str] = "model"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    step: Shrink
+
+    def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
+        """Slices first, then everything that reads the units refitted, in the order it runs.
+
+        All is tried on a copy in which what goes is silenced, so that the inputs of a layer are
+        numbered as the original's are.
+        """
+        model, step = unit.model, self.step
+        groups = [f for f in channel_map(model).free if self._wanted(model.blocks, f)]
+        if not groups:
+            return
+        if not unit.batches:
+            raise UsageError("shrink needs data", next="give --data")
+        twin = model.copy(shared=True)
+        layers = {n: m for n, m in twin.module.named_modules() if hasattr(m, "weight")}
+        stream = Stream(twin, unit.batches)
+        left = Remaining(model.module)
+        edits, touched = [], {}
+        for free in groups:
+            consumers = consumers_of(twin.module, free.group)
+            found = _collect(stream, {c.path: layers[c.path] for c in consumers})
+            consumers = [c for c in consumers if found[c.path].gram is not None]
+            keep = step.keep(free.group)
+            if keep == free.group.count or not consumers:
+                continue
+            kept, weights = choose(layers, consumers, found, keep, step.criterion)
+            settings = free.settings(keep)
+            error = _whole_proof(model, free.group, kept, settings)
+            if error > PROOF:
+                continue
+            edits.append(_edit(step, free.group, consumers[0], kept, left, settings, error))
+            silence(twin.module, [(free.group, kept)])
+            for path, weight in weights.items() if step.repair else ():
+                _put(twin.module, layers[path], weight)
+                touched[path] = layers[path]
+        yield from edits
+        original = Stream(model.copy(shared=True), unit.batches)
+        for path in _in_order(stream, touched):
+            found = _collect(stream, {path: touched[path]}, original)
+            own: Tensor = model.module.get_submodule(path).weight  # type: ignore[assignment]
+            now = touched[path].weight.detach().flatten(1)
+            weight = refit(own.detach().float().flatten(1), found[path],
+                           (now != 0).any(0).nonzero().flatten())  # fmt: skip
+            _put(twin.module, touched[path], weight)
+            yield _refitted(model.module, path, weight, left)
+
+    def _wanted(self, blocks: tuple[str, ...], free: Free) -> bool:
+        names = [member.name for member in free.group.members]
+        if any(all(n.startswith(f"{block}.") for n in names) for block in blocks):
+            return False
+        readers = [m.name.rpartition(".")[0] for m in free.group.members if m.summed]
+        return all(matches(path, self.step.targets) for path in readers)
+
+
+def groups_of(unit: Unit) -> ChannelMap:
+    """Groups of a block, paths relative to it, found on one short sample of its input."""
     if unit.stream is None or unit.index is None:
-        return []
-    call = unit.stream.sample()
-    if call.hidden.ndim != 3:  # convolutional blocks are left whole
-        return []
+        return ChannelMap((), ())
     block = unit.model.module.get_submodule(unit.name)
     signature = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
-    known: dict[object, list[Group]] = vars(unit.model).setdefault("_groups", {})
+    known: dict[Any, ChannelMap] = vars(unit.model).setdefault("_groups", {})
     if signature not in known:
-        short = call.first(batch=1, length=4).double()
-        known[signature] = coupled_groups(block, short.hidden, lambda b, h: short.run(b, h))
+        call = unit.stream.sample()
+        short = call.first(batch=1, length=4) if call.hidden.ndim == 3 else call.samples(slice(1))
+
+        def run(one: nn.Module, dtype: torch.dtype) -> Tensor:
+            given = short.double() if dtype == torch.float64 else short
+            return given.run(one, given.hidden)
+
+        known[signature] = map_of(block, run)
     return known[signature]
 
 
-def slices_of(block: nn.Module, group: Group, kept: list[int]) -> list[Slice]:
-    """Every parameter of the block that loses the neurons that are not kept."""
-    columns = torch.tensor(sorted(i for u in kept for i in group.units[u]))
-    slices = [Slice(f"{group.consumer}.weight", 1, columns)]
-    for producer, units in group.producers.items():
-        rows = torch.tensor(sorted(i for u in kept for i in units[u]))
-        slices.append(Slice(f"{producer}.weight", 0, rows))
-        if getattr(block.get_submodule(producer), "bias", None) is not None:
-            slices.append(Slice(f"{producer}.bias", 0, rows))
-    return slices
+def _placed(group: Units, path: str) -> Units:
+    """The same group with its parameters' whole names."""
+    return Units(tuple(
+        Member(f"{path}.{m.name}", m.dim, m.summed, m.places) for m in group.members
+    ))  # fmt: skip
 
 
-def proof(
-    block: nn.Module, unit: Unit, group: Group, kept: list[int], slices: list[Slice]
+def _edit(
+    step: Shrink, group: Units, first: Consumer, kept: list[int], left: Remaining,
+    settings: list[Setting], error: float,
+) -> Edit:  # fmt: skip
+    what = "heads" if group.is_heads else "hidden units"
+    slices = left.slices(group, kept)
+    # By the first of them the report counts.
+    slices.sort(key=lambda s: (s.path, s.dim) != (f"{first.path}.weight", 1))
+    value: tuple[Slice | Setting, ...] = (*slices, *settings)
+    return Edit(
+        "slice", first.path, value,
+        f"{group.count - len(kept)} of {group.count} {what}, least important by "
+        f"{step.criterion}; masked equals small within {error:.0e}",
+        {"kept": float(len(kept)), "of": float(group.count)},
+    )  # fmt: skip
+
+
+def _refitted(module: nn.Module, path: str, weight: Tensor, left: Remaining) -> Edit:
+    own: Tensor = module.get_submodule(path).weight  # type: ignore[assignment]
+    value = left.of(f"{path}.weight", weight.reshape(own.shape))
+    return Edit("weight", f"{path}.weight", value, "refitted to the kept inputs")
+
+
+def _put(module: nn.Module, layer: nn.Module, weight: Tensor) -> None:
+    own: Tensor = layer.weight  # type: ignore[assignment]
+    replace_tensor(module, own, weight.reshape(own.shape).to(own))
+
+
+def _collect(
+    stream: Stream, layers: dict[str, nn.Module], reference: Stream | None = None
+) -> dict[str, LayerStats]:
+    whole = Unit("whole", stream.model, layers, stream, None)
+    needs = frozenset({"gram"} if reference is None else {"gram", "cross"})
+    return stream.collect(whole, needs, reference)
+
+
+def _in_order(stream: Stream, layers: dict[str, nn.Module]) -> list[str]:
+    """Paths in the order in which the layers first run."""
+    order: dict[str, None] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda m, a, path=path: order.setdefault(path))
+        for path, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            stream.model.run(stream.model.example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order)
+
+
+def _proof(
+    block: nn.Module, unit: Unit, group: Units, kept: list[int], settings: list[Setting]
 ) -> float:
-    """Largest relative difference between the masked block and the small one, on real input."""
-    masked, small = copy.deepcopy(block), copy.deepcopy(block)
-    gone = [i for u in range(len(group.units)) if u not in set(kept) for i in group.units[u]]
+    """Relative difference between the silenced block and the small one, on real input."""
+    assert unit.stream is not None
+    call = unit.stream.sample().double()
+    twin = copy.deepcopy(block).double()
     # Exact arithmetic, whatever precision the caller works in: this is a proof.
-    with torch.no_grad(), torch.autocast(unit.model.device.type, enabled=False):
-        masked.get_submodule(group.consumer).weight[:, gone] = 0  # type: ignore[operator]
-        slice_module(small, [(s.path, s.dim, s.kept.tolist()) for s in slices])
-        assert unit.stream is not None
-        call = unit.stream.sample().double()
-        masked, small = masked.double(), small.double()
-        large = call.run(masked, call.hidden)
-        try:
-            difference = (call.run(small, call.hidden) - large).abs().max()
-        except RuntimeError:  # shapes no longer fit: something else holds the width
-            return float("inf")
-    return float(difference / large.abs().max().clamp_min(1e-12))
+    with torch.autocast(unit.model.device.type, enabled=False):
+        return prove(twin, lambda b: call.run(b, call.hidden), [(group, kept)], settings)[0]
+
+
+def _whole_proof(model: Model, group: Units, kept: list[int], settings: list[Setting]) -> float:
+    twin = replace(model, module=copy.deepcopy(model.module).double())
+    given = {n: x.double() if x.is_floating_point() else x for n, x in model.example.items()}
+
+    def run(module: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return twin.run(given)
+
+    with torch.autocast(model.device.type, enabled=False):
+        return prove(twin.module, run, [(group, kept)], settings)[0]

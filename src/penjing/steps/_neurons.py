@@ -1,0 +1,166 @@
+"""Choosing units of a group by what reads them, and refitting that: for `shrink`.
+
+The matrix of a convolution is its kernel as [out, in * h * w]; a channel is as many columns of it
+as the kernel has places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from penjing.calibrate import LayerStats
+from penjing.coupling import Units
+from penjing.linalg import ridge
+from penjing.neurons import Reader, by_scores, greedy_obs
+from penjing.recipe import Setting, Slice
+from penjing.registry import lookup
+
+__all__ = ["Consumer", "Group", "Remaining", "choose", "consumers_of", "described", "refit"]
+
+# Strength of the ridge toward the weight before, and how far the target goes toward the outputs
+# that the original had on its own inputs (see `penjing.linalg.asymmetric_target`).
+_RIDGE, _ALPHA = 0.01, 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A layer that reads a group's units, and of its matrix the columns of each, [units, size]."""
+
+    path: str
+    columns: Tensor
+
+    def matrix(self, layer: nn.Module) -> Tensor:
+        """float32 [out, in]."""
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+        return weight.float().flatten(1)
+
+
+def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
+    """The linear layers and plain convolutions that read the units."""
+    found = []
+    for member in group.members:
+        path, _, name = member.name.rpartition(".")
+        layer = module.get_submodule(path)
+        plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        if member.summed and plain and name == "weight" and member.dim == 1:
+            each = layer.weight[0, 0].numel()  # type: ignore[index]
+            columns = member.places.unsqueeze(-1) * each + torch.arange(each)
+            found.append(Consumer(path, columns.flatten(1)))
+    return found
+
+
+def choose(
+    layers: Mapping[str, nn.Module], consumers: list[Consumer], stats: Mapping[str, LayerStats],
+    keep: int, criterion: str,
+) -> tuple[list[int], dict[str, Tensor]]:  # fmt: skip
+    """Units that stay, and the refitted matrix of each consumer, zero where what went was read.
+
+    Args:
+        layers: by path.
+        consumers: with a Gram matrix each.
+        criterion: `gram`, or a name of `penjing.criteria`.
+    """
+    matrices = [one.matrix(layers[one.path]) for one in consumers]
+    grams = [stats[one.path].gram for one in consumers]
+    together = zip(matrices, grams, consumers, strict=True)
+    readers = [Reader(w, h, one.columns) for w, h, one in together if h is not None]
+    if criterion == "gram":
+        kept, weights = greedy_obs(readers, keep)
+        return kept, {one.path: w for one, w in zip(consumers, weights, strict=True)}
+    score = lookup("criteria", criterion, "score")
+    scores = [score(w, stats[one.path]) for w, one in zip(matrices, consumers, strict=True)]
+    kept = by_scores(scores, [one.columns for one in consumers], keep)
+    found = {}
+    for one, matrix in zip(consumers, matrices, strict=True):
+        found[one.path] = refit(matrix, stats[one.path], one.columns[kept].flatten().sort().values)
+    return kept, found
+
+
+def refit(weight: Tensor, stats: LayerStats, kept: Tensor) -> Tensor:
+    """Least squares on the inputs that stay, float32 [out, in], zero elsewhere.
+
+    Args:
+        weight: [out, in], the original.
+        stats: `gram` of the edited network's inputs; with `cross` the target is half of the way
+            toward what the original gave.
+        kept: int64, the inputs that stay.
+    """
+    gram = stats.gram
+    assert gram is not None
+    wanted = gram
+    if stats.cross is not None:
+        wanted = _ALPHA * stats.cross + (1 - _ALPHA) * gram  # [in before, in now]
+    cross = wanted[:, kept].T @ weight.double().T  # [kept, out]
+    solved = ridge(gram[kept][:, kept], cross, _RIDGE, weight[:, kept].double().T)
+    made = torch.zeros_like(weight)
+    made[:, kept] = solved.T.float()
+    return made
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neurons that one linear layer reads and linear layers make.
+
+    Attributes:
+        consumer: path of the layer that reads them.
+        units: its input channels by unit, e.g. the channels of one head.
+        producers: by path, the output channels of each unit.
+    """
+
+    consumer: str
+    units: tuple[tuple[int, ...], ...]
+    producers: dict[str, tuple[tuple[int, ...], ...]]
+
+    @classmethod
+    def of(cls, group: Units) -> Group | None:
+        """The same as `group`, None where it is more than that."""
+        readers = [m for m in group.members if m.summed]
+        if len(readers) != 1 or not readers[0].name.endswith(".weight"):
+            return None
+        makers = {
+            m.name.removesuffix(".weight"): tuple(map(tuple, m.places.tolist()))
+            for m in group.members if not m.summed and m.name.endswith(".weight") and m.dim == 0
+        }  # fmt: skip
+        units = tuple(map(tuple, readers[0].places.tolist()))
+        return cls(readers[0].name.removesuffix(".weight"), units, makers)
+
+
+class Remaining:
+    """Slices of groups that leave one after the other, numbered as what is left then is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._left: dict[tuple[str, int], Tensor] = {}
+
+    def slices(self, group: Units, kept: list[int]) -> list[Slice]:
+        """Of one more group; what reads it comes first."""
+        stays = set(kept)
+        gone = [unit for unit in range(group.count) if unit not in stays]
+        made = []
+        for member in sorted(group.members, key=lambda m: not m.summed):
+            key = member.name, member.dim
+            left = self._left.get(key)
+            if left is None:
+                holder, _, name = member.name.rpartition(".")
+                own: Tensor = getattr(self._module.get_submodule(holder), name)
+                left = torch.arange(own.shape[member.dim])
+            index = (~torch.isin(left, member.places[gone])).nonzero().flatten()
+            self._left[key] = left[index]
+            made.append(Slice(member.name, member.dim, index))
+        return made
+
+    def of(self, name: str, value: Tensor) -> Tensor:
+        """What is left of a parameter's value."""
+        for (own, dim), left in self._left.items():
+            if own == name:
+                value = value.index_select(dim, left)
+        return value
+
+
+def described(settings: list[Setting], prefix: str) -> list[Setting]:
+    """The same, of modules below a path."""
+    return [Setting(f"{prefix}.{s.path}".rstrip("."), s.name, s.value) for s in settings]
