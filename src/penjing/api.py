@@ -150,10 +150,10 @@ def prune(
 ) -> Model:
     """A copy with the least important connections set to zero; see `penjing.steps.prune`.
 
-    Without a criterion: `wanda` with data, `magnitude` without.
+    Without a criterion: `admm` with data, `magnitude` without.
     """
-    chosen = criterion or ("wanda" if data is not None else "magnitude")
-    step = Prune(sparsity, chosen, pattern, tuple(targets or ()))
+    chosen = criterion or ("admm" if data is not None else "magnitude")
+    step = Prune(sparsity, chosen, pattern, targets=tuple(targets or ()))
     if step.needs and data is None:
         raise UsageError(f"criterion {chosen} needs data", next="give --data, or use magnitude")
     return apply(model, Recipe((step,), seed), data, **options)

@@ -24,6 +24,7 @@ __all__ = [
     "asymmetric_target",
     "damped_cholesky",
     "inverse_cholesky_upper",
+    "masked_least_squares",
     "ridge",
     "state",
 ]
@@ -292,6 +293,54 @@ def ridge(
     right[dead] = (1 + added) * prior[dead]
     solved: Tensor = torch.cholesky_solve(right, lower)
     return solved
+
+
+def masked_least_squares(
+    target: Tensor,
+    gram: Tensor,
+    mask: Tensor,
+    start: Tensor,
+    steps: int = 12,
+    damping: float = 0.01,
+) -> Tensor:
+    """The best weight with some connections: argmin tr((W - target) H (W - target)^T) on a mask.
+
+    Conjugate gradients on all rows at once, preconditioned by the diagonal of H, each row with
+    its own step lengths; H is damped, toward the target.
+
+    Args:
+        target: [out, in].
+        gram: H [in, in].
+        mask: bool [out, in], True stays.
+        start: [out, in], where to begin; removed connections count as zero.
+        steps: of conjugate gradients; `in` of them solve it exactly.
+        damping: lambda as a fraction of the mean diagonal.
+
+    Returns:
+        float32 [out, in], zero outside the mask.
+    """
+    _check_finite("a least-squares problem", target, gram, start)
+    diagonal = gram.diagonal()
+    live = diagonal[diagonal > 0]
+    added = damping * float(live.mean()) if len(live) else 1.0
+    whole = (gram + added * torch.eye(len(gram), dtype=gram.dtype)).float()
+    inverse = 1 / whole.diagonal()  # [in]
+    keep = mask.to(torch.float32)
+    weight = start.float() * keep
+    residual = ((target.float() - weight) @ whole) * keep
+    scaled = residual * inverse
+    direction = scaled
+    size = (residual * scaled).sum(1, keepdim=True)  # [out, 1]
+    for _ in range(steps):
+        image = (direction @ whole) * keep
+        length = size / (direction * image).sum(1, keepdim=True).clamp_min(1e-30)
+        weight = weight + length * direction
+        residual = residual - length * image
+        scaled = residual * inverse
+        now = (residual * scaled).sum(1, keepdim=True)
+        direction = scaled + (now / size.clamp_min(1e-30)) * direction
+        size = now
+    return weight
 
 
 def affine_ridge(

@@ -8,12 +8,14 @@ Among equals the first, row by row, go first.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from penjing.errors import InputError, UsageError
 
-__all__ = ["n_m", "parse_pattern", "unstructured"]
+__all__ = ["Pattern", "n_m", "parse_pattern", "unstructured"]
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -29,6 +31,29 @@ def parse_pattern(text: str) -> tuple[int, int]:
     if not 0 < n < m:
         raise UsageError("not a pattern", got=repr(text), allowed="n:m with 0 < n < m, such as 2:4")
     return n, m
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How many connections go, and which may.
+
+    Attributes:
+        sparsity: fraction that goes, 0 to 1.
+        kept, of: of every `of` inputs `kept` stay, in place of `sparsity`; 0 for any places.
+    """
+
+    sparsity: float = 0.5
+    kept: int = 0
+    of: int = 0
+
+    def mask(self, scores: Tensor, *, per_row: bool = False) -> Tensor:
+        """The largest scores [out, in] that the pattern lets stay; see `unstructured`."""
+        if self.of:
+            return n_m(scores, self.kept, self.of)
+        return unstructured(scores, self.sparsity, per_row)
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.of}" if self.of else f"{self.sparsity:.0%}"
 
 
 def _check(scores: Tensor) -> None:

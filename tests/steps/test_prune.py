@@ -151,3 +151,33 @@ def test_options() -> None:
         Prune(pattern="4:2")
     with pytest.raises(UsageError, match="unknown name in criteria"):
         Prune(criterion="best")
+
+
+@pytest.mark.parametrize("criterion", ["fast", "admm", "sparsegpt"])
+def test_what_stays_is_fitted_and_later_blocks_see_it(criterion: str) -> None:
+    model, batches = net.stack(), net.arrays(6)
+    wanted = model.run(batches[-1]).detach()
+    found = {}
+    for name in ("wanda", criterion):
+        made = apply(model, Recipe((Prune(0.5, name),)), batches[:5]).model
+        found[name] = float((made.run(batches[-1]) - wanted).detach().norm())
+        for path, mask in made.masks.items():
+            assert not made.module.get_parameter(path)[~mask].any()
+            assert float(mask.float().mean()) == pytest.approx(0.5, abs=0.01)
+    assert found[criterion] < 0.8 * found["wanda"]
+
+
+def test_the_edits_of_a_pruner_can_be_resumed(tmp_path: Path) -> None:
+    model, batches = net.stack(), net.arrays(3)
+    recipe = Recipe((Prune(0.5, "fast"),))
+    first = apply(model, recipe, batches, journal=tmp_path / "j").model
+    second = apply(model, recipe, batches, journal=tmp_path / "j").model
+    assert net.same(first, second)
+    assert net.same(first, apply(model, recipe, batches).model)
+
+
+def test_options_of_pruners() -> None:
+    with pytest.raises(UsageError, match="alpha"):
+        Prune(0.5, "admm", alpha=1.5)
+    with pytest.raises(UsageError, match=r"wanda.*admm"):
+        Prune(0.5, "nothing")

@@ -20,6 +20,7 @@ from penjing.cli.options import (
 )
 from penjing.cli.work import is_bare, removed, show_file, tables_in_floats, technique
 from penjing.errors import InputError, UsageError
+from penjing.registry import choices
 from penjing.scheme import FAMILIES, Scheme
 
 __all__ = ["cut", "prune", "quantize", "recover", "replay", "shrink"]
@@ -39,7 +40,9 @@ targets_option = click.option(
 @click.option("--sparsity", type=RATIO, metavar="0.5", help="Fraction of the weights that go.")
 @click.option("--pattern", metavar="N:M", help="Keep N of every M inputs, e.g. 2:4.")
 @click.option(
-    "--criterion", type=Leaf("criteria"), help="Default: wanda with data, magnitude without."
+    "--criterion",
+    type=Leaf("criteria", *choices("pruners")),
+    help="Default: admm with data, magnitude without.",
 )
 @targets_option
 @data_options()

@@ -1,25 +1,29 @@
-"""Prune: single connections go away, by importance, through a mask.
+"""Prune: single connections go away, through a mask.
 
-A criterion scores each weight; the lowest `sparsity` of each layer go, or, with a pattern n:m,
-all but the n best of every m inputs.
+A criterion scores each weight; the lowest go. A pruner chooses the mask and fits what stays to
+what the layer gave. Both by one fraction, or by a pattern n:m: all but the n best of every m
+inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
 
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import UsageError
-from penjing.masks import n_m, parse_pattern, unstructured
+from penjing.linalg import asymmetric_target
+from penjing.masks import Pattern, parse_pattern
 from penjing.recipe import Edit
 from penjing.registry import choices, lookup
 from penjing.steps._select import canonical, matrix_layers
 
 __all__ = ["Prune"]
+
+_BLIND = "magnitude", "random"
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,11 @@ class Prune:
 
     Attributes:
         sparsity: fraction of each layer's weights that go, 0 to 1.
-        criterion: a name of `penjing.criteria`, or `file.py:function`.
+        criterion: a name of `penjing.pruners` or `penjing.criteria`, or `file.py:function`, a
+            criterion of one's own.
         pattern: `n:m` keeps n of every m inputs; it overrides `sparsity`.
+        alpha: how far a pruner's target goes toward what the layer gave in the network before, 0
+            to 1 (see `penjing.linalg.asymmetric_target`).
         targets: globs of layer paths; without any, every layer inside the blocks.
     """
 
@@ -39,47 +46,81 @@ class Prune:
     sparsity: float = 0.5
     criterion: str = "wanda"
     pattern: str | None = None
+    alpha: float = 0.5
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise UsageError("sparsity", got=self.sparsity, allowed="0 <= sparsity < 1")
+        if not 0 <= self.alpha <= 1:
+            raise UsageError("alpha", got=self.alpha, allowed="0 to 1")
         if self.pattern is not None:
             parse_pattern(self.pattern)
-        if ":" not in self.criterion and self.criterion not in choices("criteria"):
-            lookup("criteria", self.criterion, "score")
+        known = (*choices("criteria"), *choices("pruners"))
+        if ":" not in self.criterion and self.criterion not in known:
+            raise UsageError(
+                "unknown name in criteria", got=repr(self.criterion), allowed=", ".join(known)
+            )
+
+    @property
+    def _fits(self) -> bool:
+        return ":" not in self.criterion and self.criterion in choices("pruners")
+
+    @property
+    def staged(self) -> bool:
+        """Whether later layers of a block see what is left of its earlier ones."""
+        return self._fits
 
     @property
     def needs(self) -> frozenset[str]:
-        """Input norms for every criterion that looks at data."""
-        blind = self.criterion in ("magnitude", "random")
-        return frozenset() if blind else frozenset({"gram"})
+        """Nothing for a criterion that looks at no data."""
+        if self.criterion in _BLIND:
+            return frozenset()
+        return frozenset({"gram", "cross"} if self._fits and self.alpha else {"gram"})
 
     def layers(self, unit: Unit) -> dict[str, nn.Module]:
         """The layers of a unit that are pruned, by path."""
         return matrix_layers(unit, self.targets)
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
-        """One mask a layer."""
-        score = lookup("criteria", self.criterion, "score")
-        for path, layer in self.layers(unit).items():
+        """One mask a layer, and with a pruner a weight."""
+        chosen = replace(unit, layers=self.layers(unit))
+        if not chosen.layers:
+            return
+        if stats or unit.stream is None or not self.needs:
+            yield from self._plan(chosen, stats)
+            return
+        for layers, found in unit.stream.staged(chosen, self.needs, unit.reference):
+            yield from self._plan(replace(chosen, layers=layers), found)
+
+    def _plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
+        pattern = Pattern(self.sparsity)
+        if self.pattern is not None:
+            pattern = Pattern(self.sparsity, *parse_pattern(self.pattern))
+        for path, layer in unit.layers.items():
             weight = layer.weight.detach()  # type: ignore[operator]
             matrix = weight.reshape(len(weight), -1).float()  # [out, in]
             own = stats.get(path)
             if self.needs and (own is None or own.norm is None):
                 continue  # a grouped convolution has no one input vector
-            scores = score(matrix, own)
-            if self.pattern is not None:
-                mask, how = n_m(scores, *parse_pattern(self.pattern)), self.pattern
+            fitted = None
+            if self._fits:
+                assert own is not None
+                assert own.gram is not None
+                target = matrix
+                if own.cross is not None:
+                    target = asymmetric_target(matrix, own.gram, own.cross, self.alpha)
+                fitted, mask = lookup("pruners", self.criterion, "fit")(target, pattern, own)
             else:
+                scores = lookup("criteria", self.criterion, "score")(matrix, own)
                 # Wanda compares the weights of one output only (Sun et al., section 3).
-                mask = unstructured(scores, self.sparsity, per_row=self.criterion == "wanda")
-                how = f"{self.sparsity:.0%}"
+                mask = pattern.mask(scores, per_row=self.criterion == "wanda")
+            name = canonical(unit.model, f"{path}.weight")
             gone = 1 - float(mask.float().mean())
             yield Edit(
-                "mask",
-                canonical(unit.model, f"{path}.weight"),
-                mask.reshape(weight.shape),
-                f"{how} of the connections, least important by {self.criterion}",
+                "mask", name, mask.reshape(weight.shape),
+                f"{pattern} of the connections, least important by {self.criterion}",
                 {"sparsity": gone},
-            )
+            )  # fmt: skip
+            if fitted is not None:
+                yield Edit("weight", name, fitted.reshape(weight.shape), "fitted to the output")
