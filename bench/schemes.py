@@ -1,6 +1,6 @@
 """Every number format on three models: stored bits, fidelity, time to quantize, speed.
 
-    python bench/schemes.py [--missing] [--seconds S] [MODEL ...]
+    python bench/schemes.py [--missing] [--seconds S] [--rows WORD] [MODEL ...]
 
 Error: MiniLM-L6, 1 - cosine to the float32 embedding, 240 sentences about movies; SmolLM2-135M
 (off its 4-bit grid, see bench/smollm2_fixture.py), KL divergence in nats a token, 32 windows of 128
@@ -15,7 +15,8 @@ tokens, one token after 128, one image. It does not depend on the method, and is
 of `rtn`. A dash: the runtime has no place for the format.
 
 All rows are kept in bench/results/schemes.json, and the table beside it is written from all of
-them. MODEL is minilm, smollm2 or efficientnet.
+them. MODEL is minilm, smollm2 or efficientnet; with --rows only rows whose `format|method`
+contains the word are made.
 """
 
 from __future__ import annotations
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["minilm", "efficientnet", "smollm2"])
     parser.add_argument("--missing", action="store_true")
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--rows", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)
     store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
@@ -175,7 +177,7 @@ def main() -> None:
         for about, step in schemes(one[0].is_image).items():
             for method in METHODS:
                 key = f"{name}|{about}|{method}"
-                if options.missing and key in store:
+                if (options.missing and key in store) or options.rows not in key:
                     continue
                 try:
                     found, made = row(one, replace(step, method=method), wanted)

@@ -32,7 +32,7 @@ LAYERS = [
     ["steps", "readers", "writers", "runtimes"],
     ["load"],
     ["inspect", "evaluate", "apply", "export", "weights"],
-    ["measure"],
+    ["measure", "sizing"],
     ["verify", "recover"],
     ["report"],
     ["fit"],

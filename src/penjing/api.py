@@ -43,6 +43,7 @@ from penjing.registry import lookup
 from penjing.report import write as report
 from penjing.result import Result
 from penjing.sensitivity import in_floats
+from penjing.sizing import ratio_for
 from penjing.steps.cache import Cache, check_decoder
 from penjing.steps.cut import Cut
 from penjing.steps.equalize import Equalize
@@ -164,19 +165,25 @@ def shrink(
     ratio: float = 0.5,
     *,
     data: Dataset | Place | None = None,
-    of: str = "parameters",
+    of: str = "units",
     criterion: str = "gram",
     heads: float | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Model:
-    """A copy without the least important neurons; see `penjing.steps.shrink`."""
-    if of != "parameters":
-        raise UsageError(f"--of {of} is not there yet", allowed="parameters", next="use fit")
+    """A copy without the least important neurons; see `penjing.steps.shrink`.
+
+    Args:
+        ratio: what goes, of the units of every group; with `of` parameters or macs, of those of
+            the whole network.
+    """
     _need(data, "shrink")
     step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()))
-    return apply(model, Recipe((step,), seed), data, **options)
+    loaded = _model(model)
+    if of != "units":
+        step = replace(step, ratio=ratio_for(loaded, step, of, ratio))
+    return apply(loaded, Recipe((step,), seed), data, **options)
 
 
 def cut(

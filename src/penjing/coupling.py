@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from penjing.axes import Axes
 from penjing.model import parent_of
 from penjing.recipe import Setting, Slice
-from penjing.shapes import repair, replace_tensor, resize, settings
+from penjing.shapes import fresh, repair, replace_tensor, resize, settings
 
 __all__ = [
     "PROOF",
@@ -181,7 +181,7 @@ def drawn(module: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0) 
     Which channels go together does not depend on the numbers; a trained network may have some
     that are next to nothing, and a proof on them would prove nothing.
     """
-    twin = copy.deepcopy(module).to(dtype)
+    twin = fresh(copy.deepcopy(module)).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     saved = twin.state_dict(keep_vars=True)
     for name, own in saved.items():
@@ -218,10 +218,10 @@ def prove(
         The largest difference relative to what silencing changes, infinite where the smaller one
         does not run.
     """
-    plain = _tensors(run(module))
+    plain = _tensors(run(fresh(module)))
     with _preserved(module):
         silence(module, plans)
-        wanted = _tensors(run(module))
+        wanted = _tensors(run(fresh(module)))
     sizes = [float((a - b).abs().max()) if a.is_floating_point() and a.numel() else 0.0
              for a, b in zip(wanted, plain, strict=True)]  # fmt: skip
     least: tuple[float, list[Setting]] = (float("inf"), [])
@@ -229,7 +229,7 @@ def prove(
         with _preserved(module):
             try:
                 remove(module, plans, own)
-                found = _tensors(run(module))
+                found = _tensors(run(fresh(module)))
             except (RuntimeError, ValueError, IndexError, AssertionError, KeyError):
                 continue  # shapes do not fit: something else holds the width
         off = _difference(found, wanted, sizes)

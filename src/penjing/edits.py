@@ -18,7 +18,7 @@ from penjing.graph import given
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange, Edit, Patch, Setting, Slice
-from penjing.shapes import repair, resize
+from penjing.shapes import fresh, repair, resize
 
 __all__ = ["pack", "perform", "replay", "unpack"]
 
@@ -152,6 +152,7 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
                 index = torch.tensor(kept, dtype=torch.long, device=mask.device)
                 model.masks[name] = mask.index_select(dim, index)
         repair(model.module, [Setting(*one) for one in entry.get("set", ())])
+        fresh(model.module)
     elif kind == "patch":
         block, name = model.module.get_submodule(path), f"penjing_{entry['position']}"
         like = next(block.parameters())

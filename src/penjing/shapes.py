@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from penjing.model import parent_of
 from penjing.recipe import Setting
 
-__all__ = ["repair", "replace_tensor", "resize", "settings"]
+__all__ = ["fresh", "repair", "replace_tensor", "resize", "settings"]
 
 # Attributes that are set wherever they count the units, needed or not: others may read them.
 _KNOWN = (
@@ -78,6 +78,17 @@ def _describe(layer: nn.Module, name: str, dim: int, before: int, now: int) -> N
         layer.num_channels = now
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+
+
+def fresh(module: nn.Module) -> nn.Module:
+    """The module without what it has made of its parameters and kept (LeViT's attention biases).
+
+    By custom that is forgotten when it is told to train.
+    """
+    if not module.training:
+        module.train()
+        module.eval()
+    return module
 
 
 def repair(module: nn.Module, known: list[Setting]) -> None:

@@ -108,9 +108,10 @@ def prune(
 @click.option("--ratio", type=RATIO, required=True, metavar="0.5", help="Fraction that goes.")
 @click.option(
     "--of",
-    type=click.Choice(["parameters", "macs", "latency"]),
-    default="parameters",
+    type=click.Choice(["units", "parameters", "macs", "latency"]),
+    default="units",
     show_default=True,
+    help="Of each group's units, or of the whole network.",
 )
 @click.option("--criterion", type=Leaf("criteria", "gram"), default="gram", show_default=True)
 @targets_option
@@ -119,20 +120,21 @@ def prune(
 @to_option
 @json_option
 def shrink(
-    model: str, ratio: float, output: Path, targets: tuple[str, ...], **options: Any
+    model: str, ratio: float, of: str, output: Path, targets: tuple[str, ...], **options: Any
 ) -> None:
-    """Remove whole neurons: hidden units, heads.
+    """Remove whole neurons: channels, hidden units, heads.
 
     \b
     penjing shrink ./my-model --ratio 0.25 --data calibration.jsonl -o ./shrunk
+    penjing shrink ./my-model --ratio 30% --of macs --data calibration.jsonl -o ./shrunk
     """
     if not 0 < ratio < 1:
         raise UsageError("--ratio", got=ratio, allowed="0 < ratio < 1")
     technique(
-        lambda m, **more: _api().shrink(m, ratio, **more),
+        lambda m, **more: _api().shrink(m, ratio, of=of, **more),
         model,
         output,
-        remarks=lambda before, after: removed(ratio, before, after),
+        remarks=lambda before, after: removed(ratio if of == "units" else 0, before, after),
         targets=targets or None,
         **options,
     )

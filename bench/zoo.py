@@ -1,0 +1,216 @@
+"""Half of all channels taken out of every architecture at hand: does it hold?
+
+    python bench/zoo.py [NAME ...]
+
+Small random networks of the architectures in bench/zoo.toml, at 50 % of the units of every
+group that `penjing inspect --groups` finds, with nothing said about any of them:
+
+groups: that can go. Left: axes whose proof failed, so they stay; every other axis has its reason
+    too. Parameters: of the smaller network over the whole one's.
+off: the smaller network's output beside the whole one's with the weights at zero that read the
+    removed units, on real random inputs, in float64, over what the removal changes.
+onnx: the smaller network exported, and run by onnxruntime, beside torch (float32, largest
+    difference over the largest output).
+again: a fresh network with the same slices made and the weights loaded gives the same bytes.
+s: of finding the groups and proving them.
+
+All rows are kept in bench/results/zoo.json, and the table beside it is written from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+from fits import HERE
+from torch import Tensor, nn
+
+from penjing.channelmap import ChannelMap, map_of
+from penjing.coupling import drawn, remove, silence, slices
+
+_LISTED = tomllib.loads((HERE / "zoo.toml").read_text())
+IMAGES: dict[str, dict[str, Any]] = _LISTED["images"]
+TEXTS: dict[str, dict[str, Any]] = _LISTED["texts"]
+STORE = HERE / "results" / "zoo.json"
+PAIRS = ("T5", "T5-gated", "BART", "Pegasus")  # encoder and decoder
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A network in evaluation mode, and inputs."""
+    options = dict((IMAGES | TEXTS)[name])
+    own: type[Any] = getattr(transformers, options.pop("class"))
+    if name == "UPerNet":
+        options["backbone_config"] = transformers.ConvNextConfig(
+            hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1],
+            out_features=[f"stage{i}" for i in (1, 2, 3, 4)],
+        )  # fmt: skip
+    config = own.config_class(**options)
+    config.use_cache = False
+    torch.manual_seed(0)
+    module = own(config).eval()
+    inputs: dict[str, Tensor] = {}
+    if name in IMAGES and name != "ImageGPT":
+        size = options.get("image_size", 64)
+        size = size if isinstance(size, int) else size[0]
+        inputs["pixel_values"] = torch.randn(1, 3, size, size)
+    else:
+        length = {"CANINE": 128, "ImageGPT": 16}.get(name, 12)
+        inputs["input_ids"] = torch.randint(5, 200, (1, length))
+    if name in PAIRS:
+        inputs["decoder_input_ids"] = torch.randint(5, 200, (1, 7))
+    return module, inputs
+
+
+class Outputs(nn.Module):
+    """A network by position, with the tensors of its output alone."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, inputs, strict=True))
+        torch.manual_seed(0)  # some mask at random
+        found = self.module(**given, return_dict=True)
+        return tuple(x for x in found.values() if isinstance(x, Tensor))
+
+
+def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs.values())
+
+
+def worst(found: list[Tensor], wanted: list[Tensor], over: list[Tensor]) -> float:
+    """Largest difference of the outputs, each over the largest of another tensor."""
+    off = 0.0
+    for one, other, size in zip(found, wanted, over, strict=True):
+        if one.is_floating_point():
+            off = max(off, float((one - other).abs().max() / size.abs().max().clamp_min(1e-30)))
+    return off
+
+
+def row(name: str) -> dict[str, Any]:
+    """One architecture."""
+    module, inputs = build(name)
+    whole = Outputs(module, list(inputs))
+    start = time.monotonic()
+    found = map_of(whole, lambda m, dtype: m(*cast(inputs, dtype)))
+    seconds = time.monotonic() - start
+    plans = [(f.group, list(range(0, f.group.count, 2))) for f in found.free]
+    known = [s for f, (_, kept) in zip(found.free, plans, strict=True)
+             for s in f.settings(len(kept))]  # fmt: skip
+    # Numbers that every channel is heard with, in the precision that all its operations have.
+    try:
+        large = drawn(whole, seed=1)
+        was = list(large(*cast(inputs, torch.float64)))
+    except RuntimeError:
+        large = drawn(whole, torch.float32, seed=1)
+        was = list(large(*cast(inputs, torch.float32)))
+    dtype = next(large.parameters()).dtype
+    small = copy.deepcopy(large)
+    cuts = slices(small, plans)
+    silence(large, plans)
+    remove(small, plans, known)
+    wanted, got = (list(m(*cast(inputs, dtype))) for m in (large, small))
+    made = {
+        "groups": len(found.free), "left": refused(found), "seconds": seconds,
+        "parameters": sum(p.numel() for p in small.parameters())
+        / sum(p.numel() for p in large.parameters()),
+        "off": worst(got, wanted, [a - b for a, b in zip(was, wanted, strict=True)]),
+    }  # fmt: skip
+    again = Outputs(build(name)[0], list(inputs)).to(dtype)
+    remove(again, plans, known)
+    again.load_state_dict(small.state_dict())
+    same = zip(again(*cast(inputs, dtype)), got, strict=True)
+    made["again"] = all(torch.equal(a, b) for a, b in same)
+    made["slices"] = len(cuts)
+    return made | exported(small.float(), inputs)
+
+
+def refused(found: ChannelMap) -> int:
+    """Axes that looked free, and whose proof failed."""
+    why = ("the network does not run", "without them it gives")
+    return sum(f.reason.startswith(why) for f in found.frozen)
+
+
+def exported(small: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What onnxruntime gives of the exported network, beside torch."""
+    given = cast(inputs, torch.float32)
+    wanted = list(small(*given))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        names = [f"x{i}" for i in range(len(given))]
+        try:
+            torch.onnx.export(small, given, path, input_names=names, dynamo=True, verbose=False)
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), given, strict=True)}
+            found = [torch.from_numpy(np.asarray(x)) for x in session.run(None, feeds)]
+        except Exception as error:  # the exporter's or the runtime's own: said in the table
+            return {
+                "onnx": None,
+                "why": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:90],
+            }
+    return {"onnx": worst(found, wanted, wanted)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", default=[*IMAGES, *TEXTS])
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
+    for name in options.names:
+        try:
+            with torch.no_grad():
+                store[name] = row(name)
+        except Exception as error:  # a row of the table, not the end of it
+            traceback.print_exc()
+            store[name] = {"why": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:90]}
+        print(name, store[name], file=sys.stderr, flush=True)
+        STORE.write_text(json.dumps(store, indent=1) + "\n")
+        table(store)
+
+
+def table(store: dict[str, Any]) -> None:
+    """All rows."""
+    parts = (__doc__ or "").split("\n\n")
+    text = ["# Half of all channels out of every architecture", ""]
+    for part in parts[2:4]:
+        text += [" ".join(part.split()), ""]
+    text += ["| network | groups | left | parameters | off | onnx | again | s |", "|---" * 8 + "|"]
+    rows = [n for n in (*IMAGES, *TEXTS) if n in store]
+    for name in rows:
+        own = store[name]
+        if "groups" not in own:
+            text.append(f"| {name} | fails: {own['why']} | | | | | | |")
+            continue
+        onnx = f"{own['onnx']:.0e}" if own["onnx"] is not None else own["why"]
+        again = "yes" if own["again"] else "no"
+        cells = [name, own["groups"], own["left"], f"{own['parameters']:.2f}", f"{own['off']:.0e}",
+                 onnx, again, f"{own['seconds']:.1f}"]  # fmt: skip
+        text.append("| " + " | ".join(map(str, cells)) + " |")
+    good = [n for n in rows if store[n].get("off", 1) < 1e-4 and store[n].get("again")]
+    fine = [n for n in good if (store[n].get("onnx") or 0 if "why" not in store[n] else 1) < 1e-2]
+    text += ["", f"{len(rows)} networks: {len(good)} smaller and equal to their silenced selves, "
+             f"{len(fine)} of these exported too; "
+             f"{sum(not store[n].get('groups') for n in good)} of them have no channel that can "
+             "go."]  # fmt: skip
+    STORE.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
