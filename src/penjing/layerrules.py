@@ -57,10 +57,7 @@ def _convolution(call: Call) -> None:
     places = [("x", d) for d in range(weight.ndim - 2)]
     kernel = [("k", d) for d in range(weight.ndim - 2)]
     result = [("y", d) for d in range(weight.ndim - 2)]
-    for one in sx.fields:
-        if any(size > 1 for size in one.shape[lead:]):
-            call.unknown("a convolution over channels")
-            return
+    sx = Seen(tuple(_one_place(call, one, lead) for one in sx.fields), sx.stored)
     for one in sw.fields:
         if any(size > 1 for size in one.shape[2:]):
             own.freeze(one, "places of a kernel")
@@ -74,6 +71,15 @@ def _convolution(call: Call) -> None:
     call.keep(*fields)
     if isinstance(bias, Tensor):
         _add(call, bias, watch.seen(bias), dim=lead - 1)
+
+
+def _one_place(call: Call, labels: Tensor, lead: int) -> Tensor:
+    """A kernel reads a place with those around it: labels of different places are one."""
+    for d in range(lead, labels.ndim):
+        if labels.shape[d] > 1:
+            call.watch.own.tie(labels, d)
+            labels = labels.amax(d, keepdim=True)
+    return labels
 
 
 def _grouped(call: Call, x: Tensor, sx: Seen, weight: Tensor, sw: Seen, groups: int, lead: int,
