@@ -148,6 +148,11 @@ def refused(found: ChannelMap) -> int:
 def exported(small: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """What onnxruntime gives of the exported network, beside torch."""
     given = cast(inputs, torch.float32)
+    for part in small.modules():
+        # Of the ways to run experts the one that a graph can hold.
+        config = getattr(part, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "batched_mm"
     wanted = list(small(*given))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -145,6 +145,10 @@ def test_repair_beats_no_repair_and_is_least_squares() -> None:
         hidden = torch.cat([torch.relu(block.up(model.module.inp(b["x"]))).flatten(0, 1)
                             for b in batches]).double().numpy()  # fmt: skip
     weight = block.down.weight.detach().double().numpy()
+    bias = block.down.bias.detach().double().numpy()
+    mean = hidden.mean(0)
+    wanted_mean = weight @ mean + bias
+    hidden = hidden - mean  # the bias holds the mean
     gram = hidden.T @ hidden / len(hidden)
     live = np.diag(gram)[np.diag(gram) > 0]
     ridge = np.sqrt(0.01 * live.mean() * len(hidden))
@@ -152,6 +156,8 @@ def test_repair_beats_no_repair_and_is_least_squares() -> None:
     fitted = np.linalg.lstsq(rows[:, kept], rows @ weight.T, rcond=None)[0].T
     found = repaired.module.blocks[0].down.weight.detach().numpy()
     np.testing.assert_allclose(found, fitted, rtol=1e-3, atol=1e-4)
+    found = repaired.module.blocks[0].down.bias.detach().numpy()
+    np.testing.assert_allclose(found, wanted_mean - fitted @ mean[kept], rtol=1e-3, atol=1e-4)
 
 
 def test_gram_beats_random() -> None:
@@ -210,8 +216,10 @@ def test_targets_choose_consumers() -> None:
     model = net.bert(2)
     step = Shrink(0.5, targets=("*.layer.1.output.dense",))
     done = apply(model, Recipe((step,)), TEXTS).done
-    assert {d.path.removesuffix(".weight") for d in done} == {"encoder.layer.1.output.dense"}
-    assert [d.kind for d in done] == ["slice", "weight"]
+    path = "encoder.layer.1.output.dense"
+    assert [(d.kind, d.path) for d in done] == [
+        ("weight", f"{path}.weight"), ("weight", f"{path}.bias"), ("slice", path),
+    ]  # fmt: skip
 
 
 def test_convolutions_lose_channels_inside_the_blocks_and_between_them() -> None:

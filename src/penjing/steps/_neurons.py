@@ -14,14 +14,24 @@ from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats
 from penjing.coupling import Units
-from penjing.linalg import ridge
+from penjing.linalg import asymmetric_target, ridge
 from penjing.neurons import Reader, by_scores, greedy_obs
 from penjing.recipe import Setting, Slice
 from penjing.registry import lookup
 
-__all__ = ["Consumer", "Group", "Remaining", "choose", "consumers_of", "described", "refit"]
+__all__ = [
+    "Consumer",
+    "Fit",
+    "Group",
+    "Remaining",
+    "choose",
+    "consumers_of",
+    "described",
+    "refit",
+    "silenced",
+]
 
-# Strength of the ridge toward the weight before, and how far the target goes toward the outputs
+# Strength of the ridge toward the target, and how far that goes toward the outputs
 # that the original had on its own inputs (see `penjing.linalg.asymmetric_target`).
 _RIDGE, _ALPHA = 0.01, 0.5
 
@@ -53,52 +63,106 @@ def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What a layer becomes: its matrix, zero where it read what went, and its bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """A layer's outputs as least squares: about their means where it has a bias to hold them."""
+
+    weight: Tensor  # [out, in], what is aimed at
+    gram: Tensor
+    original: Tensor
+    bias: Tensor | None
+    was: Tensor | None  # means of the inputs, before and now
+    now: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Module, weight: Tensor, stats: LayerStats) -> _Problem:
+        gram, cross, bias = stats.gram, stats.cross, getattr(layer, "bias", None)
+        assert gram is not None
+        now, was = stats.mean, stats.mean if stats.was is None else stats.was
+        if bias is None or now is None or was is None:
+            bias = now = was = None
+        else:
+            around = gram - torch.outer(now, now)
+            # What never changes is the bias's to make; rounding must not make a channel of it.
+            live = around.diagonal() > 1e-9 * gram.diagonal()  # [in]
+            gram = around * torch.outer(live, live)
+            cross = None if cross is None else (cross - torch.outer(was, now)) * live
+        aim = weight if cross is None else asymmetric_target(weight, gram, cross, _ALPHA)
+        return cls(aim, gram, weight, None if bias is None else bias.detach(), was, now)
+
+    def fit(self, weight: Tensor) -> Fit:
+        """With another matrix, and the bias that keeps the mean of the output."""
+        if self.bias is None or self.was is None or self.now is None:
+            return Fit(weight, None)
+        lost = self.original.double() @ self.was - weight.double() @ self.now
+        return Fit(weight, (self.bias.double() + lost).float())
+
+
 def choose(
     layers: Mapping[str, nn.Module], consumers: list[Consumer], stats: Mapping[str, LayerStats],
     keep: int, criterion: str,
-) -> tuple[list[int], dict[str, Tensor]]:  # fmt: skip
-    """Units that stay, and the refitted matrix of each consumer, zero where what went was read.
+) -> tuple[list[int], dict[str, Fit]]:  # fmt: skip
+    """Units that stay, and what becomes of each consumer.
 
     Args:
         layers: by path.
         consumers: with a Gram matrix each.
         criterion: `gram`, or a name of `penjing.criteria`.
     """
+    paths = [one.path for one in consumers]
     matrices = [one.matrix(layers[one.path]) for one in consumers]
-    grams = [stats[one.path].gram for one in consumers]
-    together = zip(matrices, grams, consumers, strict=True)
-    readers = [Reader(w, h, one.columns) for w, h, one in together if h is not None]
+    problems = [_Problem.of(layers[p], w, stats[p]) for p, w in zip(paths, matrices, strict=True)]
     if criterion == "gram":
+        readers = [Reader(problem.weight, problem.gram, one.columns)
+                   for problem, one in zip(problems, consumers, strict=True)]  # fmt: skip
         kept, weights = greedy_obs(readers, keep)
-        return kept, {one.path: w for one, w in zip(consumers, weights, strict=True)}
+        return kept, {p: x.fit(w) for p, x, w in zip(paths, problems, weights, strict=True)}
     score = lookup("criteria", criterion, "score")
-    scores = [score(w, stats[one.path]) for w, one in zip(matrices, consumers, strict=True)]
+    scores = [score(w, stats[path]) for w, path in zip(matrices, paths, strict=True)]
     kept = by_scores(scores, [one.columns for one in consumers], keep)
-    found = {}
-    for one, matrix in zip(consumers, matrices, strict=True):
-        found[one.path] = refit(matrix, stats[one.path], one.columns[kept].flatten().sort().values)
-    return kept, found
+    return kept, {
+        one.path: _solved(problem, one.columns[kept].flatten().sort().values)
+        for one, problem in zip(consumers, problems, strict=True)
+    }
 
 
-def refit(weight: Tensor, stats: LayerStats, kept: Tensor) -> Tensor:
-    """Least squares on the inputs that stay, float32 [out, in], zero elsewhere.
+def refit(layer: nn.Module, weight: Tensor, stats: LayerStats, kept: Tensor) -> Fit:
+    """Least squares on the inputs that stay.
 
     Args:
+        layer: whose bias goes along.
         weight: [out, in], the original.
         stats: `gram` of the edited network's inputs; with `cross` the target is half of the way
             toward what the original gave.
         kept: int64, the inputs that stay.
     """
-    gram = stats.gram
-    assert gram is not None
-    wanted = gram
-    if stats.cross is not None:
-        wanted = _ALPHA * stats.cross + (1 - _ALPHA) * gram  # [in before, in now]
-    cross = wanted[:, kept].T @ weight.double().T  # [kept, out]
-    solved = ridge(gram[kept][:, kept], cross, _RIDGE, weight[:, kept].double().T)
-    made = torch.zeros_like(weight)
+    return _solved(_Problem.of(layer, weight, stats), kept)
+
+
+def _solved(problem: _Problem, kept: Tensor) -> Fit:
+    aim, gram = problem.weight.double(), problem.gram
+    cross = gram[kept] @ aim.T  # [kept, out]
+    solved = ridge(gram[kept][:, kept], cross, _RIDGE, aim[:, kept].T)
+    made = torch.zeros_like(problem.weight)
     made[:, kept] = solved.T.float()
-    return made
+    return problem.fit(made)
+
+
+def silenced(layer: nn.Module, consumer: Consumer, kept: list[int]) -> Fit:
+    """The layer as it was, but for what it read of the units that go."""
+    weight = consumer.matrix(layer).clone()
+    gone = torch.ones(len(consumer.columns), dtype=torch.bool)
+    gone[kept] = False
+    weight[:, consumer.columns[gone].flatten()] = 0
+    return Fit(weight, None)
 
 
 @dataclass(frozen=True)
@@ -152,13 +216,6 @@ class Remaining:
             self._left[key] = left[index]
             made.append(Slice(member.name, member.dim, index))
         return made
-
-    def of(self, name: str, value: Tensor) -> Tensor:
-        """What is left of a parameter's value."""
-        for (own, dim), left in self._left.items():
-            if own == name:
-                value = value.index_select(dim, left)
-        return value
 
 
 def described(settings: list[Setting], prefix: str) -> list[Setting]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,16 @@ from penjing.model import Model
 from penjing.recipe import Edit, Setting, Slice
 from penjing.registry import lookup
 from penjing.shapes import replace_tensor
-from penjing.steps._neurons import Consumer, Remaining, choose, consumers_of, described, refit
+from penjing.steps._neurons import (
+    Consumer,
+    Fit,
+    Remaining,
+    choose,
+    consumers_of,
+    described,
+    refit,
+    silenced,
+)
 from penjing.steps._select import matches, matrix_layers
 
 __all__ = ["Shrink", "groups_of"]
@@ -46,7 +55,8 @@ class Shrink:
 
     name: ClassVar[str] = "shrink"
     scope: ClassVar[str] = "block"
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+    staged: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"gram", "cross"})
 
     ratio: float = 0.5
     heads: float | None = None
@@ -74,30 +84,49 @@ class Shrink:
         return matrix_layers(unit, self.targets) if unit.index is not None else {}
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
-        """Slices and refitted readers for every group of the block."""
+        """What reads a group refitted as soon as its inputs are known, then all slices.
+
+        Until then what goes is silenced, so that the block runs on and later layers see it.
+        """
         if unit.stream is None:
             raise UsageError("shrink needs data", next="give --data")
-        if unit.index is None:
+        chosen = replace(unit, layers=self.layers(unit))
+        if unit.index is None or not chosen.layers:
             return
-        block = unit.model.module.get_submodule(unit.name)
-        chosen, left = self.layers(unit), Remaining(unit.model.module)
-        for free in groups_of(unit).free:
-            own = _placed(free.group, unit.name)
-            readers = consumers_of(unit.model.module, own)
-            # A layer that was never run has no Gram matrix to choose by.
-            consumers = [c for c in readers if c.path in chosen and stats[c.path].gram is not None]
-            keep = self.keep(free.group)
-            if keep == own.count or not consumers or any(c.path not in chosen for c in readers):
-                continue
-            kept, weights = choose(chosen, consumers, stats, keep, self.criterion)
-            settings = free.settings(keep)
-            error = _proof(block, unit, free.group, kept, settings)
-            if error > PROOF:
-                continue
-            settings = described(settings, unit.name)
-            yield _edit(self, own, consumers[0], kept, left, settings, error)
-            for path, weight in weights.items() if self.repair else ():
-                yield _refitted(unit.model.module, path, weight, left)
+        waiting = [_Waiting(free, _placed(free.group, unit.name)) for free in groups_of(unit).free]
+        waiting = [one for one in waiting if self._chosen(one, unit.model.module, chosen.layers)]
+        known: dict[str, LayerStats] = {}
+        slices, left = [], Remaining(unit.model.module)
+        for _, found in unit.stream.staged(chosen, self.needs, unit.reference):
+            known |= found
+            for one in [w for w in waiting if all(c.path in known for c in w.readers)]:
+                waiting.remove(one)
+                # A layer that was never run has no Gram matrix to choose by.
+                readers = [c for c in one.readers if known[c.path].gram is not None]
+                if not readers:
+                    continue
+                group, keep = one.free.group, self.keep(one.free.group)
+                kept, fits = choose(chosen.layers, readers, known, keep, self.criterion)
+                settings = one.free.settings(keep)
+                block = unit.model.module.get_submodule(unit.name)
+                error = _proof(block, unit, group, kept, settings)
+                if error > PROOF:
+                    continue
+                settings = described(settings, unit.name)
+                slices.append(_edit(self, one.group, readers[0], kept, left, settings, error))
+                for reader in one.readers:
+                    own = silenced(chosen.layers[reader.path], reader, kept)
+                    fit = fits.get(reader.path, own) if self.repair else own
+                    yield from _refitted(unit.model.module, reader.path, fit)
+        if slices:  # what the block gave was of its silenced self: equal, but for rounding
+            unit.stream.outputs = None
+        yield from slices
+
+    def _chosen(self, one: _Waiting, module: nn.Module, layers: dict[str, nn.Module]) -> bool:
+        """Whether units of a group go; what reads them is noted."""
+        one.readers = consumers_of(module, one.group)
+        every = all(reader.path in layers for reader in one.readers)
+        return every and bool(one.readers) and self.keep(one.group) < one.group.count
 
     def keep(self, group: Units) -> int:
         """Units of a group that stay."""
@@ -108,6 +137,15 @@ class Shrink:
         if not group.is_heads and group.count > self.multiple:
             keep = max(1, round(keep / self.multiple)) * self.multiple
         return min(max(1, keep), group.count)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A group of a block, its parameters with their whole names, and what reads it."""
+
+    free: Free
+    group: Units
+    readers: list[Consumer] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -144,26 +182,27 @@ class _Shared:
             keep = step.keep(free.group)
             if keep == free.group.count or not consumers:
                 continue
-            kept, weights = choose(layers, consumers, found, keep, step.criterion)
+            kept, fits = choose(layers, consumers, found, keep, step.criterion)
             settings = free.settings(keep)
             error = _whole_proof(model, free.group, kept, settings)
             if error > PROOF:
                 continue
             edits.append(_edit(step, free.group, consumers[0], kept, left, settings, error))
             silence(twin.module, [(free.group, kept)])
-            for path, weight in weights.items() if step.repair else ():
-                _put(twin.module, layers[path], weight)
+            for path, fit in fits.items() if step.repair else ():
+                _put(twin.module, layers[path], fit)
                 touched[path] = layers[path]
-        yield from edits
         original = Stream(model.copy(shared=True), unit.batches)
         for path in _in_order(stream, touched):
             found = _collect(stream, {path: touched[path]}, original)
-            own: Tensor = model.module.get_submodule(path).weight  # type: ignore[assignment]
-            now = touched[path].weight.detach().flatten(1)
-            weight = refit(own.detach().float().flatten(1), found[path],
-                           (now != 0).any(0).nonzero().flatten())  # fmt: skip
-            _put(twin.module, touched[path], weight)
-            yield _refitted(model.module, path, weight, left)
+            was = model.module.get_submodule(path)
+            weight: Tensor = was.weight.detach().float().flatten(1)  # type: ignore[operator]
+            now: Tensor = touched[path].weight.detach().flatten(1)  # type: ignore[operator]
+            stays = (now != 0).any(0).nonzero().flatten()
+            fit = refit(was, weight, found[path], stays)
+            _put(twin.module, touched[path], fit)
+            yield from _refitted(model.module, path, fit)
+        yield from edits
 
     def _wanted(self, blocks: tuple[str, ...], free: Free) -> bool:
         names = [member.name for member in free.group.members]
@@ -216,15 +255,19 @@ def _edit(
     )  # fmt: skip
 
 
-def _refitted(module: nn.Module, path: str, weight: Tensor, left: Remaining) -> Edit:
+def _refitted(module: nn.Module, path: str, fit: Fit) -> Iterator[Edit]:
     own: Tensor = module.get_submodule(path).weight  # type: ignore[assignment]
-    value = left.of(f"{path}.weight", weight.reshape(own.shape))
-    return Edit("weight", f"{path}.weight", value, "refitted to the kept inputs")
+    why = "refitted to the kept inputs"
+    yield Edit("weight", f"{path}.weight", fit.weight.reshape(own.shape), why)
+    if fit.bias is not None:
+        yield Edit("weight", f"{path}.bias", fit.bias, why)
 
 
-def _put(module: nn.Module, layer: nn.Module, weight: Tensor) -> None:
-    own: Tensor = layer.weight  # type: ignore[assignment]
-    replace_tensor(module, own, weight.reshape(own.shape).to(own))
+def _put(module: nn.Module, layer: nn.Module, fit: Fit) -> None:
+    for name, value in (("weight", fit.weight), ("bias", fit.bias)):
+        if value is not None:
+            own: Tensor = getattr(layer, name)
+            replace_tensor(module, own, value.reshape(own.shape).to(own))
 
 
 def _collect(
