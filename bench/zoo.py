@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from penjing.channelmap import ChannelMap, map_of
 from penjing.coupling import drawn, remove, silence, slices
+from penjing.shapes import fresh
 
 _LISTED = tomllib.loads((HERE / "zoo.toml").read_text())
 IMAGES: dict[str, dict[str, Any]] = _LISTED["images"]
@@ -153,7 +154,7 @@ def exported(small: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         config = getattr(part, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "batched_mm"
-    wanted = list(small(*given))
+    wanted = list(fresh(small)(*given))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         names = [f"x{i}" for i in range(len(given))]
