@@ -197,7 +197,7 @@ class _Shared:
             found = _collect(stream, {path: touched[path]}, original)
             was = model.module.get_submodule(path)
             weight: Tensor = was.weight.detach().float().flatten(1)  # type: ignore[operator]
-            now: Tensor = touched[path].weight.detach().flatten(1)  # type: ignore[operator]
+            now: Tensor = touched[path].weight.detach().flatten(1)
             stays = (now != 0).any(0).nonzero().flatten()
             fit = refit(was, weight, found[path], stays)
             _put(twin.module, touched[path], fit)
