@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from penjing.axisrules import follow
 from penjing.coupling import PROOF, Frozen, Plan, Units, coupled, drawn, prove
@@ -101,18 +102,16 @@ def map_of(module: nn.Module, run: Callable[[nn.Module, torch.dtype], Any]) -> C
         run: gives its outputs, with floating inputs of a dtype; all of them must stay.
     """
     dtype = torch.float64
-    probe = drawn(module, dtype)
-    for part in probe.modules():
-        # One by one: the product of all experts at once is one operation that says nothing.
-        config: Any = getattr(part, "config", None)
-        if hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "eager"
+    probe = _probe(module, dtype)
     try:
         with torch.no_grad():
-            run(probe, dtype)
-    except (RuntimeError, NotImplementedError):  # some kernels have no float64
+            sound = all(bool(torch.isfinite(x).all()) for x in tree_leaves(run(probe, dtype))
+                        if isinstance(x, Tensor))  # fmt: skip
+    except (RuntimeError, NotImplementedError):
+        sound = False
+    if not sound:  # some kernels have no float64, and some masks are no numbers there
         dtype = torch.float32
-        probe = drawn(module, dtype)
+        probe = _probe(module, dtype)
 
     def once(one: nn.Module) -> Any:
         torch.manual_seed(0)
@@ -123,6 +122,16 @@ def map_of(module: nn.Module, run: Callable[[nn.Module, torch.dtype], Any]) -> C
     axes = follow(probe, lambda: once(probe))
     groups, frozen = coupled(axes)
     return _proved(probe, once, groups, frozen, most)
+
+
+def _probe(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    probe = drawn(module, dtype)
+    for part in probe.modules():
+        # One by one: the product of all experts at once is one operation that says nothing.
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+    return probe
 
 
 def _half(group: Units) -> list[int]:
