@@ -125,7 +125,7 @@ def row(name: str) -> dict[str, Any]:
     cuts = slices(small, plans)
     silence(large, plans)
     remove(small, plans, known)
-    wanted, got = (list(m(*cast(inputs, dtype))) for m in (large, small))
+    wanted, got = (list(fresh(m)(*cast(inputs, dtype))) for m in (large, small))
     made = {
         "groups": len(found.free), "left": refused(found), "seconds": seconds,
         "parameters": sum(p.numel() for p in small.parameters())
