@@ -47,7 +47,9 @@ def rows() -> dict[str, tuple[Step, ...]]:
         given: dict[str, Any] = options | {"targets": ENCODER}
         made[f"{about}, magnitude"] = (Prune(criterion="magnitude", **given),)
         made[f"{about}, wanda"] = (Prune(criterion="wanda", **given),)
-        made[f"{about}, sparsegpt"] = (Prune(criterion="sparsegpt", alpha=0.0, **given),)
+        made[f"{about}, sparsegpt"] = (
+            Prune(criterion="sparsegpt", alpha=0.0, bias=False, **given),
+        )
         for name in ("fast", "admm"):
             made[f"{about}, {name}"] = (Prune(criterion=name, **given),)
     for ratio in (0.3, 0.5):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats
 from penjing.coupling import Units
-from penjing.linalg import asymmetric_target, ridge
+from penjing.linalg import ridge
 from penjing.neurons import Reader, by_scores, greedy_obs
 from penjing.recipe import Setting, Slice
 from penjing.registry import lookup
+from penjing.steps._problem import Fit, Problem
 
 __all__ = [
     "Consumer",
@@ -31,9 +32,8 @@ __all__ = [
     "silenced",
 ]
 
-# Strength of the ridge toward the target, and how far that goes toward the outputs
-# that the original had on its own inputs (see `penjing.linalg.asymmetric_target`).
-_RIDGE, _ALPHA = 0.01, 0.5
+# Strength of the ridge toward the target.
+_RIDGE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,49 +63,6 @@ def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """What a layer becomes: its matrix, zero where it read what went, and its bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """A layer's outputs as least squares: about their means where it has a bias to hold them."""
-
-    weight: Tensor  # [out, in], what is aimed at
-    gram: Tensor
-    original: Tensor
-    bias: Tensor | None
-    was: Tensor | None  # means of the inputs, before and now
-    now: Tensor | None
-
-    @classmethod
-    def of(cls, layer: nn.Module, weight: Tensor, stats: LayerStats) -> _Problem:
-        gram, cross, bias = stats.gram, stats.cross, getattr(layer, "bias", None)
-        assert gram is not None
-        now, was = stats.mean, stats.mean if stats.was is None else stats.was
-        if bias is None or now is None or was is None:
-            bias = now = was = None
-        else:
-            around = gram - torch.outer(now, now)
-            # What never changes is the bias's to make; rounding must not make a channel of it.
-            live = around.diagonal() > 1e-9 * gram.diagonal()  # [in]
-            gram = around * torch.outer(live, live)
-            cross = None if cross is None else (cross - torch.outer(was, now)) * live
-        aim = weight if cross is None else asymmetric_target(weight, gram, cross, _ALPHA)
-        return cls(aim, gram, weight, None if bias is None else bias.detach(), was, now)
-
-    def fit(self, weight: Tensor) -> Fit:
-        """With another matrix, and the bias that keeps the mean of the output."""
-        if self.bias is None or self.was is None or self.now is None:
-            return Fit(weight, None)
-        lost = self.original.double() @ self.was - weight.double() @ self.now
-        return Fit(weight, (self.bias.double() + lost).float())
-
-
 def choose(
     layers: Mapping[str, nn.Module], consumers: list[Consumer], stats: Mapping[str, LayerStats],
     keep: int, criterion: str,
@@ -119,7 +76,7 @@ def choose(
     """
     paths = [one.path for one in consumers]
     matrices = [one.matrix(layers[one.path]) for one in consumers]
-    problems = [_Problem.of(layers[p], w, stats[p]) for p, w in zip(paths, matrices, strict=True)]
+    problems = [Problem.of(layers[p], w, stats[p]) for p, w in zip(paths, matrices, strict=True)]
     if criterion == "gram":
         readers = [Reader(problem.weight, problem.gram, one.columns)
                    for problem, one in zip(problems, consumers, strict=True)]  # fmt: skip
@@ -144,10 +101,10 @@ def refit(layer: nn.Module, weight: Tensor, stats: LayerStats, kept: Tensor) -> 
             toward what the original gave.
         kept: int64, the inputs that stay.
     """
-    return _solved(_Problem.of(layer, weight, stats), kept)
+    return _solved(Problem.of(layer, weight, stats), kept)
 
 
-def _solved(problem: _Problem, kept: Tensor) -> Fit:
+def _solved(problem: Problem, kept: Tensor) -> Fit:
     aim, gram = problem.weight.double(), problem.gram
     cross = gram[kept] @ aim.T  # [kept, out]
     solved = ridge(gram[kept][:, kept], cross, _RIDGE, aim[:, kept].T)

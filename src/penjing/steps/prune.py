@@ -15,10 +15,10 @@ from torch import nn
 
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import UsageError
-from penjing.linalg import asymmetric_target
 from penjing.masks import Pattern, parse_pattern
 from penjing.recipe import Edit
 from penjing.registry import choices, lookup
+from penjing.steps._problem import Problem
 from penjing.steps._select import canonical, matrix_layers
 
 __all__ = ["Prune"]
@@ -37,6 +37,7 @@ class Prune:
         pattern: `n:m` keeps n of every m inputs; it overrides `sparsity`.
         alpha: how far a pruner's target goes toward what the layer gave in the network before, 0
             to 1 (see `penjing.linalg.asymmetric_target`).
+        bias: a pruner's layers hold the mean of what is lost in their biases.
         targets: globs of layer paths; without any, every layer inside the blocks.
     """
 
@@ -47,6 +48,7 @@ class Prune:
     criterion: str = "wanda"
     pattern: str | None = None
     alpha: float = 0.5
+    bias: bool = True
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -106,11 +108,10 @@ class Prune:
             fitted = None
             if self._fits:
                 assert own is not None
-                assert own.gram is not None
-                target = matrix
-                if own.cross is not None:
-                    target = asymmetric_target(matrix, own.gram, own.cross, self.alpha)
-                fitted, mask = lookup("pruners", self.criterion, "fit")(target, pattern, own)
+                problem = Problem.of(layer, matrix, own, self.alpha, means=self.bias)
+                fit = lookup("pruners", self.criterion, "fit")
+                made, mask = fit(problem.weight, pattern, replace(own, gram=problem.gram))
+                fitted = problem.fit(made)
             else:
                 scores = lookup("criteria", self.criterion, "score")(matrix, own)
                 # Wanda compares the weights of one output only (Sun et al., section 3).
@@ -123,4 +124,7 @@ class Prune:
                 {"sparsity": gone},
             )  # fmt: skip
             if fitted is not None:
-                yield Edit("weight", name, fitted.reshape(weight.shape), "fitted to the output")
+                why = "fitted to the output"
+                yield Edit("weight", name, fitted.weight.reshape(weight.shape), why)
+                if fitted.bias is not None:
+                    yield Edit("weight", f"{path}.bias", fitted.bias, why)

@@ -27,7 +27,6 @@ from penjing.registry import lookup
 from penjing.shapes import replace_tensor
 from penjing.steps._neurons import (
     Consumer,
-    Fit,
     Remaining,
     choose,
     consumers_of,
@@ -35,6 +34,7 @@ from penjing.steps._neurons import (
     refit,
     silenced,
 )
+from penjing.steps._problem import Fit
 from penjing.steps._select import matches, matrix_layers
 
 __all__ = ["Shrink", "groups_of"]
