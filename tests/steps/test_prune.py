@@ -181,3 +181,19 @@ def test_options_of_pruners() -> None:
         Prune(0.5, "admm", alpha=1.5)
     with pytest.raises(UsageError, match=r"wanda.*admm"):
         Prune(0.5, "nothing")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_biases_hold_the_mean_of_what_is_lost(bias: bool) -> None:
+    model, batches = net.stack(), net.arrays(4)
+    made = apply(model, Recipe((Prune(0.7, "fast", bias=bias),)), batches).model
+    for path in ("blocks.0.up", "blocks.0.down"):
+        old, new = (m.module.get_submodule(path) for m in (model, made))
+        was, now = (torch.from_numpy(_inputs(m, path, batches).mean(0)) for m in (model, made))
+        with torch.no_grad():
+            wanted = old.weight.double() @ was + old.bias.double()
+            found = new.weight.double() @ now + new.bias.double()
+        if bias:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(old.bias, new.bias)
