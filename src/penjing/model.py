@@ -139,6 +139,9 @@ class Model:
             shared: parameters keep the numbers they have in common until an edit replaces them,
                 which takes no memory; for copies that edits alone change.
         """
+        # What is known of networks of the same shapes is shared by all copies.
+        for known in ("_channels", "_groups"):
+            vars(self).setdefault(known, {})
         twin = copy.copy(self)
         memo: dict[int, nn.Parameter] = {}
         if shared:
