@@ -21,9 +21,10 @@ from penjing.masks import Pattern
 
 __all__ = ["fit"]
 
-# rho at first over the mean eigenvalue, which is 1; growth by how much of the mask changed.
+# rho at first over the mean eigenvalue, which is 1; growth by how much of the mask changed. A third
+# of the paper's growth: 2 % less error on MiniLM's layers at 70 %, in twice the time.
 _FIRST = 0.1
-_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+_GROWTH = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.03))
 _EVERY, _MOST = 3, 300
 
 
