@@ -212,7 +212,7 @@ def table(store: dict[str, Any]) -> None:
         text.append("| " + " | ".join(map(str, cells)) + " |")
     good = [n for n in rows if store[n].get("off", 1) < 1e-4 and store[n].get("again")]
     fine = [n for n in good if (store[n].get("onnx") or 0 if "why" not in store[n] else 1) < 1e-2]
-    text += ["", f"{len(rows)} networks: {len(good)} smaller and equal to their silenced selves, "
+    text += ["", f"{len(rows)} networks: {len(good)} equal to their silenced selves, "
              f"{len(fine)} of these exported too; "
              f"{sum(not store[n].get('groups') for n in good)} of them have no channel that can "
              "go."]  # fmt: skip
