@@ -165,7 +165,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if any(one.fields for one in before):
-            self._rule_of(func)(Call(self, func, args, kwargs, given, before, made, result))
+            self._rule_of(func)(Call(self, func, args, kwargs, given, before, made))
         else:
             for tensor in made:
                 if id(tensor) not in self._stored:
@@ -184,7 +184,6 @@ class Call:
     given: list[Tensor]
     before: list[Seen]
     made: list[Tensor]
-    result: Any
 
     @property
     def name(self) -> str:

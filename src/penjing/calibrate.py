@@ -54,6 +54,19 @@ class Unit:
     batches: Sequence[Batch] = ()
     reference: Stream | None = None
 
+    def staged(
+        self, needs: frozenset[str], stats: dict[str, LayerStats]
+    ) -> Iterator[tuple[Unit, dict[str, LayerStats]]]:
+        """The unit's layers stage by stage with their statistics; all at once where they are given.
+
+        A later stage is calibrated on what the caller has made of the earlier ones.
+        """
+        if stats or self.stream is None or not needs:
+            yield self, stats
+            return
+        for layers, found in self.stream.staged(self, needs, self.reference):
+            yield replace(self, layers=layers), found
+
 
 class _Stop(Exception):
     pass

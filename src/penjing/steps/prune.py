@@ -89,11 +89,8 @@ class Prune:
         chosen = replace(unit, layers=self.layers(unit))
         if not chosen.layers:
             return
-        if stats or unit.stream is None or not self.needs:
-            yield from self._plan(chosen, stats)
-            return
-        for layers, found in unit.stream.staged(chosen, self.needs, unit.reference):
-            yield from self._plan(replace(chosen, layers=layers), found)
+        for part, found in chosen.staged(self.needs, stats):
+            yield from self._plan(part, found)
 
     def _plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         pattern = Pattern(self.sparsity)

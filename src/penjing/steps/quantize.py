@@ -210,12 +210,9 @@ class Quantize:
         chosen = replace(unit, layers=self.layers(unit))
         if not chosen.layers:  # the stream has not entered a block that nothing is wanted of
             return
-        if stats or unit.stream is None or not self.needs:
-            yield from self._plan(chosen, stats)
-            return
-        for layers, found in unit.stream.staged(chosen, self.needs, unit.reference):
-            yield from self._plan(replace(chosen, layers=layers), found)
-        if self.refine and unit.index is not None:
+        for part, found in chosen.staged(self.needs, stats):
+            yield from self._plan(part, found)
+        if self.refine and unit.index is not None and unit.stream is not None and not stats:
             names = [canonical(unit.model, f"{path}.weight") for path in chosen.layers]
             for edit in reconstruct(unit, names, self.refine):
                 unit.stream.outputs = None
