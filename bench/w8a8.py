@@ -11,8 +11,8 @@ have them in 8 bits, but for the row of weight matrices alone.
 
 `--peers` is the interpreter that has nncf and openvino; without it NNCF's rows are left out.
 `--seconds` is how long each timing takes, 0 for none. With ROW only the rows whose name contains
-it are made. All rows are kept in bench/results/w8a8-minilm.json, and the table beside it is
-written from them.
+it are made. All rows are kept in bench/results/w8a8-minilm.json, of processors that add byte
+products exactly in w8a8-minilm-vnni.json, and the table beside it is written from them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from penjing.steps.quantize import Quantize
 RUNTIMES = {"onnxruntime": ("onnx", ".onnx"), "openvino": ("openvino", "")}
 SHAPES = ((32, 128), (1, 128))  # batch, length
 WORK = CACHE / "w8a8"
-STORE = HERE / "results" / "w8a8-minilm.json"
+STORE = HERE / "results" / f"w8a8-minilm{'-vnni' if weight_bits() == 8 else ''}.json"
 
 
 def steps() -> dict[str, Quantize | None]:
