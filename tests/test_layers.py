@@ -13,7 +13,7 @@ LAYERS = [
     ["errors"],
     ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames",
      "processor", "rotation", "cache"],
-    ["scales"],
+    ["scales", "bitmask"],
     ["stored"],
     ["planes", "result"],
     ["recipe"],

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from penjing import bitmask
 from penjing.cache import CacheGrid, rounding_cache
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes
@@ -174,15 +175,23 @@ class Model:
         return [tuple(group) for group in names.values() if len(group) > 1]
 
     def stored_bits(self) -> float:
-        """Stored bits per weight, metadata of quantized weights included."""
-        bits = count = 0
-        for name, parameter in self.parameters():
-            count += parameter.numel()
-            planes = self.planes.get(name)
-            bits += 8 * (
-                planes.stored_bytes if planes else parameter.numel() * parameter.element_size()
-            )
-        return bits / max(count, 1)
+        """Stored bits per weight; scales of quantized weights and bitmasks of pruned ones count."""
+        total = sum(self.stored_bytes(name) for name, _ in self.parameters())
+        return 8 * total / max(self.parameter_count, 1)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of one parameter in an artifact: planes, a bitmask with values, or dense."""
+        if name in self.planes:
+            return self.planes[name].stored_bytes
+        parameter = self.module.get_parameter(name)
+        if self.is_sparse(name):
+            return bitmask.stored_bytes(parameter)
+        return parameter.numel() * parameter.element_size()
+
+    def is_sparse(self, name: str) -> bool:
+        """Whether an artifact stores this parameter as a bitmask with values."""
+        masked = name in self.masks and name not in self.planes
+        return masked and bitmask.pays(self.module.get_parameter(name))
 
     @property
     def device(self) -> torch.device:

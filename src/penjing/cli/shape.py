@@ -38,7 +38,11 @@ targets_option = click.option(
 @click.command()
 @model_options
 @click.option("--sparsity", type=RATIO, metavar="0.5", help="Fraction of the weights that go.")
-@click.option("--pattern", metavar="N:M", help="Keep N of every M inputs, e.g. 2:4.")
+@click.option(
+    "--pattern",
+    metavar="N:M|RxC",
+    help="Keep N of every M inputs, e.g. 2:4; or remove blocks of R outputs by C inputs, e.g. 1x4.",
+)
 @click.option(
     "--criterion",
     type=Leaf("criteria", *choices("pruners")),
@@ -64,15 +68,22 @@ def prune(
 
     \b
     penjing prune ./my-model --sparsity 0.5 --data calibration.jsonl -o ./pruned
+    penjing prune ./my-model --sparsity 0.5 --pattern 1x4 --data calibration.jsonl -o ./pruned
     penjing prune params.npy --sparsity 50% -o out.npy
     """
     if sparsity is None and pattern is None:
         raise UsageError("how much to prune", allowed="--sparsity 0.5 or --pattern 2:4")
-    if sparsity is not None and pattern is not None:
+    says = ":" in (pattern or "")
+    if sparsity is not None and says:
         raise UsageError(
             "--sparsity and --pattern", got=f"{sparsity:g} and {pattern}",
             allowed="one of them: a pattern N:M says how much goes",
         )  # fmt: skip
+    if sparsity is None and not says:
+        raise UsageError(
+            f"--pattern {pattern} without --sparsity",
+            allowed="N:M such as 2:4, or blocks such as 1x4 with --sparsity 0.5",
+        )
     if sparsity is not None and not 0 <= sparsity < 1:
         raise UsageError("--sparsity", got=sparsity, allowed="0 <= sparsity < 1")
     if is_bare(model, output):

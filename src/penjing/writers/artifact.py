@@ -3,7 +3,8 @@
 manifest.json           every file with size and SHA-256, source, recipe, versions, metrics
 recipe.toml             the steps, replayable
 structure.json          how to rebuild the module: source and structural edits
-weights/*.safetensors   plain tensors; planes as `name::codes0`, `::scale`, `::shift`
+weights/*.safetensors   plain tensors; planes as `name::codes0`, `::scale`, `::shift`; of pruned
+                        ones `name::bits` and `::values`, see `penjing.bitmask`
 assets/                 tokenizer and preprocessing files
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from penjing import bitmask
 from penjing.errors import InputError
 from penjing.files import read_json, sha256, whole_folder, write_json
 from penjing.model import Model
@@ -134,6 +136,8 @@ def _tensors(model: Model) -> dict[str, Tensor]:
         if name in model.planes:
             packed = model.planes[name].tensors()
             tensors |= {f"{name}::{part}": t.contiguous() for part, t in packed.items()}
+        elif model.is_sparse(name):
+            tensors |= {f"{name}::{part}": t for part, t in bitmask.pack(tensor).items()}
         elif name not in written:
             tensors[name] = tensor.detach().cpu().contiguous()
     for path, found in model.activations.items():
