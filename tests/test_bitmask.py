@@ -73,6 +73,7 @@ FLIPPED = BITS.clone()
 FLIPPED[0] ^= 1
 HOSTILE = {
     "parts": ({"bits": BITS}, (7, 9)),
+    "parts of a": ({"values": VALUES}, (7, 9)),
     "parts of": ({**GOOD, "more": VALUES}, (7, 9)),
     "its bits set": ({"bits": BITS, "values": VALUES[:-1]}, (7, 9)),
     "values of a bitmask": ({"bits": FLIPPED, "values": VALUES}, (7, 9)),

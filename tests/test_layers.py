@@ -16,6 +16,7 @@ LAYERS = [
     ["scales", "bitmask"],
     ["stored"],
     ["planes", "result"],
+    ["sparsecodes"],
     ["recipe"],
     ["model"],
     ["linalg", "grids", "masks", "meter", "statistics", "progress", "histogram", "migration",

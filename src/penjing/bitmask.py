@@ -21,13 +21,11 @@ from torch import Tensor
 from penjing.errors import InputError
 from penjing.packing import pack_bits, row_bytes, unpack_bits
 
-__all__ = ["NAMES", "pack", "pays", "stored_bytes", "unpack"]
+__all__ = ["ENTRY", "bits_of", "mask_of", "pack", "pays", "stored_bytes", "unpack"]
 
-NAMES = ("bits", "values")
-"""What `pack` gives."""
+ENTRY = 128
+"""About what one more entry takes in the header of a file, in bytes."""
 
-# About what the second entry takes in the header of a file.
-_ENTRY = 128
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,45 +44,56 @@ def stored_bytes(tensor: Tensor) -> int:
 def pays(tensor: Tensor) -> bool:
     """Whether a file gets smaller by it."""
     real = tensor.dtype.is_floating_point and not tensor.is_meta
-    return real and stored_bytes(tensor) + _ENTRY < tensor.numel() * tensor.element_size()
+    return real and stored_bytes(tensor) + ENTRY < tensor.numel() * tensor.element_size()
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    """A mask of n elements as uint8 [ceil(n / 8)]."""
+    return pack_bits(mask.cpu().to(torch.uint8).reshape(1, -1), 1)[0]
+
+
+def mask_of(bits: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """The bool mask of that shape that `bits_of` was given.
+
+    Raises:
+        InputError: bits that are missing or do not fit the shape; nothing of the shape's size is
+            made before that is known.
+    """
+    size = tuple(n for n in shape if type(n) is int and n >= 0)
+    if len(size) != len(shape):
+        raise InputError("shape of a bitmask", got=list(shape), allowed="whole numbers from 0 on")
+    count = math.prod(size)
+    if bits is None or bits.dtype != torch.uint8 or tuple(bits.shape) != (row_bytes(count, 1),):
+        got = "none" if bits is None else f"{bits.dtype} {tuple(bits.shape)}"
+        allowed = f"torch.uint8 {(row_bytes(count, 1),)}"
+        raise InputError(f"bits of a tensor {list(size)}", got=got, allowed=allowed)
+    whole = unpack_bits(bits.reshape(1, -1), 1, 8 * len(bits))[0]  # [8 * bytes]
+    if bool(whole[count:].any()):
+        raise InputError("a bitmask", got=f"bits set beyond its {count} elements")
+    return whole[:count].bool().reshape(size)
 
 
 def pack(tensor: Tensor) -> dict[str, Tensor]:
     """The bits uint8 [ceil(n / 8)] and values [k] of a tensor of n elements; see `unpack`."""
     kept = _stored(tensor).cpu()
     flat = tensor.detach().cpu().reshape(-1)
-    bits = pack_bits(kept.to(torch.uint8).reshape(1, -1), 1)[0]
-    return {"bits": bits, "values": flat[kept]}
+    return {"bits": bits_of(kept), "values": flat[kept]}
 
 
 def unpack(parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """The tensor of that shape, bit for bit as it was given to `pack`.
 
     Raises:
-        InputError: parts that are missing or do not fit each other or the shape; nothing of the
-            tensor's size is made before that is known.
+        InputError: parts that are missing or do not fit each other or the shape.
     """
-    bits, values = (parts.get(name) for name in NAMES)
-    if bits is None or values is None or len(parts) != len(NAMES):
-        raise InputError("parts of a bitmask", got=sorted(parts), allowed=", ".join(NAMES))
-    size = [n for n in shape if type(n) is int and n >= 0]
-    count = math.prod(size)
-    if len(size) != len(shape):
-        raise InputError("shape of a bitmask", got=list(shape), allowed="whole numbers from 0 on")
-    if bits.dtype != torch.uint8 or tuple(bits.shape) != (row_bytes(count, 1),):
-        raise InputError(
-            f"bits of a tensor {size}", got=f"{bits.dtype} {tuple(bits.shape)}",
-            allowed=f"torch.uint8 {(row_bytes(count, 1),)}",
-        )  # fmt: skip
+    if set(parts) != {"bits", "values"}:
+        raise InputError("parts of a bitmask", got=sorted(parts), allowed="bits, values")
+    kept, values = mask_of(parts["bits"], shape), parts["values"]
     if values.ndim != 1 or not values.dtype.is_floating_point:
         got = f"{values.dtype} {tuple(values.shape)}"
         raise InputError("values of a bitmask", got=got, allowed="floats, one row")
-    whole = unpack_bits(bits.reshape(1, -1), 1, 8 * len(bits))[0]  # [8 * bytes]
-    if bool(whole[count:].any()):
-        raise InputError("a bitmask", got=f"bits set beyond its {count} elements")
-    kept = whole[:count].bool()
     if (found := int(kept.sum())) != len(values):
         raise InputError("values of a bitmask", got=len(values), allowed=f"{found}, its bits set")
-    flat = torch.zeros(count, dtype=values.dtype)
-    flat[kept] = values
-    return flat.reshape(size)
+    tensor = torch.zeros(kept.shape, dtype=values.dtype)
+    tensor[kept] = values
+    return tensor

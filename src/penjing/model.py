@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from penjing import bitmask
+from penjing import bitmask, sparsecodes
 from penjing.cache import CacheGrid, rounding_cache
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes
@@ -180,18 +180,22 @@ class Model:
         return 8 * total / max(self.parameter_count, 1)
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of one parameter in an artifact: planes, a bitmask with values, or dense."""
-        if name in self.planes:
-            return self.planes[name].stored_bytes
+        """Bytes of one parameter in an artifact."""
+        sparse, planes = self.is_sparse(name), self.planes.get(name)
+        if planes is not None:
+            return sparsecodes.stored_bytes(planes) if sparse else planes.stored_bytes
         parameter = self.module.get_parameter(name)
-        if self.is_sparse(name):
-            return bitmask.stored_bytes(parameter)
-        return parameter.numel() * parameter.element_size()
+        dense = parameter.numel() * parameter.element_size()
+        return bitmask.stored_bytes(parameter) if sparse else dense
 
     def is_sparse(self, name: str) -> bool:
-        """Whether an artifact stores this parameter as a bitmask with values."""
-        masked = name in self.masks and name not in self.planes
-        return masked and bitmask.pays(self.module.get_parameter(name))
+        """Whether an artifact stores only what is no zero of this parameter, with a bitmask."""
+        if name not in self.masks:
+            return False
+        planes = self.planes.get(name)
+        if planes is not None:
+            return sparsecodes.pays(planes)
+        return bitmask.pays(self.module.get_parameter(name))
 
     @property
     def device(self) -> torch.device:

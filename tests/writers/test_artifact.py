@@ -388,19 +388,48 @@ def test_few_zeros_are_stored_as_numbers(model: Model, tmp_path: Path) -> None:
     assert model.stored_bits() == again.stored_bits() == 32
 
 
-def test_what_was_pruned_and_then_quantized_is_stored_as_planes(
-    model: Model, tmp_path: Path
+TABLE = "model.embed_tokens.weight"
+
+
+def _quantize_pruned(model: Model, bits: int, share: float) -> IntegerPlanes:
+    weight = model.module.get_parameter(TABLE).detach()
+    _prune(model, share, TABLE)
+    planes = rtn.fit(weight * model.masks[TABLE], Scheme(bits, 16, False), None)
+    perform(model, Edit("quantize", TABLE, planes, "test"))
+    return planes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_what_was_pruned_and_then_quantized_is_stored_as_bits_and_codes(
+    model: Model, tmp_path: Path, share: float
 ) -> None:
-    _prune(model, 0.5)
-    planes = rtn.fit(model.module.get_parameter(PRUNED).detach(), Scheme(4, 16, True), None)
-    perform(model, Edit("quantize", PRUNED, planes, "test"))
+    planes = _quantize_pruned(model, 8, share)
     artifact.save(model, tmp_path / "out")
-    names = {n.partition("::")[2] for n in load_file(tmp_path / "out" / WEIGHTS)}
-    assert "codes0" in names
-    assert "bits" not in names
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    own = {n.partition("::")[2]: t for n, t in stored.items() if n.startswith(f"{TABLE}::")}
+    assert ("bits" in own) is (share > 0)
+    assert sum(t.nbytes for t in own.values()) == model.stored_bytes(TABLE)
+    if share:
+        kept = int((model.module.get_parameter(TABLE) != 0).sum())
+        assert model.stored_bytes(TABLE) == planes.stored_bytes - 800 + 100 + kept
     again = load(tmp_path / "out")
+    assert torch.equal(again.planes[TABLE].codes, planes.codes)
     assert torch.equal(again.run(again.example), model.run(model.example))
-    assert model.stored_bytes(PRUNED) == planes.stored_bytes
+    assert all(check.ok for check in verify(tmp_path / "out"))
+    artifact.save(again, tmp_path / "twice")
+    assert (tmp_path / "twice" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    assert inspect(again, latency=False).totals.bytes == sum(t.nbytes for t in stored.values())
+
+
+def test_spoiled_bits_of_codes_are_refused_by_name(model: Model, tmp_path: Path) -> None:
+    _quantize_pruned(model, 8, 0.6)
+    artifact.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    stored[f"{TABLE}::bits"][0] ^= 255
+    stored[f"{TABLE}::bits"][1] = 255
+    _store(tmp_path / "out", stored)
+    with pytest.raises(InputError, match=f"{TABLE} is not soundly stored.*codes of"):
+        load(tmp_path / "out")
 
 
 def test_an_artifact_whose_zeros_are_stored_is_still_read(model: Model, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ again, and the stored tensors put in; quantized weights are dequantized into the
 
     w = sum over k of scale[k] * codes[k] + shift
 
-and pruned ones are zeros with the stored values put where the bits say (`penjing.bitmask`).
+and pruned ones are zeros but where the stored bits say (`penjing.bitmask`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from penjing import bitmask
+from penjing import bitmask, sparsecodes
 from penjing.cache import CacheGrid
 from penjing.edits import perform, replay
 from penjing.errors import InputError, UsageError
@@ -127,7 +127,12 @@ def _own(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _planes(name: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerPlanes:
-    return IntegerPlanes.from_tensors(_own(name, tensors), description)
+    parts = _own(name, tensors)
+    build = sparsecodes.from_tensors if "bits" in parts else IntegerPlanes.from_tensors
+    try:
+        return build(parts, description)
+    except InputError as error:
+        raise InputError(f"{name} is not soundly stored", got=error) from error
 
 
 def _sparse(name: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
