@@ -42,6 +42,7 @@ def prune_file(
     pattern: str | None = None,
     targets: Sequence[str] = (),
     overwrite: bool = False,
+    compress: bool = False,
 ) -> dict[str, Any]:
     """Set the least important weights of a file to zero; shapes and dtypes stay.
 
@@ -54,6 +55,7 @@ def prune_file(
             blocks of so many rows by so many columns stay or go together.
         targets: globs of tensor names; without any, every matrix.
         overwrite: replace an output that exists.
+        compress: deflate a `.npz`, which numpy undoes by itself; other formats store every zero.
 
     Returns:
         JSON-ready report: sizes, weights, how many were removed, each tensor.
@@ -64,6 +66,11 @@ def prune_file(
     """
     chosen = Pattern.parse(pattern, None if sparsity is None else parse_ratio(sparsity))
     score = registry.lookup("criteria", criterion, "score")
+    if compress and Path(output).suffix != ".npz":
+        raise UsageError(
+            "format of a compressed file", got=Path(output).name, allowed=".npz",
+            next="pack other files with a general tool such as zip",
+        )  # fmt: skip
     path, output = _checked(path, output, overwrite)
     loaded = weightfiles.read(path)
     _refuse_quantized(loaded, path)
@@ -91,7 +98,7 @@ def prune_file(
         if left := chosen.leftover(*scores.shape):
             entry["why"] = left
         entries.append(entry)
-    weightfiles.write(output, loaded.replaced(result), overwrite)
+    weightfiles.write(output, loaded.replaced(result), overwrite, compress=compress)
     weights, removed = (sum(e[key] for e in entries) for key in ("weights", "removed"))
     return _report("prune", path, output, entries, skipped) | {
         "weights": weights,

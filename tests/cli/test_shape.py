@@ -82,6 +82,14 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
             ("prune", "{w}", "--sparsity", "0.5", "--pattern", "1x4x", "-o", "{d}/o.npy"),
             "not a pattern",
         ),
+        (
+            ("prune", "{w}", "--sparsity", "0.5", "--compress", "-o", "{d}/o.safetensors"),
+            "allowed: .npz",
+        ),
+        (
+            ("prune", "{d}", "--sparsity", "0.5", "--compress", "-o", "{d}/o"),
+            "without its zeros anyway",
+        ),
         (("prune", "{w}", "--sparsity", "1.5", "-o", "{d}/o.npy"), "0 <= sparsity < 1"),
         (("prune", "{w}", "--sparsity", "0.5", "-o", "{d}/folder"), ".safetensors"),
         (("quantize", "{w}", "--codes", "additive", "--bits", "2", "-o", "{d}/o.npy"), "integer"),

@@ -18,7 +18,7 @@ from penjing.cli.options import (
     output_options,
     to_option,
 )
-from penjing.cli.work import is_bare, removed, show_file, tables_in_floats, technique
+from penjing.cli.work import is_bare, pruned, removed, show_file, tables_in_floats, technique
 from penjing.errors import InputError, UsageError
 from penjing.registry import choices
 from penjing.scheme import FAMILIES, Scheme
@@ -48,6 +48,7 @@ targets_option = click.option(
     type=Leaf("criteria", *choices("pruners")),
     help="Default: admm with data, magnitude without.",
 )
+@click.option("--compress", is_flag=True, help="Deflate a bare .npz, which numpy undoes itself.")
 @targets_option
 @data_options()
 @output_options()
@@ -58,6 +59,7 @@ def prune(
     sparsity: float | None,
     pattern: str | None,
     criterion: str | None,
+    compress: bool,
     output: Path,
     overwrite: bool,
     as_json: bool,
@@ -69,7 +71,7 @@ def prune(
     \b
     penjing prune ./my-model --sparsity 0.5 --data calibration.jsonl -o ./pruned
     penjing prune ./my-model --sparsity 0.5 --pattern 1x4 --data calibration.jsonl -o ./pruned
-    penjing prune params.npy --sparsity 50% -o out.npy
+    penjing prune params.npy --sparsity 50% --compress -o out.npz
     """
     if sparsity is None and pattern is None:
         raise UsageError("how much to prune", allowed="--sparsity 0.5 or --pattern 2:4")
@@ -98,9 +100,19 @@ def prune(
             pattern=pattern,
             targets=targets,
             overwrite=overwrite,
+            compress=compress,
         )
         show_file(found, output, as_json)
         return
+    if compress:
+        raise UsageError("--compress is for bare .npz files", next="leave it out: what is pruned "
+                         "of an artifact is stored without its zeros anyway")  # fmt: skip
+
+    def asked() -> float:
+        from penjing.masks import Pattern
+
+        return Pattern.parse(pattern, sparsity).sparsity
+
     technique(
         lambda m, **more: _api().prune(m, 0.5 if sparsity is None else sparsity, **more),
         model,
@@ -110,6 +122,7 @@ def prune(
         pattern=pattern,
         criterion=criterion,
         targets=targets or None,
+        remarks=lambda before, after: pruned(asked(), before, after),
         **options,
     )
 
