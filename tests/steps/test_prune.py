@@ -101,10 +101,10 @@ def test_blocks_by_hand(block: tuple[int, int]) -> None:
     for name, mask in pruned.masks.items():
         old = model.module.get_parameter(name).detach().abs().double().numpy()
         rows, columns = old.shape[0] // high, old.shape[1] // wide
-        sums = np.array([
-            [old[high * i : high * (i + 1), wide * j : wide * (j + 1)].sum() for j in range(columns)]
-            for i in range(rows)
-        ])  # fmt: skip
+        sums = np.zeros((rows, columns))
+        for i in range(rows):
+            for j in range(columns):
+                sums[i, j] = old[high * i : high * (i + 1), wide * j : wide * (j + 1)].sum()
         stays = sums >= np.sort(sums.reshape(-1))[round(0.5 * sums.size)]
         wanted = np.ones(old.shape, dtype=bool)
         wanted[: rows * high, : columns * wide] = np.kron(stays, np.ones(block, dtype=bool))
