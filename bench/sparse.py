@@ -12,9 +12,11 @@ CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE at 0.4: weights with more zeros may be sto
 Networks: all linear layers of MiniLM-L6 (10.6 M of 22.7 M weights) pruned by magnitude, 1 x 128
 tokens, against the dense network in the same runtime and run. int8 is `quantize --activations 8`.
 
-Sizes: the same networks' weights. Artifact: `weights/` as penjing writes it, in float32. Deflate
-(level 6) and Zstandard (level 3): the dense file packed by a general tool. float16: what bits and
-values of half-precision weights would take; artifacts hold float32.
+Sizes: MB of the same networks' weights, and of the pruned layers alone. `artifact`: `weights/` as
+penjing writes it, all else in float32; `dense`: the same with every zero stored. `deflate` (level 6) and
+`zstd` (level 3): the dense file packed by a general tool. `float16`: what bits and values of
+half-precision weights would take; artifacts hold float32. Rows with bits: `quantize --method rtn`
+after it, 4 bits in groups of 32.
 
 All parts are kept in bench/results/sparse.json and the tables beside it are written from them.
 """
@@ -27,7 +29,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ import torch
 from fits import HERE
 from onnx import helper, numpy_helper
 from quantization import ENCODER
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 import penjing
@@ -278,31 +281,39 @@ def products_of(compiled: openvino.CompiledModel) -> list[str]:
 
 def sizes() -> dict[str, Any]:
     model = penjing.load(str(minilm()))
+    made = {name: pruned(model, name) for name in (*FILES, "90 % 4x4")}
+    for name in ("50 %", "70 %"):
+        for bits in (8, 4):
+            step = Quantize(bits, 0 if bits == 8 else 32, "rtn", targets=ENCODER)
+            made[f"{name}, {bits} bits"] = apply(made[name], Recipe((step,))).model
     found = {}
-    for name in ("dense", *FILES, "90 % 4x4"):
-        made = model if name == "dense" else pruned(model, name)
-        with tempfile.TemporaryDirectory() as work:
-            save(made, Path(work) / "out")
-            own = sum(p.stat().st_size for p in (Path(work) / "out" / "weights").iterdir())
-            masks = dict(made.masks)
-            made.masks.clear()  # as numbers
-            save(made, Path(work) / "dense")
-            data = b"".join(p.read_bytes() for p in (Path(work) / "dense" / "weights").iterdir())
-        weights = [made.module.get_parameter(n).detach() for n in masks]
-        row = {
-            "artifact": own, "dense": len(data), "deflate": len(zlib.compress(data, 6)),
-            "zstd": len(pyarrow.Codec("zstd", 3).compress(data)),
-            "linear": sum(4 * w.numel() for w in weights),
-        }  # fmt: skip
-        for kind in (torch.float32, torch.float16):
-            key = str(kind).removeprefix("torch.")
-            row[key] = sum(bitmask.stored_bytes(w.to(kind)) for w in weights)
-        linear = b"".join(w.numpy().tobytes() for w in weights)
-        row["linear deflate"] = len(zlib.compress(linear, 6))
-        row["linear zstd"] = len(pyarrow.Codec("zstd", 3).compress(linear))
+    for name, one in made.items():
+        masks = dict(one.masks)
+        own, layers = stored(one, masks)
+        one.masks.clear()
+        data, numbers = stored(one, masks)
+        row = {"dense": len(data), "artifact": len(own), "layers": len(numbers)}
+        row["bits and values"] = len(layers)
+        for kind, content in (("", data), ("layers ", numbers)):
+            row[f"{kind}deflate"] = len(zlib.compress(content, 6))
+            row[f"{kind}zstd"] = len(pyarrow.Codec("zstd", 3).compress(content))
+        if not one.planes:
+            halves = (one.module.get_parameter(n).detach().half() for n in masks)
+            row["float16"] = sum(bitmask.stored_bytes(weight) for weight in halves)
         found[name] = row
         print(name, row, flush=True)
     return found
+
+
+def stored(model: Model, names: Iterable[str]) -> tuple[bytes, bytes]:
+    """The files of an artifact's weights, and the numbers in them of `names`."""
+    with tempfile.TemporaryDirectory() as work:
+        save(model, Path(work) / "out")
+        paths = sorted((Path(work) / "out" / "weights").iterdir())
+        data = b"".join(path.read_bytes() for path in paths)
+        own = (pair for path in paths for pair in sorted(load_file(path).items()))
+        chosen = [t.tobytes() for name, t in own if name.partition("::")[0] in names]
+    return data, b"".join(chosen)
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -331,13 +342,13 @@ def table(store: dict[str, Any]) -> None:
         names = sorted({k for one in found["kernels"].values() for k in one.split(", ")})
         text += ["", f"OpenVINO's kernels of all these files: {', '.join(names)}.", ""]
     if found := store.get("sizes"):
-        text += ["## Sizes", "", parts[4], "", "MB of all weights, and of the pruned layers alone:"]
-        text += ["", "| | dense | artifact | deflate | Zstandard | layers dense | bits and values "
-                 "| deflate | Zstandard | float16 |", "|---" * 10 + "|"]  # fmt: skip
+        text += ["## Sizes", "", parts[4]]
+        keys = ("dense", "artifact", "deflate", "zstd", "layers", "bits and values",
+                "layers deflate", "layers zstd", "float16")  # fmt: skip
+        text += ["", f"| | {' | '.join(keys)} |", "|---" * 10 + "|"]
         for name, row in found.items():
-            keys = ("dense", "artifact", "deflate", "zstd", "linear", "float32", "linear deflate",
-                    "linear zstd", "float16")  # fmt: skip
-            text.append(f"| {name} | " + " | ".join(f"{row[k] / 1e6:.1f}" for k in keys) + " |")
+            cells = [f"{row[k] / 1e6:.1f}" if k in row else "" for k in keys]
+            text.append(f"| {name} | {' | '.join(cells)} |")
         text.append("")
     STORE.with_suffix(".md").write_text("\n".join(text).rstrip() + "\n")
 

@@ -421,6 +421,20 @@ def test_what_was_pruned_and_then_quantized_is_stored_as_bits_and_codes(
     assert inspect(again, latency=False).totals.bytes == sum(t.nbytes for t in stored.values())
 
 
+def test_a_tied_weight_that_is_quantized_under_its_other_name_is_stored_once(
+    model: Model, tmp_path: Path
+) -> None:
+    _prune(model, 0.6, TABLE)
+    weight = model.module.get_parameter(TABLE).detach()
+    planes = rtn.fit(weight, Scheme(8, 16, True), None)
+    perform(model, Edit("quantize", "lm_head.weight", planes, "test"))
+    artifact.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    assert {n.partition("::")[0] for n in stored if "::" in n} == {"lm_head.weight"}
+    again = load(tmp_path / "out")
+    assert torch.equal(again.run(again.example), model.run(model.example))
+
+
 def test_spoiled_bits_of_codes_are_refused_by_name(model: Model, tmp_path: Path) -> None:
     _quantize_pruned(model, 8, 0.6)
     artifact.save(model, tmp_path / "out")

@@ -137,9 +137,11 @@ def _tensors(model: Model) -> dict[str, Tensor]:
             planes = model.planes[name]
             packed = sparsecodes.tensors(planes) if model.is_sparse(name) else planes.tensors()
             tensors |= {f"{name}::{part}": t.contiguous() for part, t in packed.items()}
+        elif name in written:
+            continue
         elif model.is_sparse(name):
             tensors |= {f"{name}::{part}": t for part, t in bitmask.pack(tensor).items()}
-        elif name not in written:
+        else:
             tensors[name] = tensor.detach().cpu().contiguous()
     for path, found in model.activations.items():
         if found.channels is not None:
