@@ -4,7 +4,7 @@
 
 Kernels: one linear layer of MiniLM-L6 with random weights on 1, 128 and 4,096 rows of inputs. The
 same runtime with dense weights is 1.00; a number is the median over interleaved rounds of the dense
-time over the row's, one thread. `of onnxruntime` compares with onnxruntime's dense product instead.
+time over the row's, one thread; in brackets against onnxruntime's dense float32 product instead.
 CSR and BSR are torch's compressed rows and square blocks (its products go to MKL, which has no
 others); inputs are given to them as columns, which is the faster way. OpenVINO runs with
 CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE at 0.4: weights with more zeros may be stored compressed.
@@ -13,8 +13,8 @@ Networks: all linear layers of MiniLM-L6 (10.6 M of 22.7 M weights) pruned by ma
 tokens, against the dense network in the same runtime and run. int8 is `quantize --activations 8`.
 
 Sizes: MB of the same networks' weights, and of the pruned layers alone. `artifact`: `weights/` as
-penjing writes it, all else in float32; `dense`: the same with every zero stored. `deflate` (level 6) and
-`zstd` (level 3): the dense file packed by a general tool. `float16`: what bits and values of
+penjing writes it, all else in float32; `dense`: the same with every zero stored. `deflate` (level
+6) and `zstd` (level 3): the dense file packed by a general tool. `float16`: what bits and values of
 half-precision weights would take; artifacts hold float32. Rows with bits: `quantize --method rtn`
 after it, 4 bits in groups of 32.
 
@@ -24,6 +24,7 @@ All parts are kept in bench/results/sparse.json and the tables beside it are wri
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -182,11 +183,11 @@ def kernels() -> dict[str, Any]:
         for rows, rounds in ROWS.items():
             times = interleaved(products(weight, rows), rounds)
             for name, own in times.items():
-                runtime, pattern = name.split("|")
-                dense = times[f"{runtime.split()[0]}|dense"]
-                cell = [ratio(dense, own), ratio(times["onnxruntime|dense"], own)]
-                found.setdefault(name, {})[f"{rows} x {inputs} x {out}"] = cell
-                print(f"{rows} x {inputs} x {out} {name:28s} {cell[0]:.2f} {cell[1]:.2f}", flush=True)
+                runtime, case = name.split("|")[0].split()[0], f"{rows} x {inputs} x {out}"
+                dense = (times[f"{one}|dense"] for one in (runtime, "onnxruntime"))
+                cell = [ratio(before, own) for before in dense]
+                found.setdefault(name, {})[case] = cell
+                print(f"{case} {name:28s} {cell[0]:.2f} {cell[1]:.2f}", flush=True)
     return found
 
 
@@ -228,7 +229,6 @@ def networks() -> dict[str, Any]:
     batch |= {n: torch.zeros(1, 128, dtype=torch.long) for n in model.example if n not in batch}
     arrays = {name: x.numpy() for name, x in batch.items()}
     runs: Runs = {}
-    kernel: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as work:
         for name in ("dense", *FILES):
             made = model if name == "dense" else pruned(model, name)
@@ -242,14 +242,12 @@ def networks() -> dict[str, Any]:
                 for writer, target in (("onnx", "model.onnx"), ("openvino", "openvino")):
                     lookup("writers", writer, "write")(made, folder / target)
                 one = session(str(folder / "model.onnx"))
-                compiled = openvino.Core().compile_model(
-                    folder / "openvino" / "model.xml", "CPU", {**OPENVINO, **SPARSE}
-                )
+                path = folder / "openvino" / "model.xml"
+                compiled = openvino.Core().compile_model(path, "CPU", {**OPENVINO, **SPARSE})
                 two = compiled.create_infer_request()
                 given = {p.name: arrays[p.name] for p in one.get_inputs()}
                 runs[f"onnxruntime {kind}|{name}"] = lambda s=one, g=given: s.run(None, g)
                 runs[f"openvino {kind}|{name}"] = lambda r=two: r.infer(arrays, share_inputs=True)
-                kernel[f"{kind} {name}"] = ", ".join(products_of(compiled))
         runs["torch float32|dense"] = lambda: model.run(batch)
         for name in (n for n in PATTERNS if PATTERNS[n].block[0] > 1):
             twin = in_blocks(pruned(model, name), PATTERNS[name].block)
@@ -257,23 +255,10 @@ def networks() -> dict[str, Any]:
         times = interleaved(runs, 40)
     found: dict[str, Any] = {}
     for name, own in times.items():
-        runtime = name.split("|")[0]
-        best = times["onnxruntime float32|dense"]
-        cell = [1e3 * float(np.median(own)), ratio(times[f"{runtime}|dense"], own), ratio(best, own)]
-        found[name] = cell
-        print(f"{name:34s} {cell[0]:7.2f} ms {cell[1]:.2f} {cell[2]:.2f}", flush=True)
-    print(kernel)
-    return {"times": found, "kernels": kernel}
-
-
-def products_of(compiled: openvino.CompiledModel) -> list[str]:
-    """Names of OpenVINO's kernels of linear layers."""
-    found = set()
-    for node in compiled.get_runtime_model().get_ops():
-        info = node.get_rt_info()
-        if info["layerType"].value in ("FullyConnected", "MatMul"):
-            found.add(str(info["primitiveType"].value))
-    return sorted(found)
+        dense = (times[f"{one}|dense"] for one in (name.split("|")[0], "onnxruntime float32"))
+        found[name] = [1e3 * float(np.median(own)), *(ratio(before, own) for before in dense)]
+        print(f"{name:34s}", " ".join(f"{x:.2f}" for x in found[name]), flush=True)
+    return found
 
 
 # --- sizes ------------------------------------------------------------------------------------
@@ -323,7 +308,9 @@ def table(store: dict[str, Any]) -> None:
     parts = [" ".join(part.split()) for part in (__doc__ or "").split("\n\n")]
     able = torch.cpu.get_capabilities()
     flags = [f"{n} {'yes' if able.get(n) else 'no'}" for n in ("avx2", "avx512_vnni", "amx_int8")]
-    text = ["# Sparse weights", "", f"Processor: {', '.join(flags)}.", ""]
+    loads = [f"{load:.1f} ({name})" for name, load in store["load"].items() if name != "sizes"]
+    text = ["# Sparse weights", "", f"Processor: {', '.join(flags)}; {os.cpu_count()} cores, which "
+            f"other work shared: average load {', '.join(loads)}.", ""]  # fmt: skip
     if found := store.get("kernels"):
         cases = list(next(iter(found.values())))
         text += ["## Kernels", "", parts[2], "", "| | " + " | ".join(cases) + " |"]
@@ -331,16 +318,15 @@ def table(store: dict[str, Any]) -> None:
         for name, row in found.items():
             cells = [f"{row[c][0]:.2f}" for c in cases]
             if name.startswith("torch"):
-                cells = [f"{row[c][0]:.2f} ({row[c][1]:.2f} of onnxruntime)" for c in cases]
+                cells = [f"{row[c][0]:.2f} ({row[c][1]:.2f})" for c in cases]
             text.append(f"| {name.replace('|', ', ')} | {' | '.join(cells)} |")
         text.append("")
     if found := store.get("networks"):
         text += ["## Networks", "", parts[3], ""]
         text += ["| | ms | of dense | of onnxruntime's float32, dense |", "|---|---|---|---|"]
-        for name, (ms, dense, best) in found["times"].items():
+        for name, (ms, dense, best) in found.items():
             text.append(f"| {name.replace('|', ', ')} | {ms:.2f} | {dense:.2f} | {best:.2f} |")
-        names = sorted({k for one in found["kernels"].values() for k in one.split(", ")})
-        text += ["", f"OpenVINO's kernels of all these files: {', '.join(names)}.", ""]
+        text.append("")
     if found := store.get("sizes"):
         text += ["## Sizes", "", parts[4]]
         keys = ("dense", "artifact", "deflate", "zstd", "layers", "bits and values",
@@ -360,6 +346,7 @@ def main() -> None:
     for part in (kernels, networks, sizes):
         if part.__name__ in (sys.argv[1:] or ["kernels", "networks", "sizes"]):
             store[part.__name__] = part()
+            store.setdefault("load", {})[part.__name__] = os.getloadavg()[0]
             STORE.write_text(json.dumps(store, indent=1) + "\n")
             table(store)
 
