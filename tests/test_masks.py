@@ -119,7 +119,9 @@ def test_bad_scores_and_shares_are_refused() -> None:
     with pytest.raises(UsageError, match="block"):
         blocks(SCORES, 0.5, (0, 4))
     for call in (
-        lambda s: unstructured(s, 0.5), lambda s: n_m(s, 1, 2), lambda s: blocks(s, 0.5, (1, 2)),
+        lambda s: unstructured(s, 0.5),
+        lambda s: n_m(s, 1, 2),
+        lambda s: blocks(s, 0.5, (1, 2)),
     ):
         with pytest.raises(InputError, match="NaN"):
             call(torch.tensor([[float("nan"), 1.0]]))

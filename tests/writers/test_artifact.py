@@ -476,9 +476,7 @@ def _flipped(bits: torch.Tensor) -> torch.Tensor:
 
 SPOILED_BITS: dict[str, Any] = {
     "its bits set": lambda s: s.update({f"{PRUNED}::values": s[f"{PRUNED}::values"][:-1].clone()}),
-    "values of a bitmask": lambda s: s.update(
-        {f"{PRUNED}::bits": _flipped(s[f"{PRUNED}::bits"])}
-    ),
+    "values of a bitmask": lambda s: s.update({f"{PRUNED}::bits": _flipped(s[f"{PRUNED}::bits"])}),
     "bits of a tensor": lambda s: s.update({f"{PRUNED}::bits": s[f"{PRUNED}::bits"][:-1].clone()}),
     "parts of a bitmask": lambda s: s.pop(f"{PRUNED}::bits"),
     "lacks 1 tensors": lambda s: [s.pop(f"{PRUNED}::{part}") for part in ("bits", "values")],
