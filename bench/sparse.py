@@ -9,7 +9,7 @@ CSR and BSR are torch's compressed rows and square blocks (its products go to MK
 others); inputs are given to them as columns, which is the faster way. OpenVINO runs with
 CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE at 0.4: weights with more zeros may be stored compressed.
 
-Networks: all linear layers of MiniLM-L6 (10.6 M of 22.7 M weights) pruned by magnitude, 1 x 128
+Networks: all linear layers of MiniLM-L6 (10.6 M of 22.6 M weights) pruned by magnitude, 1 x 128
 tokens, against the dense network in the same runtime and run. int8 is `quantize --activations 8`.
 
 Sizes: MB of the same networks' weights, and of the pruned layers alone. `artifact`: `weights/` as
