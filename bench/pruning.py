@@ -41,6 +41,7 @@ MLP = ("encoder.layer.*.output.dense",)
 def rows() -> dict[str, tuple[Step, ...]]:
     """Steps by name; a row's first part says what it is compared within."""
     made: dict[str, tuple[Step, ...]] = {}
+    own: dict[str, Any]
     for about, options in (
         ("50 %", {"sparsity": 0.5}), ("70 %", {"sparsity": 0.7}), ("2:4", {"pattern": "2:4"}),
     ):  # fmt: skip
@@ -52,9 +53,16 @@ def rows() -> dict[str, tuple[Step, ...]]:
         )
         for name in ("fast", "admm"):
             made[f"{about}, {name}"] = (Prune(criterion=name, **given),)
+    for share, block in ((0.5, "1x4"), (0.5, "4x4"), (0.9, "4x4")):
+        about = f"{share:.0%} in {block}".replace("%", " %")
+        own = {"sparsity": share, "pattern": block, "targets": ENCODER}
+        made[f"{about}, magnitude"] = (Prune(criterion="magnitude", **own),)
+        made[f"{about}, sparsegpt"] = (Prune(criterion="sparsegpt", alpha=0.0, bias=False, **own),)
+        for name in ("fast", "admm"):
+            made[f"{about}, {name}"] = (Prune(criterion=name, **own),)
     for ratio in (0.3, 0.5):
         about = f"MLP -{ratio:.0%}".replace("%", " %")
-        own: dict[str, Any] = {"ratio": ratio, "targets": MLP, "multiple": 1}
+        own = {"ratio": ratio, "targets": MLP, "multiple": 1}
         for name in ("random", "magnitude", "wanda"):
             made[f"{about}, {name}"] = (Shrink(criterion=name, repair=False, **own),)
         made[f"{about}, wanda, repaired"] = (Shrink(criterion="wanda", **own),)

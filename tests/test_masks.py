@@ -1,11 +1,11 @@
-"""Masks against numpy's sort and hand-made ties."""
+"""Masks against numpy's sort, plain loops and hand-made ties."""
 
 import numpy as np
 import pytest
 import torch
 
 from penjing.errors import InputError, UsageError
-from penjing.masks import n_m, parse_pattern, unstructured
+from penjing.masks import Pattern, blocks, n_m, unstructured
 
 SCORES = torch.rand(7, 11, generator=torch.Generator().manual_seed(0))
 
@@ -51,10 +51,63 @@ def test_infinite_scores_order_and_empty_ones_pass() -> None:
 
 
 def test_patterns_are_read() -> None:
-    assert parse_pattern("2:4") == (2, 4)
-    for bad in ("2", "4:2", "0:4", "2:2", "a:b", "2:4:8", "-1:4", "²:4"):
+    assert Pattern.parse("2:4") == Pattern(0.5, 2, 4)
+    assert Pattern.parse("1:4", 0.75) == Pattern(0.75, 1, 4)
+    assert Pattern.parse("1x4", 0.6) == Pattern(0.6, block=(1, 4))
+    assert Pattern.parse(None, 0.6) == Pattern.parse("1x1", 0.6) == Pattern(0.6)
+    names = {"2:4": None, "1x4": 0.5, "16x32": 0.9}
+    assert [str(Pattern.parse(n, s)) for n, s in names.items()] == [
+        "2:4", "50% in blocks of 1x4", "90% in blocks of 16x32",
+    ]  # fmt: skip
+    assert [Pattern.parse(n, s).width for n, s in names.items()] == [4, 4, 32]
+    for bad in ("2", "4:2", "0:4", "2:2", "a:b", "2:4:8", "-1:4", "²:4", "0x4", "4x0", "4X4", "x4",
+                "1x4 ", "", "1x4x4", "1" * 5000 + "x4"):  # fmt: skip
         with pytest.raises(UsageError, match="not a pattern"):
-            parse_pattern(bad)
+            Pattern.parse(bad, 0.5)
+    for text in (None, "1x4"):
+        with pytest.raises(UsageError, match="no sparsity"):
+            Pattern.parse(text)
+    with pytest.raises(UsageError, match="disagree"):
+        Pattern.parse("2:4", 0.4)
+
+
+def test_what_fills_no_group_is_said() -> None:
+    assert Pattern.parse("2:4").leftover(7, 8) == Pattern(0.5).leftover(7, 11) == ""
+    two = Pattern.parse("2:4").leftover(7, 11)
+    assert two == "the last 3 of each row fill no group of 4 and stay"
+    both = Pattern.parse("4x8", 0.5).leftover(7, 11)
+    assert both == "the last 3 of each row and the last 3 rows fill no block of 4x8 and stay"
+
+
+@pytest.mark.parametrize("block", [(1, 4), (4, 1), (2, 3), (7, 11), (1, 1)])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.5, 1.0])
+def test_whole_blocks_go_by_their_sums(
+    block: tuple[int, int], per_row: bool, sparsity: float
+) -> None:
+    scores, (high, wide) = SCORES.numpy(), block
+    rows, columns = 7 // high, 11 // wide
+    wanted = np.ones((7, 11), dtype=bool)
+    sums = {}
+    for i in range(rows):
+        for j in range(columns):
+            part = scores[i * high : (i + 1) * high, j * wide : (j + 1) * wide]
+            sums[i, j] = sum(float(x) for x in part.flat)
+    among = [[(i, j) for j in range(columns)] for i in range(rows)]
+    if not per_row:
+        among = [[place for row in among for place in row]]
+    for places in among:
+        for i, j in sorted(places, key=sums.__getitem__)[: round(sparsity * len(places))]:
+            wanted[i * high : (i + 1) * high, j * wide : (j + 1) * wide] = False
+    np.testing.assert_array_equal(blocks(SCORES, sparsity, block, per_row).numpy(), wanted)
+    pattern = Pattern(sparsity, block=block)
+    np.testing.assert_array_equal(pattern.mask(SCORES, per_row=per_row).numpy(), wanted)
+
+
+def test_blocks_larger_than_the_weight_stay() -> None:
+    assert blocks(SCORES, 0.9, (8, 1)).all()
+    assert blocks(SCORES, 0.9, (1, 12), per_row=True).all()
+    assert blocks(torch.zeros(0, 3), 0.5, (1, 2)).shape == (0, 3)
 
 
 def test_bad_scores_and_shares_are_refused() -> None:
@@ -63,7 +116,13 @@ def test_bad_scores_and_shares_are_refused() -> None:
             unstructured(SCORES, bad)
     with pytest.raises(UsageError, match="pattern"):
         n_m(SCORES, 4, 4)
-    for call in (lambda s: unstructured(s, 0.5), lambda s: n_m(s, 1, 2)):
+    with pytest.raises(UsageError, match="block"):
+        blocks(SCORES, 0.5, (0, 4))
+    for call in (
+        lambda s: unstructured(s, 0.5),
+        lambda s: n_m(s, 1, 2),
+        lambda s: blocks(s, 0.5, (1, 2)),
+    ):
         with pytest.raises(InputError, match="NaN"):
             call(torch.tensor([[float("nan"), 1.0]]))
         with pytest.raises(InputError, match="scores"):

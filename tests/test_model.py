@@ -144,6 +144,17 @@ def test_stored_bits_by_hand() -> None:
     assert np.isfinite(expected)
 
 
+def test_stored_bits_of_a_pruned_weight_by_hand() -> None:
+    module = nn.Sequential(nn.Linear(64, 32))
+    model = Model(module, "tensor", {"x": torch.zeros(1, 64)}, source())
+    mask = torch.ones(32, 64, dtype=torch.bool)
+    mask[:, :48] = False
+    perform(model, Edit("mask", "0.weight", mask, ""))
+    assert model.stored_bytes("0.weight") == 32 * 64 // 8 + 32 * 16 * 4
+    assert model.stored_bytes("0.bias") == 32 * 4
+    assert model.stored_bits() == 8 * (256 + 2048 + 128) / (32 * 64 + 32)
+
+
 def test_parents() -> None:
     model = linear()
     assert parent_of(model.module, "0.weight") == (model.module[0], "weight")

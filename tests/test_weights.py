@@ -51,6 +51,38 @@ def test_fortran_order_is_the_same_array(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after, np.where(np.abs(before) > cut, before, 0))
 
 
+def test_zeros_take_little_room_in_a_compressed_npz(tmp_path: Path) -> None:
+    before = RNG.normal(size=(64, 128)).astype("f4")
+    np.savez(tmp_path / "in.npz", w=before, bias=before[0], names=np.array(["a"]))
+    made = {}
+    for name, compress in (("plain", False), ("packed", True), ("again", True)):
+        out = tmp_path / f"{name}.npz"
+        report = prune_file(tmp_path / "in.npz", out, 0.75, compress=compress)
+        assert report["size_bytes"]["after"] == out.stat().st_size
+        made[name] = out.read_bytes()
+        with np.load(out) as found:
+            limit = np.quantile(np.abs(before), 0.75)
+            np.testing.assert_array_equal(found["w"], np.where(np.abs(before) > limit, before, 0))
+            assert found["names"].tolist() == ["a"]
+    assert made["packed"] == made["again"]
+    assert len(made["packed"]) < 0.4 * len(made["plain"])
+    prune_file(tmp_path / "packed.npz", tmp_path / "more.npz", 0.9)
+    with np.load(tmp_path / "more.npz") as found:
+        assert (found["w"] != 0).sum() == round(0.1 * before.size)
+    with pytest.raises(UsageError, match=r"compressed.*\.npz.*next: "):
+        prune_file(tmp_path / "in.npz", tmp_path / "x.safetensors", 0.5, compress=True)
+
+
+def test_blocks_and_the_rows_that_fill_none(tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", np.array([[4.0, 3, 2, 9, 7], [1, 1, 8, 9, 7], [0.1, 0, 0, 0, 0]]))
+    report = prune_file(tmp_path / "in.npy", tmp_path / "out.npy", 0.5, pattern="2x2")
+    assert np.load(tmp_path / "out.npy").tolist() == [
+        [0, 0, 2, 9, 7], [0, 0, 8, 9, 7], [0.1, 0, 0, 0, 0],
+    ]  # fmt: skip
+    why = "the last 1 of each row and the last 1 rows fill no block of 2x2 and stay"
+    assert report["tensors"][0]["why"] == why
+
+
 def test_a_pattern_keeps_two_of_four_and_the_tail(tmp_path: Path) -> None:
     np.save(tmp_path / "in.npy", np.array([[4.0, -3, 2, 1, 5, 6]]))
     report = prune_file(tmp_path / "in.npy", tmp_path / "out.npy", pattern="2:4")

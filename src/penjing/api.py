@@ -151,7 +151,10 @@ def prune(
 ) -> Model:
     """A copy with the least important connections set to zero; see `penjing.steps.prune`.
 
-    Without a criterion: `admm` with data, `magnitude` without.
+    Args:
+        pattern: `2:4` keeps two of every four inputs, whatever `sparsity` is; with `1x4` blocks of
+            one output and four inputs stay or go whole.
+        criterion: without one `admm` with data, `magnitude` without.
     """
     chosen = criterion or ("admm" if data is not None else "magnitude")
     step = Prune(sparsity, chosen, pattern, targets=tuple(targets or ()))

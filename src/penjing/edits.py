@@ -46,12 +46,13 @@ def perform(model: Model, edit: Edit) -> None:
                 model.planes[edit.path] = value
             elif edit.kind == "mask" and isinstance(value, Tensor):
                 _refuse_quantized(model, "mask", [edit.path])
-                _set(parameter, parameter * value)
+                _set(parameter, parameter.masked_fill(~value, 0))
                 model.masks[edit.path] = value & model.masks.get(edit.path, value)
             elif isinstance(value, Tensor):
                 _refuse_quantized(model, "weight", [edit.path])
+                mask = model.masks.get(edit.path)
                 # What was removed stays removed.
-                _set(parameter, value * model.masks.get(edit.path, True))
+                _set(parameter, value if mask is None else value.masked_fill(~mask, 0))
     elif isinstance(value, ActivationRange):
         layer = model.module.get_submodule(edit.path)
         if not hasattr(layer, "penjing_range"):

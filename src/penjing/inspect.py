@@ -33,8 +33,8 @@ class Layer:
         name: path of the module; of the parameter for a bare weight file.
         kind: class of the module.
         parameters: own weights; a tied tensor counts at its first owner only.
-        bytes: of those weights as stored, scales of quantized ones included. A masked weight
-            is stored dense, so its zeros count.
+        bytes: of those weights as an artifact stores them: scales of quantized ones included,
+            of pruned ones a bitmask and the values that stay.
         macs: multiply-accumulates of one run, all its calls together.
         calls: times it ran, 0 for a module that never did.
         peak_memory_bytes: most activation bytes alive while it ran, None if nothing was run.
@@ -233,7 +233,7 @@ def _named_failure(batch: int, length: int | None) -> Iterator[None]:
 
 def _weights(model: Model) -> dict[str, Layer]:
     """Layers that own parameters, by module path; nothing is run."""
-    planes = {id(model.module.get_parameter(path)): p for path, p in model.planes.items()}
+    edited = {id(model.module.get_parameter(n)): n for n in (*model.masks, *model.planes)}
     owners: dict[int, str] = {}
     layers: dict[str, Layer] = {}
     for path, module in model.module.named_modules():
@@ -247,16 +247,10 @@ def _weights(model: Model) -> dict[str, Layer]:
             if first != key:
                 layers[key] = replace(layer, tied_to=first)
                 continue
-            quantized = planes.get(id(parameter))
-            stored = (
-                quantized.stored_bytes
-                if quantized is not None
-                else parameter.numel() * parameter.element_size()
-            )
             layers[key] = replace(
                 layer,
                 parameters=layer.parameters + parameter.numel(),
-                bytes=layer.bytes + stored,
+                bytes=layer.bytes + model.stored_bytes(edited.get(id(parameter), full)),
             )
     return layers
 

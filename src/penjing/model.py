@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from penjing import bitmask, sparsecodes
 from penjing.cache import CacheGrid, rounding_cache
 from penjing.errors import InputError
 from penjing.planes import IntegerPlanes
@@ -174,15 +175,27 @@ class Model:
         return [tuple(group) for group in names.values() if len(group) > 1]
 
     def stored_bits(self) -> float:
-        """Stored bits per weight, metadata of quantized weights included."""
-        bits = count = 0
-        for name, parameter in self.parameters():
-            count += parameter.numel()
-            planes = self.planes.get(name)
-            bits += 8 * (
-                planes.stored_bytes if planes else parameter.numel() * parameter.element_size()
-            )
-        return bits / max(count, 1)
+        """Stored bits per weight; scales of quantized weights and bitmasks of pruned ones count."""
+        total = sum(self.stored_bytes(name) for name, _ in self.parameters())
+        return 8 * total / max(self.parameter_count, 1)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of one parameter in an artifact."""
+        sparse, planes = self.is_sparse(name), self.planes.get(name)
+        if planes is not None:
+            return sparsecodes.stored_bytes(planes) if sparse else planes.stored_bytes
+        parameter = self.module.get_parameter(name)
+        dense = parameter.numel() * parameter.element_size()
+        return bitmask.stored_bytes(parameter) if sparse else dense
+
+    def is_sparse(self, name: str) -> bool:
+        """Whether an artifact stores only what is no zero of this parameter, with a bitmask."""
+        if name not in self.masks:
+            return False
+        planes = self.planes.get(name)
+        if planes is not None:
+            return sparsecodes.pays(planes)
+        return bitmask.pays(self.module.get_parameter(name))
 
     @property
     def device(self) -> torch.device:

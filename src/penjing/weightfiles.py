@@ -11,7 +11,9 @@ import errno
 import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -222,15 +224,23 @@ def _read_pth(path: Path) -> Tensors:
     return found
 
 
-def write(output: Path, content: Tensors, overwrite: bool = False) -> None:
+def write(
+    output: Path, content: Tensors, overwrite: bool = False, *, compress: bool = False
+) -> None:
     """Write a weight file in the format of its extension, whole or not at all.
+
+    Args:
+        compress: deflate the arrays of a `.npz`, which numpy undoes by itself.
 
     Raises:
         InputError: it cannot be written, or the format cannot hold what is in it.
         UsageError: an extension that is not a weight file's.
     """
     check_format(output)
-    writers = {".npy": _write_npy, ".npz": _write_npz, ".safetensors": _write_safetensors}
+    writers: dict[str, Callable[[Path, Tensors], None]] = {
+        ".npy": _write_npy, ".npz": partial(_write_npz, compress=compress),
+        ".safetensors": _write_safetensors,
+    }  # fmt: skip
     writer = writers.get(output.suffix, _write_pth)
 
     def to(path: Path) -> None:
@@ -273,7 +283,7 @@ def _write_npy(path: Path, content: Tensors) -> None:
     np.save(path, _array(content, next(iter(content.tensors))), allow_pickle=False)
 
 
-def _write_npz(path: Path, content: Tensors) -> None:
+def _write_npz(path: Path, content: Tensors, compress: bool = False) -> None:
     arrays = {name: _array(content, name) for name in content.tensors} | content.raw
     if DESCRIPTION in content.extra:
         arrays[DESCRIPTION] = np.array(json.dumps(content.extra[DESCRIPTION]))
@@ -281,6 +291,7 @@ def _write_npz(path: Path, content: Tensors) -> None:
         for name, array in arrays.items():
             # A fixed date, so that the same weights give the same bytes.
             entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
             with archive.open(entry, "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
 

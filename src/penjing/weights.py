@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penjing import masks, packed, registry, weightfiles
+from penjing import packed, registry, weightfiles
 from penjing.errors import InputError, UsageError
 from penjing.files import check_output
+from penjing.masks import Pattern
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.units import parse_ratio
 from penjing.weightfiles import Tensors
@@ -41,6 +42,7 @@ def prune_file(
     pattern: str | None = None,
     targets: Sequence[str] = (),
     overwrite: bool = False,
+    compress: bool = False,
 ) -> dict[str, Any]:
     """Set the least important weights of a file to zero; shapes and dtypes stay.
 
@@ -49,9 +51,11 @@ def prune_file(
         output: file to write, in the format of its own extension.
         sparsity: fraction removed of each tensor, 0 to 1 or `50%`.
         criterion: name or callable `score(weight [out, in], stats)`; there are no stats here.
-        pattern: `n:m`, n of every m consecutive inputs stay; sets the sparsity.
+        pattern: `n:m`, n of every m consecutive inputs stay, which sets the sparsity; or `RxC`,
+            blocks of so many rows by so many columns stay or go together.
         targets: globs of tensor names; without any, every matrix.
         overwrite: replace an output that exists.
+        compress: deflate a `.npz`, which numpy undoes by itself; other formats store every zero.
 
     Returns:
         JSON-ready report: sizes, weights, how many were removed, each tensor.
@@ -60,8 +64,13 @@ def prune_file(
         InputError: a file that cannot be used or written, or holds NaN or infinite values.
         UsageError: options that do not make sense.
     """
-    share, group = _wanted(sparsity, pattern)
+    chosen = Pattern.parse(pattern, None if sparsity is None else parse_ratio(sparsity))
     score = registry.lookup("criteria", criterion, "score")
+    if compress and Path(output).suffix != ".npz":
+        raise UsageError(
+            "format of a compressed file", got=Path(output).name, allowed=".npz",
+            next="pack other files with a general tool such as zip",
+        )  # fmt: skip
     path, output = _checked(path, output, overwrite)
     loaded = weightfiles.read(path)
     _refuse_quantized(loaded, path)
@@ -73,9 +82,7 @@ def prune_file(
         tensor = loaded.tensors[name]
         single = torch.promote_types(tensor.dtype, torch.float32)
         scores = score(_matrix(tensor).to(single), None)  # [out, in]
-        kept = (
-            masks.n_m(scores, *group) if group else masks.unstructured(scores, share, per_row=False)
-        )
+        kept = chosen.mask(scores)
         # Tied tensors get one result between them, so that they stay tied.
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if place not in done:
@@ -88,10 +95,10 @@ def prune_file(
             "weights": tensor.numel(),
         }
         entry["removed"] = removed
-        if group and (tail := scores.shape[1] % group[1]):
-            entry["why"] = f"the last {tail} of each row fill no group of {group[1]} and stay"
+        if left := chosen.leftover(*scores.shape):
+            entry["why"] = left
         entries.append(entry)
-    weightfiles.write(output, loaded.replaced(result), overwrite)
+    weightfiles.write(output, loaded.replaced(result), overwrite, compress=compress)
     weights, removed = (sum(e[key] for e in entries) for key in ("weights", "removed"))
     return _report("prune", path, output, entries, skipped) | {
         "weights": weights,
@@ -247,27 +254,6 @@ def _checked(path: Path | str, output: Path | str, overwrite: bool) -> tuple[Pat
     weightfiles.check_format(output)
     check_output(output, overwrite, (path,))
     return path, output
-
-
-def _wanted(
-    sparsity: float | str | None, pattern: str | None
-) -> tuple[float, tuple[int, int] | None]:
-    share = None if sparsity is None else parse_ratio(sparsity)
-    if share is not None and not 0 <= share <= 1:
-        raise UsageError("sparsity", got=sparsity, allowed="0 to 1, or 0% to 100%")
-    if pattern is None:
-        if share is None:
-            raise UsageError("no sparsity", next="pass --sparsity 0.5 or --pattern 2:4")
-        return share, None
-    n, m = masks.parse_pattern(pattern)
-    if share is not None and not math.isclose(share, 1 - n / m, abs_tol=1e-9):
-        raise UsageError(
-            f"sparsity and pattern {pattern} disagree",
-            got=sparsity,
-            allowed=f"{1 - n / m:g}",
-            next="leave --sparsity out",
-        )
-    return 1 - n / m, (n, m)
 
 
 def _refuse_quantized(loaded: Tensors, path: Path) -> None:

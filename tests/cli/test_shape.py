@@ -37,6 +37,17 @@ def test_prune_a_weight_file_by_pattern(weights: Path, tmp_path: Path) -> None:
     assert (kept.sum(1) == 2).all()
 
 
+def test_prune_a_weight_file_in_blocks(weights: Path, tmp_path: Path) -> None:
+    options = ("--sparsity", 0.5, "--pattern", "2x4", "-o", tmp_path / "o.npy")
+    assert invoke("prune", weights, *options)[0] == 0
+    kept = np.load(tmp_path / "o.npy") != 0
+    rows, columns = kept.shape[0] // 2, kept.shape[1] // 4
+    whole = kept[: 2 * rows, : 4 * columns].reshape(rows, 2, columns, 4).swapaxes(1, 2)
+    stay = whole.reshape(rows * columns, -1)
+    assert (stay.all(1) | ~stay.any(1)).all()
+    assert (~stay.any(1)).sum() == round(0.5 * len(stay))
+
+
 def test_quantize_a_weight_file(weights: Path, tmp_path: Path) -> None:
     output = tmp_path / "o.npz"
     status, out, _ = invoke("quantize", weights, "--bits", 8, "-o", output, "--json")
@@ -64,6 +75,20 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (
             ("prune", "{w}", "--sparsity", "0.5", "--pattern", "2:4", "-o", "{d}/o.npy"),
             "one of them",
+        ),
+        (("prune", "{w}", "--pattern", "1x4", "-o", "{d}/o.npy"), "1x4 with --sparsity"),
+        (("prune", "{w}", "--pattern", "1xq", "-o", "{d}/o.npy"), "N:M such as 2:4"),
+        (
+            ("prune", "{w}", "--sparsity", "0.5", "--pattern", "1x4x", "-o", "{d}/o.npy"),
+            "not a pattern",
+        ),
+        (
+            ("prune", "{w}", "--sparsity", "0.5", "--compress", "-o", "{d}/o.safetensors"),
+            "allowed: .npz",
+        ),
+        (
+            ("prune", "{d}", "--sparsity", "0.5", "--compress", "-o", "{d}/o"),
+            "without its zeros anyway",
         ),
         (("prune", "{w}", "--sparsity", "1.5", "-o", "{d}/o.npy"), "0 <= sparsity < 1"),
         (("prune", "{w}", "--sparsity", "0.5", "-o", "{d}/folder"), ".safetensors"),

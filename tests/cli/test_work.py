@@ -42,6 +42,25 @@ def test_prune_writes_an_artifact_that_loads(bert: Path, tmp_path: Path) -> None
     assert {p.name for p in tmp_path.iterdir()} == {"bert", "pruned"}  # no journal left
 
 
+def test_prune_says_what_it_gains_and_what_not(bert: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    sizes = []
+    for number, (share, block) in enumerate((("0.5", "2x4"), ("0.9", "24x8"), ("0", "1x1"))):
+        output = tmp_path / str(number)
+        arguments = ["prune", str(bert), "--sparsity", share, "--pattern", block, "-o", str(output)]
+        done = CliRunner().invoke(group, arguments)
+        assert done.exit_code == 0, done.stderr
+        assert "no runtime here skips zeros" in done.stderr
+        stored = load_file(output / "weights" / "model-00001.safetensors")
+        size = sum(array.nbytes for array in stored.values())
+        assert f"take {size / 1e3:.1f} KB" in done.stderr
+        sizes.append(size)
+        # Of 32 or 64 rows some fill no block of 24.
+        assert ("asked 90.0%" in done.stderr) is (block == "24x8")
+    assert sizes[0] < 0.8 * sizes[2]
+
+
 def test_tables_that_stay_in_floats_are_named(bert: Path, tmp_path: Path) -> None:
     arguments = ["quantize", str(bert), "--bits", "8", "--embeddings", "4", "--method", "rtn"]
     done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / "out")])

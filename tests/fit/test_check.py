@@ -7,9 +7,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
-from penjing.fit.check import worth
+from penjing.apply import apply
+from penjing.fit.check import worth, zeros
 from penjing.fit.preflight import Speed
 from penjing.model import Model
+from penjing.recipe import Recipe
+from penjing.steps.prune import Prune
 
 BOTH = ["onnxruntime", "openvino"]
 
@@ -52,3 +55,13 @@ def test_one_layer_says_little_of_a_convolutional_network() -> None:
 def test_what_was_not_measured_is_not_left() -> None:
     first, second = {"fp32": 100.0, "int8": 50.0}, {"fp32": None, "int8": None}
     assert _kept(net.bert(), onnxruntime=first, openvino=second) == BOTH
+
+
+def test_the_report_says_that_zeros_are_not_skipped() -> None:
+    model = net.stack()
+    assert zeros(model) == []
+    made = apply(model, Recipe((Prune(0.5, "magnitude"),))).model
+    gone = sum(int((made.module.get_parameter(n) == 0).sum()) for n in made.masks)
+    [note] = zeros(made)
+    assert f"{gone / made.parameter_count:.0%} of the weights" in note
+    assert "no runtime here skips zeros" in note

@@ -93,6 +93,38 @@ def test_two_of_four() -> None:
         assert (old.masked_fill(~kept, torch.inf).amin(1) >= old.masked_fill(kept, 0).amax(1)).all()
 
 
+@pytest.mark.parametrize("block", [(1, 4), (4, 1), (2, 3)])
+def test_blocks_by_hand(block: tuple[int, int]) -> None:
+    model, (high, wide) = net.stack(), block
+    step = Prune(0.5, "magnitude", f"{high}x{wide}")
+    pruned = apply(model, Recipe((step,))).model
+    for name, mask in pruned.masks.items():
+        old = model.module.get_parameter(name).detach().abs().double().numpy()
+        rows, columns = old.shape[0] // high, old.shape[1] // wide
+        sums = np.zeros((rows, columns))
+        for i in range(rows):
+            for j in range(columns):
+                sums[i, j] = old[high * i : high * (i + 1), wide * j : wide * (j + 1)].sum()
+        stays = sums >= np.sort(sums.reshape(-1))[round(0.5 * sums.size)]
+        wanted = np.ones(old.shape, dtype=bool)
+        wanted[: rows * high, : columns * wide] = np.kron(stays, np.ones(block, dtype=bool))
+        np.testing.assert_array_equal(mask.numpy(), wanted)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "fast", "admm", "sparsegpt"])
+def test_blocks_go_whole_with_every_criterion(criterion: str) -> None:
+    model, batches = net.stack(), net.arrays(4)
+    pruned = apply(model, Recipe((Prune(0.5, criterion, "2x4"),)), batches).model
+    assert len(pruned.masks) == 6
+    for name, mask in pruned.masks.items():
+        rows, columns = mask.shape[0] // 2, mask.shape[1] // 4
+        each = mask[: 2 * rows, : 4 * columns].reshape(rows, 2, columns, 4).transpose(1, 2)
+        each = each.flatten(2)  # [rows, columns, 8]
+        assert (each.all(-1) | ~each.any(-1)).all()
+        assert float((~each[..., 0]).float().mean()) == pytest.approx(0.5, abs=0.13)
+        assert not pruned.module.get_parameter(name)[~mask].any()
+
+
 def test_wanda_beats_magnitude_and_random_where_inputs_differ() -> None:
     model, batches = net.stack(), net.arrays(4)
     for batch in batches:
@@ -149,6 +181,8 @@ def test_options() -> None:
         Prune(1.0)
     with pytest.raises(UsageError, match="pattern"):
         Prune(pattern="4:2")
+    with pytest.raises(UsageError, match="pattern"):
+        Prune(0.5, pattern="4x")
     with pytest.raises(UsageError, match="unknown name in criteria"):
         Prune(criterion="best")
 

@@ -9,15 +9,18 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from penjing.edits import perform
 from penjing.errors import InputError, UsageError
+from penjing.inspect import inspect
 from penjing.load import load, original
 from penjing.model import Model
 from penjing.planes import IntegerPlanes, Scheme, round_scales
 from penjing.quantizers import rtn
 from penjing.readers import artifact as reader
 from penjing.recipe import ActivationRange, Edit, Patch, Recipe, Slice
+from penjing.verify import verify
 from penjing.writers import artifact
 
 
@@ -326,3 +329,181 @@ def test_a_zero_point_and_a_half_scale_cost_their_bits(model: Model, tmp_path: P
             sizes.append(sum(file.get_tensor(n).nbytes for n in stored))
     # 50 rows of 16 codes, 2 groups a row: codes 8 B, zero points 1 B, scales 8 or 4 B a row.
     assert sizes == [50 * (8 + 1 + 8), 50 * (8 + 1 + 4)]
+
+
+PRUNED = "model.layers.0.mlp.up_proj.weight"
+WEIGHTS = "weights/model-00001.safetensors"
+
+
+def _prune(model: Model, share: float, name: str = PRUNED) -> None:
+    weight = model.module.get_parameter(name)
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(weight.shape, generator=generator) >= share
+    perform(model, Edit("mask", name, mask, "test"))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(torch.int32)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_what_was_pruned_is_stored_as_bits_and_values(
+    model: Model, tmp_path: Path, share: float
+) -> None:
+    artifact.save(model, tmp_path / "dense")
+    _prune(model, share)
+    _prune(model, share, "model.embed_tokens.weight")  # tied to the head
+    artifact.save(model, tmp_path / "out")
+    kept = sum(int(mask.sum()) for mask in model.masks.values())
+    count = 24 * 16 + 50 * 16
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    parts = {n: t for n, t in stored.items() if "::" in n}
+    assert sorted(parts) == sorted(f"{n}::{p}" for n in model.masks for p in ("bits", "values"))
+    saved = sum(t.nbytes for t in load_file(tmp_path / "dense" / WEIGHTS).values())
+    saved -= sum(t.nbytes for t in stored.values())
+    assert saved == 4 * count - (count // 8 + 4 * kept)
+    again = load(tmp_path / "out")
+    for name, parameter in model.parameters():
+        found = again.module.get_parameter(name)
+        assert torch.equal(_bits(found), _bits(parameter)), name
+    assert all(torch.equal(again.masks[n], mask) for n, mask in model.masks.items())
+    assert again.tied() == model.tied() != []
+    assert torch.equal(again.run(again.example), model.run(model.example))
+    assert all(check.ok for check in verify(tmp_path / "out"))
+    artifact.save(again, tmp_path / "twice")
+    assert (tmp_path / "twice" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    # What is said of the bytes is what the file holds, the tables of the header aside.
+    whole = sum(t.nbytes for t in stored.values())
+    for one in (model, again):
+        assert inspect(one, latency=False).totals.bytes == whole
+        assert one.stored_bits() == pytest.approx(8 * whole / one.parameter_count)
+
+
+def test_few_zeros_are_stored_as_numbers(model: Model, tmp_path: Path) -> None:
+    _prune(model, 0.02)
+    artifact.save(model, tmp_path / "out")
+    assert not [n for n in load_file(tmp_path / "out" / WEIGHTS) if "::" in n]
+    again = load(tmp_path / "out")
+    assert torch.equal(again.masks[PRUNED], model.masks[PRUNED])
+    assert model.stored_bits() == again.stored_bits() == 32
+
+
+TABLE = "model.embed_tokens.weight"
+
+
+def _quantize_pruned(model: Model, bits: int, share: float) -> IntegerPlanes:
+    weight = model.module.get_parameter(TABLE).detach()
+    _prune(model, share, TABLE)
+    planes = rtn.fit(weight * model.masks[TABLE], Scheme(bits, 16, False), None)
+    perform(model, Edit("quantize", TABLE, planes, "test"))
+    return planes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_what_was_pruned_and_then_quantized_is_stored_as_bits_and_codes(
+    model: Model, tmp_path: Path, share: float
+) -> None:
+    planes = _quantize_pruned(model, 8, share)
+    artifact.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    own = {n.partition("::")[2]: t for n, t in stored.items() if n.startswith(f"{TABLE}::")}
+    assert ("bits" in own) is (share > 0)
+    assert sum(t.nbytes for t in own.values()) == model.stored_bytes(TABLE)
+    if share:
+        kept = int((model.module.get_parameter(TABLE) != 0).sum())
+        assert model.stored_bytes(TABLE) == planes.stored_bytes - 800 + 100 + kept
+    again = load(tmp_path / "out")
+    assert torch.equal(again.planes[TABLE].codes, planes.codes)
+    assert torch.equal(again.run(again.example), model.run(model.example))
+    assert all(check.ok for check in verify(tmp_path / "out"))
+    artifact.save(again, tmp_path / "twice")
+    assert (tmp_path / "twice" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    assert inspect(again, latency=False).totals.bytes == sum(t.nbytes for t in stored.values())
+
+
+def test_a_tied_weight_that_is_quantized_under_its_other_name_is_stored_once(
+    model: Model, tmp_path: Path
+) -> None:
+    _prune(model, 0.6, TABLE)
+    weight = model.module.get_parameter(TABLE).detach()
+    planes = rtn.fit(weight, Scheme(8, 16, True), None)
+    perform(model, Edit("quantize", "lm_head.weight", planes, "test"))
+    artifact.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    assert {n.partition("::")[0] for n in stored if "::" in n} == {"lm_head.weight"}
+    again = load(tmp_path / "out")
+    assert torch.equal(again.run(again.example), model.run(model.example))
+
+
+def test_spoiled_bits_of_codes_are_refused_by_name(model: Model, tmp_path: Path) -> None:
+    _quantize_pruned(model, 8, 0.6)
+    artifact.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    stored[f"{TABLE}::bits"][0] ^= 255
+    stored[f"{TABLE}::bits"][1] = 255
+    _store(tmp_path / "out", stored)
+    with pytest.raises(InputError, match=f"{TABLE} is not soundly stored.*codes of"):
+        load(tmp_path / "out")
+
+
+def test_an_artifact_whose_zeros_are_stored_is_still_read(model: Model, tmp_path: Path) -> None:
+    """As all were written before there were bitmasks."""
+    _prune(model, 0.5)
+    artifact.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    stored = {n: t for n, t in stored.items() if not n.startswith(f"{PRUNED}::")}
+    # Products with a mask left negative zeros behind.
+    weight = model.module.get_parameter(PRUNED).detach()
+    stored[PRUNED] = torch.where(model.masks[PRUNED], weight, -0.0)
+    _store(tmp_path / "out", stored)
+    again = load(tmp_path / "out")
+    assert torch.equal(again.masks[PRUNED], model.masks[PRUNED])
+    assert torch.equal(again.run(again.example), model.run(model.example))
+    artifact.save(again, tmp_path / "twice")
+    twice = load(tmp_path / "twice")
+    assert torch.equal(_bits(twice.module.get_parameter(PRUNED)), _bits(stored[PRUNED]))
+
+
+def _store(out: Path, stored: dict[str, torch.Tensor]) -> None:
+    save_file(stored, out / WEIGHTS)
+    size = (out / WEIGHTS).stat().st_size
+    _spoil(out, "manifest.json", lambda t: t["files"][WEIGHTS].update(size=size))
+
+
+def _flipped(bits: torch.Tensor) -> torch.Tensor:
+    return torch.cat([bits[:1] ^ 1, bits[1:]])
+
+
+SPOILED_BITS: dict[str, Any] = {
+    "its bits set": lambda s: s.update({f"{PRUNED}::values": s[f"{PRUNED}::values"][:-1].clone()}),
+    "values of a bitmask": lambda s: s.update({f"{PRUNED}::bits": _flipped(s[f"{PRUNED}::bits"])}),
+    "bits of a tensor": lambda s: s.update({f"{PRUNED}::bits": s[f"{PRUNED}::bits"][:-1].clone()}),
+    "parts of a bitmask": lambda s: s.pop(f"{PRUNED}::bits"),
+    "lacks 1 tensors": lambda s: [s.pop(f"{PRUNED}::{part}") for part in ("bits", "values")],
+    "has NaN or Inf": lambda s: s[f"{PRUNED}::values"].fill_(float("nan")),
+    "no place for": lambda s: s.update({"model.norm.weight::bits": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("message", SPOILED_BITS)
+def test_spoiled_bits_are_refused(model: Model, tmp_path: Path, message: str) -> None:
+    _prune(model, 0.5)
+    artifact.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    SPOILED_BITS[message](stored)
+    _store(tmp_path / "out", stored)
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path / "out")
+    assert PRUNED in str(caught.value) or "model.norm.weight" in str(caught.value)
+    assert not all(check.ok for check in verify(tmp_path / "out"))
+
+
+def test_a_name_that_is_no_parameter_is_refused(model: Model, tmp_path: Path) -> None:
+    artifact.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    stored["../x::bits"] = torch.zeros(2**20, dtype=torch.uint8)
+    _store(tmp_path / "out", stored)
+    for name in ("../x", "model", 7, None):
+        _spoil(tmp_path / "out", "structure.json", lambda t, n=name: t.update(masked=[n]))
+        with pytest.raises(InputError, match=r"structure\.json does not fit|no place for"):
+            load(tmp_path / "out")

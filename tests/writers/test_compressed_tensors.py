@@ -185,6 +185,10 @@ def test_what_the_layout_cannot_express_is_refused(model: Model, tmp_path: Path)
     weight = model.module.get_parameter(f"{NAME}.weight").detach()
     with pytest.raises(ExportError, match="no linear layer is quantized"):
         compressed_tensors.write(model, tmp_path / "out")
+    pruned = model.copy()
+    edits.perform(pruned, Edit("mask", f"{NAME}.weight", weight > 0, "test"))
+    with pytest.raises(ExportError, match="no layout that is still read"):
+        compressed_tensors.write(pruned, tmp_path / "out")
     two = torch.zeros(2, *weight.shape, dtype=torch.uint8)
     scale = torch.ones(2, len(weight), 1)
     cases = {

@@ -18,7 +18,7 @@ from penjing.cli.options import (
     output_options,
     to_option,
 )
-from penjing.cli.work import is_bare, removed, show_file, tables_in_floats, technique
+from penjing.cli.work import is_bare, pruned, removed, show_file, tables_in_floats, technique
 from penjing.errors import InputError, UsageError
 from penjing.registry import choices
 from penjing.scheme import FAMILIES, Scheme
@@ -38,12 +38,17 @@ targets_option = click.option(
 @click.command()
 @model_options
 @click.option("--sparsity", type=RATIO, metavar="0.5", help="Fraction of the weights that go.")
-@click.option("--pattern", metavar="N:M", help="Keep N of every M inputs, e.g. 2:4.")
+@click.option(
+    "--pattern",
+    metavar="N:M|RxC",
+    help="Keep N of every M inputs, e.g. 2:4; or remove blocks of R outputs by C inputs, e.g. 1x4.",
+)
 @click.option(
     "--criterion",
     type=Leaf("criteria", *choices("pruners")),
     help="Default: admm with data, magnitude without.",
 )
+@click.option("--compress", is_flag=True, help="Deflate a bare .npz, which numpy undoes itself.")
 @targets_option
 @data_options()
 @output_options()
@@ -54,6 +59,7 @@ def prune(
     sparsity: float | None,
     pattern: str | None,
     criterion: str | None,
+    compress: bool,
     output: Path,
     overwrite: bool,
     as_json: bool,
@@ -64,15 +70,22 @@ def prune(
 
     \b
     penjing prune ./my-model --sparsity 0.5 --data calibration.jsonl -o ./pruned
-    penjing prune params.npy --sparsity 50% -o out.npy
+    penjing prune ./my-model --sparsity 0.5 --pattern 1x4 --data calibration.jsonl -o ./pruned
+    penjing prune params.npy --sparsity 50% --compress -o out.npz
     """
     if sparsity is None and pattern is None:
         raise UsageError("how much to prune", allowed="--sparsity 0.5 or --pattern 2:4")
-    if sparsity is not None and pattern is not None:
+    says = ":" in (pattern or "")
+    if sparsity is not None and says:
         raise UsageError(
             "--sparsity and --pattern", got=f"{sparsity:g} and {pattern}",
             allowed="one of them: a pattern N:M says how much goes",
         )  # fmt: skip
+    if sparsity is None and not says:
+        raise UsageError(
+            f"--pattern {pattern} without --sparsity",
+            allowed="N:M such as 2:4, or blocks such as 1x4 with --sparsity 0.5",
+        )
     if sparsity is not None and not 0 <= sparsity < 1:
         raise UsageError("--sparsity", got=sparsity, allowed="0 <= sparsity < 1")
     if is_bare(model, output):
@@ -87,9 +100,19 @@ def prune(
             pattern=pattern,
             targets=targets,
             overwrite=overwrite,
+            compress=compress,
         )
         show_file(found, output, as_json)
         return
+    if compress:
+        raise UsageError("--compress is for bare .npz files", next="leave it out: what is pruned "
+                         "of an artifact is stored without its zeros anyway")  # fmt: skip
+
+    def asked() -> float:
+        from penjing.masks import Pattern
+
+        return Pattern.parse(pattern, sparsity).sparsity
+
     technique(
         lambda m, **more: _api().prune(m, 0.5 if sparsity is None else sparsity, **more),
         model,
@@ -99,6 +122,7 @@ def prune(
         pattern=pattern,
         criterion=criterion,
         targets=targets or None,
+        remarks=lambda before, after: pruned(asked(), before, after),
         **options,
     )
 

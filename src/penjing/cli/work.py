@@ -19,7 +19,9 @@ from penjing.units import format_size, format_time
 if TYPE_CHECKING:
     from penjing.model import Model
 
-__all__ = ["is_bare", "note", "removed", "show_file", "tables_in_floats", "technique"]
+__all__ = [
+    "is_bare", "note", "pruned", "removed", "show_file", "tables_in_floats", "technique",
+]  # fmt: skip
 
 BARE = (".npy", ".npz", ".safetensors", ".pth", ".pt")
 
@@ -42,7 +44,8 @@ def show_file(found: dict[str, Any], output: Path, as_json: bool) -> None:
         show_json({"output": str(output)} | found)
     else:
         plain = {k: v for k, v in found.items() if not isinstance(v, list | tuple | dict)}
-        show_pairs(plain, f"wrote {output}")
+        sizes = " -> ".join(format_size(n) for n in found["size_bytes"].values())
+        show_pairs(plain | {"size": sizes}, f"wrote {output}")
 
 
 def note(text: str) -> None:
@@ -68,6 +71,25 @@ def removed(ratio: float, before: Model, after: Model) -> Iterator[str]:
         yield f"{reached:.1%} of the units were removed, asked {ratio:.1%}: some of each must stay"
     if whole:
         yield f"blocks left whole, nothing in them could be removed safely: {_several(whole)}"
+
+
+def pruned(asked: float, before: Model, after: Model) -> Iterator[str]:
+    """What `prune` gains and what it does not, and where it could not remove what was asked for."""
+    own = {n: mask for n, mask in after.masks.items() if mask is not before.masks.get(n)}
+    gone = sum(mask.numel() - int(mask.sum()) for mask in own.values())
+    share = gone / max(sum(mask.numel() for mask in own.values()), 1)
+    if own and share < asked - 0.02:
+        yield (
+            f"{share:.1%} of the connections were removed, asked {asked:.1%}: what fills no group "
+            "or block stays"
+        )
+    was, now = (
+        sum(model.stored_bytes(name) for name, _ in model.parameters()) for model in (before, after)
+    )
+    yield (
+        f"the artifact's tensors take {format_size(now)}, before {format_size(was)}; no runtime "
+        "here skips zeros, so the network is as fast as before, and exports hold every zero"
+    )
 
 
 def tables_in_floats(before: Model, after: Model, asked: bool) -> Iterator[str]:

@@ -15,7 +15,7 @@ from penjing.model import Model
 from penjing.processor import weight_bits
 from penjing.units import format_size
 
-__all__ = ["preflight", "worth"]
+__all__ = ["preflight", "worth", "zeros"]
 
 # Of a layer in a runtime's best format, over the best runtime's: a whole network is more than that
 # layer, so a little behind is still worth an export.
@@ -73,6 +73,7 @@ def preflight(
             f"where 8-bit weights meet 8-bit inputs they have {bits} bits: this processor has no "
             "VNNI, its sums of 8-bit products saturate"
         )
+    notes += zeros(model)
     if alone := left_alone(model):
         more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""
         notes.append(f"left as they are, no step handles them: {', '.join(alone[:6])}{more}")
@@ -90,6 +91,17 @@ def preflight(
         if runtime not in kept
     ]
     return notes, kept
+
+
+def zeros(model: Model) -> list[str]:
+    """What connections that were removed before a fit do and do not gain."""
+    gone = sum(mask.numel() - int(mask.sum()) for mask in model.masks.values())
+    if not gone:
+        return []
+    return [
+        f"{gone / model.parameter_count:.0%} of the weights were pruned before: no runtime here "
+        "skips zeros, and exported files hold them like other numbers"
+    ]
 
 
 def worth(model: Model, runtimes: list[str], speeds: list[Speed]) -> list[str]:

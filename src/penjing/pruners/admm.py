@@ -2,7 +2,8 @@
 
     minimise tr((W - W0) H (W - W0)^T)  with W = D,  D in the pattern
 
-    W = (H + rho I)^-1 (H W0 + rho D - V),   D = the largest of W + V / rho,   V += rho (W - D)
+    W = (H + rho I)^-1 (H W0 + rho D - V),   D = what of W + V / rho the pattern keeps,
+    V += rho (W - D)
 
 with rho growing the faster the more of the mask still changes (ALPS, Meng et al., NeurIPS 2024,
 arXiv 2406.07831, section 3). H is scaled to a diagonal of ones, so that sizes of connections
@@ -43,14 +44,14 @@ def fit(weight: Tensor, pattern: Pattern, stats: Any) -> tuple[Tensor, Tensor]:
     values, vectors = values.float(), vectors.float()
     goal = weight.float() * scale.float()  # [out, in], for inputs of size 1
     pull = (goal @ vectors) * values  # H W0 in the eigenvectors
-    mask = pattern.mask(goal.abs())
+    mask = pattern.mask(goal.square())
     dense = goal * mask
     dual = torch.zeros_like(goal)
     rho, last = _FIRST, mask
     for step in range(1, _MOST + 1):
         found = ((pull + (rho * dense - dual) @ vectors) / (values + rho)) @ vectors.T
         moved = found + dual / rho
-        mask = pattern.mask(moved.abs())
+        mask = pattern.mask(moved.square())
         dense = moved * mask
         dual = dual + rho * (found - dense)
         if step % _EVERY == 0:

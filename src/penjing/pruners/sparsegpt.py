@@ -31,13 +31,13 @@ def fit(weight: Tensor, pattern: Pattern, stats: Any) -> tuple[Tensor, Tensor]:
     upper = inverse_cholesky_upper(stats.gram).float()
     weight = weight.float().clone()
     mask = torch.ones_like(weight, dtype=torch.bool)
-    # A block holds whole groups of a pattern.
-    size = _BLOCK if not pattern.of else max(1, _BLOCK // pattern.of) * pattern.of
+    # A block of columns holds whole groups of a pattern.
+    size = max(1, _BLOCK // pattern.width) * pattern.width
     for first in range(0, weight.shape[1], size):
         last = min(first + size, weight.shape[1])
         if not pattern.of:
             cost = weight[:, first:last] / upper.diagonal()[first:last]
-            mask[:, first:last] = pattern.mask(cost.abs())
+            mask[:, first:last] = pattern.mask(cost.square())
         for column in range(first, last):
             if pattern.of and (column - first) % pattern.of == 0:
                 group = slice(column, min(column + pattern.of, last))

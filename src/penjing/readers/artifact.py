@@ -4,6 +4,8 @@ The empty module is built again from the source's description, the structural ed
 again, and the stored tensors put in; quantized weights are dequantized into the parameters:
 
     w = sum over k of scale[k] * codes[k] + shift
+
+and pruned ones are zeros but where the stored bits say (`penjing.bitmask`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from penjing import bitmask, sparsecodes
 from penjing.cache import CacheGrid
 from penjing.edits import perform, replay
 from penjing.errors import InputError, UsageError
@@ -97,6 +100,9 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
         if planes is not None:
             quantized = _first(quantized, planes)
         tensors |= {name: p.dequantize() for name, p in quantized.items()}
+        for name in table["masked"]:
+            if name not in quantized and (parts := _own(name, tensors)):
+                tensors[name] = _sparse(name, parts, model.module.get_parameter(name).shape)
         _fill(model, tensors, path)
         model.planes = quantized
         model.masks = {name: model.module.get_parameter(name) != 0 for name in table["masked"]}
@@ -121,7 +127,19 @@ def _own(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _planes(name: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerPlanes:
-    return IntegerPlanes.from_tensors(_own(name, tensors), description)
+    parts = _own(name, tensors)
+    build = sparsecodes.from_tensors if "bits" in parts else IntegerPlanes.from_tensors
+    try:
+        return build(parts, description)
+    except InputError as error:
+        raise InputError(f"{name} is not soundly stored", got=error) from error
+
+
+def _sparse(name: str, parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    try:
+        return bitmask.unpack(parts, shape)
+    except InputError as error:
+        raise InputError(f"{name} is not soundly stored", got=error) from error
 
 
 def _first(quantized: dict[str, IntegerPlanes], planes: int) -> dict[str, IntegerPlanes]:

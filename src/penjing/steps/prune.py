@@ -1,8 +1,8 @@
 """Prune: single connections go away, through a mask.
 
 A criterion scores each weight; the lowest go. A pruner chooses the mask and fits what stays to
-what the layer gave. Both by one fraction, or by a pattern n:m: all but the n best of every m
-inputs.
+what the layer gave. Both by one fraction, of single weights or of whole blocks, or by a pattern
+n:m: all but the n best of every m inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import UsageError
-from penjing.masks import Pattern, parse_pattern
+from penjing.masks import Pattern
 from penjing.recipe import Edit
 from penjing.registry import choices, lookup
 from penjing.steps._problem import Problem
@@ -34,7 +34,8 @@ class Prune:
         sparsity: fraction of each layer's weights that go, 0 to 1.
         criterion: a name of `penjing.pruners` or `penjing.criteria`, or `file.py:function`, a
             criterion of one's own.
-        pattern: `n:m` keeps n of every m inputs; it overrides `sparsity`.
+        pattern: `n:m` keeps n of every m inputs and overrides `sparsity`; `RxC` removes whole
+            blocks of R outputs by C inputs.
         alpha: how far a pruner's target goes toward what the layer gave in the network before, 0
             to 1 (see `penjing.linalg.asymmetric_target`).
         bias: a pruner's layers hold the mean of what is lost in their biases.
@@ -56,13 +57,17 @@ class Prune:
             raise UsageError("sparsity", got=self.sparsity, allowed="0 <= sparsity < 1")
         if not 0 <= self.alpha <= 1:
             raise UsageError("alpha", got=self.alpha, allowed="0 to 1")
-        if self.pattern is not None:
-            parse_pattern(self.pattern)
+        _ = self._pattern  # refuses what is none
         known = (*choices("criteria"), *choices("pruners"))
         if ":" not in self.criterion and self.criterion not in known:
             raise UsageError(
                 "unknown name in criteria", got=repr(self.criterion), allowed=", ".join(known)
             )
+
+    @property
+    def _pattern(self) -> Pattern:
+        says = self.pattern is not None and ":" in self.pattern
+        return Pattern.parse(self.pattern, None if says else self.sparsity)
 
     @property
     def _fits(self) -> bool:
@@ -93,9 +98,7 @@ class Prune:
             yield from self._plan(part, found)
 
     def _plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
-        pattern = Pattern(self.sparsity)
-        if self.pattern is not None:
-            pattern = Pattern(self.sparsity, *parse_pattern(self.pattern))
+        pattern = self._pattern
         for path, layer in unit.layers.items():
             weight = layer.weight.detach()  # type: ignore[operator]
             matrix = weight.reshape(len(weight), -1).float()  # [out, in]

@@ -173,7 +173,7 @@ class Recover:
                 with torch.no_grad():
                     for name, mask in student.masks.items():
                         if name in trained:
-                            trained[name].mul_(mask)
+                            trained[name].masked_fill_(~mask, 0)
                 step, last = step + 1, float(value.detach())
 
 

@@ -3,7 +3,8 @@
 manifest.json           every file with size and SHA-256, source, recipe, versions, metrics
 recipe.toml             the steps, replayable
 structure.json          how to rebuild the module: source and structural edits
-weights/*.safetensors   plain tensors; planes as `name::codes0`, `::scale`, `::shift`
+weights/*.safetensors   plain tensors; planes as `name::codes0`, `::scale`, `::shift`; pruned
+                        ones with `name::bits`, see `penjing.bitmask` and `penjing.sparsecodes`
 assets/                 tokenizer and preprocessing files
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from penjing import bitmask, sparsecodes
 from penjing.errors import InputError
 from penjing.files import read_json, sha256, whole_folder, write_json
 from penjing.model import Model
@@ -132,9 +134,14 @@ def _tensors(model: Model) -> dict[str, Tensor]:
         written |= set(group) - {stored}
     for name, tensor in model.module.state_dict().items():
         if name in model.planes:
-            packed = model.planes[name].tensors()
+            planes = model.planes[name]
+            packed = sparsecodes.tensors(planes) if model.is_sparse(name) else planes.tensors()
             tensors |= {f"{name}::{part}": t.contiguous() for part, t in packed.items()}
-        elif name not in written:
+        elif name in written:
+            continue
+        elif model.is_sparse(name):
+            tensors |= {f"{name}::{part}": t for part, t in bitmask.pack(tensor).items()}
+        else:
             tensors[name] = tensor.detach().cpu().contiguous()
     for path, found in model.activations.items():
         if found.channels is not None:

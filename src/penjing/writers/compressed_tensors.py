@@ -58,7 +58,9 @@ def check(model: Model) -> list[str]:
             lines.append(f"{path}: a fixed range of its inputs, or one with factors by channel")
     lines += [f"{path}: a KV cache in integers" for path in model.cache]
     if not lines and not _layouts(model):
-        lines.append("the network: no linear layer is quantized")
+        # Its sparse layouts are read no longer: the weights would be filled with random numbers.
+        sparse = ", and sparse ones have no layout that is still read" if model.masks else ""
+        lines.append(f"the network: no linear layer is quantized{sparse}")
     return lines or _unlike(model)
 
 
