@@ -24,7 +24,7 @@ LAYERS = [
      "kernels"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
     ["edits", "batching", "calls", "channels", "residual", "layerstats", "axes"],
-    ["meeting", "pausing"],
+    ["meeting", "pausing", "gradients"],
     ["layerrules"],
     ["axisrules", "coupling"],
     ["channelmap"],

@@ -15,15 +15,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from penjing.apply import apply as _apply
-from penjing.data import Dataset, encode, prepare
+from penjing.data import Dataset, align, encode, prepare
 from penjing.data import read as _read
 from penjing.errors import InputError, UsageError
 from penjing.evaluate import evaluate as _evaluate
@@ -33,6 +34,7 @@ from penjing.export import export as _export
 from penjing.files import check_output, read_json
 from penjing.fit import Budget, Settings
 from penjing.fit import fit as _fit
+from penjing.gradients import LABELS
 from penjing.inspect import inspect
 from penjing.load import load, original
 from penjing.measure import Candidate, measure_files, physical_cores, quality
@@ -83,20 +85,46 @@ def _edited(model: Model) -> bool:
     return bool(model.structure or model.masks or model.planes)
 
 
-def _batches(model: Model, data: Dataset | Place | None, samples: int, length: int) -> list[Batch]:
-    """Calibration batches of at most `samples` samples, spread evenly over the data."""
+def _batches(
+    model: Model, data: Dataset | Place | None, samples: int, length: int, labels: bool = False
+) -> list[Batch]:
+    """Calibration batches of at most `samples` samples, spread evenly over the data.
+
+    With `labels` they hold them, where there are any that are classes of the network.
+    """
     if data is None:
         return []
     length = model.at_most(length)
     dataset = prepare(_dataset(data), model, length).spread(samples)
+    known = _classes(model, dataset) if labels else None
     if dataset.kind != "text":
-        return list(encode(dataset, model, length=length, batch=8))
+        return _labelled(encode(dataset, model, length=length, batch=8), known)
     # Texts of one length go together, so that little of a batch is padding; the batches in
     # random order, because steps hold out the first or the last.
     sizes = [len(text) for text in dataset.samples]
-    dataset = dataset.subset(sorted(range(len(sizes)), key=sizes.__getitem__))
-    batches = list(encode(dataset, model, length=length, batch=8))
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    known = None if known is None else known[order]
+    batches = _labelled(encode(dataset.subset(order), model, length=length, batch=8), known)
     return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
+
+
+def _classes(model: Model, dataset: Dataset) -> np.ndarray | None:
+    """Class numbers [n]; None where labels are not classes of the network, for none are needed."""
+    try:
+        lookup("tasks", "classification", "task").check(dataset, model)
+    except InputError:
+        return None
+    return align(dataset, model).labels
+
+
+def _labelled(batches: Iterable[Batch], labels: np.ndarray | None) -> list[Batch]:
+    """The same with class numbers, in the order of the samples."""
+    made, start = list(batches), 0
+    for batch in made if labels is not None else ():
+        count = len(next(iter(batch.values())))
+        batch[LABELS] = torch.as_tensor(labels[start : start + count])
+        start += count
+    return made
 
 
 def apply(
@@ -129,7 +157,8 @@ def apply(
         recipe = Recipe.from_toml(path.read_text(encoding="utf-8"), STEPS)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    batches = _batches(loaded, data, samples, length)
+    slopes = any("gradient" in step.needs for step in recipe.steps)
+    batches = _batches(loaded, data, samples, length, slopes)
     distils = any(step.name == "recover" for step in recipe.steps)
     before = original(loaded) if distils and _edited(loaded) else None
     done = _apply(loaded, recipe, batches, original=before, journal=journal).model
