@@ -56,9 +56,12 @@ def test_slopes_are_the_differences_of_the_labels_loss(path: str) -> None:
     weight = model.module.get_submodule(path).weight.detach().flatten(1)
     places = [(i, j) for i in range(len(weight)) for j in range(weight.shape[1])]
     wanted = _slopes(model, batch, path, places).reshape(6, *weight.shape)
-    torch.testing.assert_close(found.size.double(), wanted.abs().mean(0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.square.double(), wanted.square().mean(0), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found.effects.double(), (wanted * weight).sum(1), rtol=1e-4, atol=1e-6)
+    for own, expected in (
+        (found.size, wanted.abs().mean(0)),
+        (found.square, wanted.square().mean(0)),
+        (found.effects, (wanted * weight).sum(1)),
+    ):
+        torch.testing.assert_close(own.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_network_stays_as_it_is() -> None:

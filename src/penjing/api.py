@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from penjing.registry import lookup
 from penjing.report import write as report
 from penjing.result import Result
 from penjing.sensitivity import in_floats
-from penjing.sizing import ratio_for
+from penjing.sizing import for_latency
 from penjing.steps.cache import Cache, check_decoder
 from penjing.steps.cut import Cut
 from penjing.steps.equalize import Equalize
@@ -71,6 +71,10 @@ Place = str | os.PathLike[str]
 _FEW = 24
 
 STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Cache, Recover)}
+
+
+def _quiet(_: str) -> None:
+    """Nobody listens."""
 
 
 def _model(model: Model | Place) -> Model:
@@ -120,7 +124,9 @@ def _classes(model: Model, dataset: Dataset) -> np.ndarray | None:
 def _labelled(batches: Iterable[Batch], labels: np.ndarray | None) -> list[Batch]:
     """The same with class numbers, in the order of the samples."""
     made, start = list(batches), 0
-    for batch in made if labels is not None else ():
+    if labels is None:
+        return made
+    for batch in made:
         count = len(next(iter(batch.values())))
         batch[LABELS] = torch.as_tensor(labels[start : start + count])
         start += count
@@ -196,22 +202,35 @@ def shrink(
     data: Dataset | Place | None = None,
     of: str = "units",
     criterion: str = "gram",
+    ranking: str = "layer",
     heads: float | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
+    tell: Callable[[str], object] = _quiet,
     **options: Any,
 ) -> Model:
     """A copy without the least important neurons; see `penjing.steps.shrink`.
 
     Args:
-        ratio: what goes, of the units of every group; with `of` parameters or macs, of those of
-            the whole network.
+        ratio: what goes, of the units of every group; with `of` parameters, macs or latency, of
+            those of the whole network. Latency is measured, see `penjing.sizing`.
+        ranking: `layer`, the same fraction of every group; `global` or `measured`, groups against
+            each other.
+        tell: gets a line about what was measured.
     """
     _need(data, "shrink")
-    step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()))
+    timed = of == "latency"
+    step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()),
+                  of="macs" if timed else of, ranking=ranking)  # fmt: skip
     loaded = _model(model)
-    if of != "units":
-        step = replace(step, ratio=ratio_for(loaded, step, of, ratio))
+    if timed:
+        samples, length = options.get("samples", 128), options.get("length", 128)
+        slopes = "gradient" in step.needs
+        batches = [] if ranking == "layer" else _batches(loaded, data, samples, length, slopes)
+        step, sized = for_latency(
+            loaded, step, ratio, batches, length=length, folder=options.get("journal")
+        )
+        tell(sized.describe())
     return apply(loaded, Recipe((step,), seed), data, **options)
 
 

@@ -81,11 +81,10 @@ def apply(
     result = Applied(model.copy(shared=True))
     # The same samples in any batches: the same journal, and the same bytes.
     own = rebatched(model, batches) if batches else []
-    # A step may begin with others, on the whole network.
-    steps = [one for step in recipe.steps for one in (*getattr(step, "before", ()), step)]
+    steps = [one for step in recipe.steps for one in _parts(step)]
     given = batches if any(step.scope == "model" for step in steps) else own
     with _journal(journal, model, original or model, recipe, given) as log:
-        for number, step in enumerate(steps):
+        for number, step in enumerate(_settled(recipe, result.model, own)):
             if step.scope == "model":
                 edits = log.read(number, "whole")
                 if edits is None:
@@ -136,6 +135,17 @@ def apply(
         if parameter.data_ptr() in given_numbers:  # no edit replaced them
             parameter.data = parameter.data.clone()
     return result
+
+
+def _parts(step: Any) -> tuple[Any, ...]:
+    """A step may begin with others, on the whole network."""
+    return (*getattr(step, "before", ()), step)
+
+
+def _settled(recipe: Recipe, model: Model, batches: Sequence[Batch]) -> Iterator[Any]:
+    """The steps one after the other; some first look at what those before have made."""
+    for step in recipe.steps:
+        yield from _parts(step.settled(model, batches) if hasattr(step, "settled") else step)
 
 
 def _check_targets(step: str, targets: Sequence[str], model: Model) -> None:

@@ -86,8 +86,9 @@ class Stream:
     """
 
     def __init__(
-        self, model: Model, batches: Sequence[Batch], gradients: Mapping[str, Gradient] | None = None
-    ) -> None:
+        self, model: Model, batches: Sequence[Batch],
+        gradients: Mapping[str, Gradient] | None = None,
+    ) -> None:  # fmt: skip
         if not batches:
             raise InputError("no calibration data", next="give --data with at least one sample")
         self.model, self.batches, self.gradients = model, list(batches), gradients or {}

@@ -49,7 +49,7 @@ def gradients(model: Model, batches: Sequence[Batch]) -> dict[str, Gradient]:
         n: m for n, m in twin.module.named_modules()
         if is_weighted(m) and not isinstance(m, nn.Embedding)
     }  # fmt: skip
-    weights: list[Tensor] = [m.weight.requires_grad_() for m in layers.values()]  # type: ignore[operator]
+    weights: list[Tensor] = [m.weight.requires_grad_() for m in layers.values()]
     sums = [torch.zeros(2, len(w), w[0].numel()) for w in weights]  # [2, out, in]
     effects: list[list[Tensor]] = [[] for _ in weights]
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def gradients(model: Model, batches: Sequence[Batch]) -> dict[str, Gradient]:
     if not count:
         return {}
     return {
-        path: Gradient(*(total / count), torch.stack(own))
+        path: Gradient(total[0] / count, total[1] / count, torch.stack(own))
         for path, total, own in zip(layers, sums, effects, strict=True)
     }
 

@@ -34,4 +34,5 @@ def score(weight: Tensor, stats: Any = None) -> Tensor:
             "the criterion fisher needs gradients on calibration data", got="none",
             next="pass --data, or use --criterion magnitude",
         )  # fmt: skip
-    return weight.detach().square() * gradient.square.to(weight) / 2
+    square: Tensor = gradient.square
+    return weight.detach().square() * square.to(weight) / 2

@@ -33,4 +33,5 @@ def score(weight: Tensor, stats: Any = None) -> Tensor:
             "the criterion taylor needs gradients on calibration data", got="none",
             next="pass --data, or use --criterion magnitude",
         )  # fmt: skip
-    return weight.detach().abs() * gradient.size.to(weight)
+    size: Tensor = gradient.size
+    return weight.detach().abs() * size.to(weight)
