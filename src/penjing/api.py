@@ -54,7 +54,7 @@ from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
 from penjing.steps.recover import Recover
 from penjing.steps.rotate import Rotate
-from penjing.steps.shrink import Shrink
+from penjing.steps.shrink import OF, Shrink
 from penjing.tasks import find
 from penjing.verify import verify
 from penjing.writers.artifact import extend
@@ -219,6 +219,8 @@ def shrink(
         tell: gets a line about what was measured.
     """
     _need(data, "shrink")
+    if of not in (*OF, "latency"):
+        raise UsageError("of", got=repr(of), allowed=", ".join((*OF, "latency")))
     timed = of == "latency"
     step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()),
                   of="macs" if timed else of, ranking=ranking)  # fmt: skip

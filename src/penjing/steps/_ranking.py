@@ -51,7 +51,7 @@ from penjing.steps._select import matches
 if TYPE_CHECKING:
     from penjing.steps.shrink import Shrink
 
-__all__ = ["OF", "RANKINGS", "ladder_of"]
+__all__ = ["OF", "RANKINGS", "Group", "groups_for", "harms", "ladder_of"]
 
 OF = ("units", "parameters", "macs")
 RANKINGS = ("layer", "global", "measured")
@@ -65,7 +65,7 @@ _HELD = 0.25
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
+class Group:
     """A group that may lose units: how many may stay, and what reads it."""
 
     free: Free
@@ -89,12 +89,7 @@ def ladder_of(model: Model, step: Shrink, batches: Sequence[Batch]) -> Ladder:
         UsageError: a ranking that needs data without any, or a criterion that finds nothing.
     """
     check(step.criterion, model.module)
-    groups = [
-        _Group(free, _stays(free.group, step.multiple), readers)
-        for free in channel_map(model).free
-        if (readers := consumers_of(model.module, free.group))
-        and all(matches(one.path, step.targets) for one in readers)
-    ]
+    groups = groups_for(model, step)
     forms = Forms(model, [one.free for one in groups])
     if step.ranking == "layer":
 
@@ -120,6 +115,16 @@ def ladder_of(model: Model, step: Shrink, batches: Sequence[Batch]) -> Ladder:
     return Ladder(forms, best, len(order))
 
 
+def groups_for(model: Model, step: Shrink) -> list[Group]:
+    """Those that a step takes units of."""
+    return [
+        Group(free, _stays(free.group, step.multiple), readers)
+        for free in channel_map(model).free
+        if (readers := consumers_of(model.module, free.group))
+        and all(matches(one.path, step.targets) for one in readers)
+    ]
+
+
 def _stays(group: Units, multiple: int) -> tuple[int, ...]:
     """How many units may stay, all of them first."""
     one = 1 if group.is_heads or group.count <= multiple else multiple
@@ -127,11 +132,11 @@ def _stays(group: Units, multiple: int) -> tuple[int, ...]:
 
 
 def _order(
-    forms: Forms, step: Shrink, batches: Sequence[Batch], groups: list[_Group]
+    forms: Forms, step: Shrink, batches: Sequence[Batch], groups: list[Group]
 ) -> list[str]:
     """Names of groups; where one stands, it goes on to the next of the numbers that may stay."""
     found: list[tuple[float, str]] = []
-    for group, harm in _harms(forms.model, step, batches, groups):
+    for group, harm in harms(forms.model, step, batches, groups):
         name, count = group.units.name, group.units.count
         cost = (1 - forms.share({name: group.half}, step.of)) / (count - group.half)
         sums = torch.cat([torch.zeros(1), harm.double().cumsum(0)])
@@ -144,9 +149,9 @@ def _order(
     return [name for _, name in sorted(found, key=lambda one: one[0])]
 
 
-def _harms(
-    model: Model, step: Shrink, batches: Sequence[Batch], groups: list[_Group]
-) -> Iterator[tuple[_Group, Tensor]]:
+def harms(
+    model: Model, step: Shrink, batches: Sequence[Batch], groups: list[Group]
+) -> Iterator[tuple[Group, Tensor]]:
     """Of each group, of one unit after the other, in the order they go: [units]."""
     needs = needs_of(step.criterion)
     held: Sequence[Batch] = ()
@@ -172,7 +177,7 @@ def _harms(
             yield group, harm
 
 
-def _harm(model: Model, criterion: str, group: _Group, stats: dict[str, LayerStats]) -> Tensor:
+def _harm(model: Model, criterion: str, group: Group, stats: dict[str, LayerStats]) -> Tensor:
     if criterion == "gram":
         costs: list[Tensor] = []
         problems = problems_of(model.module, group.readers, stats)
@@ -191,7 +196,7 @@ class _Probe:
         with torch.no_grad():
             self.wanted = [model.run(batch) for batch in batches]
 
-    def divergence(self, group: _Group, stats: dict[str, LayerStats]) -> float:
+    def divergence(self, group: Group, stats: dict[str, LayerStats]) -> float:
         """Of its outputs from those of the whole."""
         twin = self.model.copy(shared=True)
         kept, fits, _ = choose(
@@ -205,9 +210,9 @@ class _Probe:
             return divergence(self.model.interface, self.batches, self.wanted, outputs)
 
 
-def _bundles(model: Model, groups: list[_Group]) -> Iterator[list[_Group]]:
+def _bundles(model: Model, groups: list[Group]) -> Iterator[list[Group]]:
     """Groups whose statistics are held at once."""
-    some: list[_Group] = []
+    some: list[Group] = []
     size = 0
     for group in groups:
         layers = [model.module.get_submodule(one.path) for one in group.readers]

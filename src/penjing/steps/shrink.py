@@ -40,7 +40,7 @@ from penjing.steps._problem import Fit
 from penjing.steps._ranking import OF, RANKINGS, ladder_of
 from penjing.steps._select import matches, matrix_layers
 
-__all__ = ["Shrink", "groups_of"]
+__all__ = ["OF", "RANKINGS", "Shrink", "groups_of"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ class Shrink:
             raise UsageError("multiple", got=self.multiple, allowed="1 or more")
         for what, given, allowed in (("of", self.of, OF), ("ranking", self.ranking, RANKINGS)):
             if given not in allowed:
-                raise UsageError(what, got=repr(given), allowed=", ".join(allowed))
+                raise UsageError(
+                    what, got=repr(given), allowed=", ".join(allowed),
+                    next="penjing shrink --of latency" if given == "latency" else None,
+                )  # fmt: skip
         if self.ranking != "layer" and self.of == "units":
             raise UsageError(
                 f"ranking {self.ranking} of units", allowed="of parameters or macs",
