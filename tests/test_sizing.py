@@ -6,12 +6,14 @@ import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
+from penjing import api
 from penjing.apply import apply
 from penjing.errors import InputError
 from penjing.export import export
@@ -49,9 +51,9 @@ def macs(model: Model) -> float:
 
 
 def test_the_latency_asked_for_is_that_of_the_file(tmp_path: Path) -> None:
-    model = wide()
+    model, cores = wide(), torch.get_num_threads()
     step, sized = for_latency(
-        model, Shrink(), 0.5, threads=1, seconds=1.5, folder=tmp_path / "journal"
+        model, Shrink(), 0.5, threads=cores, seconds=1.0, folder=tmp_path / "journal"
     )
     assert sized.latency <= 0.5
     assert 1 <= sized.measured <= 8
@@ -63,16 +65,29 @@ def test_the_latency_asked_for_is_that_of_the_file(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         export(one, tmp_path / name)
         files.append(Candidate(tmp_path / name / "model.onnx", "onnxruntime", one.parameter_count))
-    was, now, least = measure_files(files, model, threads=1, seconds=3)
+    was, now, least = measure_files(files, model, threads=cores, seconds=2)
     # A quarter of the MACs are faster still than half of the latency, and that than the whole.
     assert median_ratio(was, now) > 1.4
     assert macs(half) < macs(small)
     assert median_ratio(now, least) > 1.1
     # The same question has the same answer, without a clock.
     again = for_latency(
-        model, Shrink(), 0.5, threads=1, seconds=1.5, folder=tmp_path / "journal"
+        model, Shrink(), 0.5, threads=cores, seconds=1.0, folder=tmp_path / "journal"
     )
     assert again == (step, sized)
+
+
+    # So has the verb, in a journal that a killed run left.
+    np.savez(tmp_path / "data.npz", x=model.example["x"].numpy())
+    told: list[str] = []
+    done = api.shrink(
+        model, 0.5, data=tmp_path / "data.npz", of="latency", journal=tmp_path / "journal",
+        tell=told.append,
+    )  # fmt: skip
+    assert told == [sized.describe()]
+    assert net.same(done, small)
+    assert done.recipe is not None
+    assert done.recipe.steps[0].kept == sized.kept
 
 
 def test_what_other_layers_take_cannot_go() -> None:

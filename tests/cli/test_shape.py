@@ -82,6 +82,14 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (("quantize", "{w}", "--bits", "9", "-o", "{d}/o.npy"), "1<=x<=8"),
         (("shrink", "{w}", "--ratio", "0", "--data", "{w}", "-o", "{d}/o"), "0 < ratio < 1"),
         (("shrink", "{w}", "--ratio", "0.5", "-o", "{d}/o"), "--data"),
+        (
+            ("shrink", "{w}", "--ratio", "0.5", "--ranking", "global", "--data", "{w}", "-o", "{d}/o"),
+            "--of parameters, macs or latency",
+        ),
+        (
+            ("shrink", "{w}", "--ratio", "0.5", "--criterion", "x", "--data", "{w}", "-o", "{d}/o"),
+            "allowed: gram, activation, bn-scale, fisher, fpgm, l2, taylor, magnitude, random, wanda",
+        ),
         (("cut", "{w}", "--data", "{w}", "-o", "{d}/o"), "either --layers"),
         (("cut", "{w}", "--layers", "1", "--patch", "x", "--data", "{w}", "-o", "{d}/o"), "linear"),
     ],

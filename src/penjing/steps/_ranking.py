@@ -116,13 +116,14 @@ def ladder_of(model: Model, step: Shrink, batches: Sequence[Batch]) -> Ladder:
 
 
 def groups_for(model: Model, step: Shrink) -> list[Group]:
-    """Those that a step takes units of."""
-    return [
-        Group(free, _stays(free.group, step.multiple), readers)
+    """Those that a step takes units of, and that their names tell apart."""
+    found = {
+        free.group.name: Group(free, _stays(free.group, step.multiple), readers)
         for free in channel_map(model).free
         if (readers := consumers_of(model.module, free.group))
         and all(matches(one.path, step.targets) for one in readers)
-    ]
+    }
+    return list(found.values())
 
 
 def _stays(group: Units, multiple: int) -> tuple[int, ...]:

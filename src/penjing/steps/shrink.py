@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.channelmap import ChannelMap, Free, channel_map, map_of
 from penjing.coupling import PROOF, Member, Units, prove, silence
-from penjing.errors import UsageError
+from penjing.errors import InputError, UsageError
 from penjing.gradients import gradients
 from penjing.model import Batch, Model
 from penjing.recipe import Edit, Setting, Slice
@@ -93,8 +93,11 @@ class Shrink:
                 f"ranking {self.ranking} of units", allowed="of parameters or macs",
                 next="say what share of the network goes",
             )  # fmt: skip
-        if any(type(n) is not int or n < 1 for n in (self.kept or {}).values()):
-            raise UsageError("kept units", got=self.kept, allowed="1 or more of each group")
+        kept = {} if self.kept is None else self.kept
+        if not isinstance(kept, Mapping) or any(
+            type(count) is not int or count < 1 for count in kept.values()
+        ):
+            raise UsageError("kept units", got=kept, allowed="1 or more of each group, by its name")
 
     @property
     def before(self) -> tuple[_Shared, ...]:
@@ -209,7 +212,13 @@ class _Shared:
         """
         model, step = unit.model, self.step
         check(step.criterion, model.module)
-        groups = [f for f in channel_map(model).free if self._wanted(model.blocks, f)]
+        every = channel_map(model).free
+        if unknown := sorted(set(step.kept or ()) - {free.group.name for free in every}):
+            raise InputError(
+                "kept units of no group of the network", got=unknown[0],
+                next="see penjing inspect --groups",
+            )  # fmt: skip
+        groups = [f for f in every if self._wanted(model.blocks, f)]
         if not groups:
             return
         if not unit.batches:
