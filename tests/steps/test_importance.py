@@ -12,7 +12,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
 from penjing.apply import apply
-from penjing.errors import UsageError
+from penjing.errors import InputError, UsageError
 from penjing.model import Batch, Model
 from penjing.recipe import Recipe
 from penjing.registry import choices
@@ -83,6 +83,10 @@ def test_what_cannot_be_is_refused() -> None:
         apply(net.bert(), Recipe((Shrink(0.5, criterion="bn-scale"),)), [net.text_batch(1)])
     with pytest.raises(UsageError, match=r"allowed: gram, activation, bn-scale, fisher, fpgm, l2,"):
         check("nothing")
+    with pytest.raises(UsageError, match="unknown name in criteria; got 3"):
+        Shrink(criterion=3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no such Python file"):
+        Shrink(criterion="/no/file.py:score")
 
 
 def test_activation_is_the_mean_size_of_what_the_reader_gets() -> None:

@@ -30,9 +30,13 @@ def check(criterion: str, module: nn.Module | None = None) -> None:
 
     Raises:
         UsageError: as said.
+        InputError: a `file.py:function` that cannot be loaded.
     """
+    if ":" in str(criterion):
+        lookup("criteria", criterion, "score")
+        return
     known = ("gram", *choices("unitcriteria"), *choices("criteria"))
-    if ":" not in criterion and criterion not in known:
+    if criterion not in known:
         raise UsageError(
             "unknown name in criteria", got=repr(criterion), allowed=", ".join(dict.fromkeys(known))
         )

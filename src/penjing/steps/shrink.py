@@ -65,6 +65,7 @@ class Shrink:
     name: ClassVar[str] = "shrink"
     scope: ClassVar[str] = "block"
     staged: ClassVar[bool] = True
+
     ratio: float = 0.5
     heads: float | None = None
     criterion: str = "gram"
@@ -150,12 +151,12 @@ class Shrink:
                 group, keep = one.free.group, self.keep(one.group)
                 module = unit.model.module
                 kept, fits, used = choose(module, one.group, readers, known, keep, self.criterion)
-                yield from _fallen(self, one.group, used)
                 settings = one.free.settings(keep)
                 block = module.get_submodule(unit.name)
                 error = _proof(block, unit, group, kept, settings)
                 if error > PROOF:
                     continue
+                yield from _fallen(self, one.group, used)
                 settings = described(settings, unit.name)
                 slices.append(_edit(used, one.group, readers[0], kept, left, settings, error))
                 for reader in one.readers:
@@ -240,11 +241,11 @@ class _Shared:
             kept, fits, used = choose(
                 twin.module, free.group, consumers, found, keep, step.criterion
             )
-            edits += _fallen(step, free.group, used)
             settings = free.settings(keep)
             error = _whole_proof(model, free.group, kept, settings)
             if error > PROOF:
                 continue
+            edits += _fallen(step, free.group, used)
             edits.append(_edit(used, free.group, consumers[0], kept, left, settings, error))
             silence(twin.module, [(free.group, kept)])
             for path, fit in fits.items() if step.repair else ():
