@@ -1,6 +1,6 @@
 """Channels out of two CNNs, beside Torch-Pruning with each of its criteria.
 
-    python bench/cnn_shrink.py [--peer FOLDER] [ROW ...]
+    python bench/cnn_shrink.py [--peer FOLDER] [--train] [ROW ...]
 
 Fashion-MNIST: the ResNet-20 of bench/fashion.py with half of its multiplications; accuracy on the
 10,000 test images with its 95 % Wilson interval, without training, and after one epoch (the same
@@ -17,7 +17,8 @@ Latency: batch 1, one thread, onnxruntime, the whole network's over the smaller 
 interleaved run; beside it the same ratio of multiplications. All rows are kept in
 bench/results/cnn-shrink.json, and the table beside it is written from them.
 
-`--peer` is a folder with the package torch_pruning, without it the rows of Penjing are made alone.
+`--peer` is a folder with the package torch_pruning, without it the rows of Penjing are made alone;
+`--train` trains for the one epoch.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ from penjing.inspect import inspect
 from penjing.measure import Candidate, measure_files, median_ratio
 from penjing.model import Model
 from penjing.recipe import Recipe
-from penjing.sizing import ratio_for
 from penjing.steps.fold import Fold
 from penjing.steps.shrink import Shrink
 from penjing.writers.onnx import write as write_onnx
@@ -146,9 +146,7 @@ def ours(task: Task, fold: bool, **options: Any) -> nn.Module:
     name = next(iter(task.model.example))
     batches = [{name: part} for part in task.images.split(64)]
     model = apply(task.model, Recipe((Fold(),))).model if fold else task.model
-    step = Shrink(**options)
-    ratio = ratio_for(model, step, "macs", task.share)
-    step = Shrink(**(options | {"ratio": ratio}))
+    step = Shrink(ratio=task.share, of="macs", **options)
     return apply(model, Recipe((step,)), batches).model.module
 
 
@@ -183,10 +181,11 @@ def theirs(task: Task, tp: Any, importance: str, everywhere: bool) -> nn.Module:
 def rows(task: Task, tp: Any) -> dict[str, Callable[[], nn.Module]]:
     made: dict[str, Callable[[], nn.Module]] = {
         "whole": lambda: copy.deepcopy(task.model.module),
-        "penjing": lambda: ours(task, False),
-        "penjing, folded": lambda: ours(task, True),
-        "penjing, magnitude, no repair": lambda: ours(
-            task, False, criterion="magnitude", repair=False
+        "penjing": lambda: ours(task, False, multiple=1),
+        "penjing, multiples of 8": lambda: ours(task, False),
+        "penjing, folded": lambda: ours(task, True, multiple=1),
+        "penjing, wanda, no repair": lambda: ours(
+            task, False, criterion="wanda", repair=False, multiple=1
         ),
     }
     if tp is None:
@@ -219,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", nargs="*")
     parser.add_argument("--peer")
+    parser.add_argument("--train", action="store_true")
     options = parser.parse_args()
     if options.peer:
         sys.path.insert(0, options.peer)
@@ -241,13 +241,13 @@ def main() -> None:
                 print(key, store[key], flush=True)
                 continue
             seconds = time.process_time() - start
-            store[key] = measured(task, module, seconds)
+            store[key] = measured(task, module, seconds, options.train)
             print(key, store[key], flush=True)
             STORE.write_text(json.dumps(store, indent=1) + "\n")
             table(store)
 
 
-def measured(task: Task, module: nn.Module, seconds: float) -> dict[str, Any]:
+def measured(task: Task, module: nn.Module, seconds: float, train: bool) -> dict[str, Any]:
     twin = Model(module, task.model.interface, task.model.example, task.model.source)
     macs = [inspect(m, latency=False).totals.macs or 0 for m in (twin, task.model)]
     found: dict[str, Any] = {
@@ -259,7 +259,7 @@ def measured(task: Task, module: nn.Module, seconds: float) -> dict[str, Any]:
     again = copy.deepcopy(module)
     task.norms(again)
     found["norms"] = task.quality(again)
-    if task.train is not None:
+    if task.train is not None and train:
         for parameter in module.parameters():
             parameter.requires_grad_(True)
         task.train(module)
@@ -286,7 +286,7 @@ def table(store: dict[str, Any]) -> None:
             if lite:
                 cells = [share(q), f"{q[3]:.3f} ± {q[4]:.3f}", f"{n[3]:.3f} ± {n[4]:.3f}"]
             else:
-                cells = [share(q), share(n), share(row["trained"])]
+                cells = [share(q), share(n), share(row["trained"]) if "trained" in row else ""]
             cells += [f"{row['macs']:.3f}", f"{row['faster']:.2f}", f"{row['parameters']:.3f}",
                       f"{row['seconds']:.0f}"]  # fmt: skip
             text.append(f"| {name} | {' | '.join(cells)} |")

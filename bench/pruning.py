@@ -9,8 +9,9 @@ whole network, mean over the sentences with its 95 % interval.
 
 Connections: Wanda and SparseGPT as published (a block's layers see the block unpruned with Wanda,
 pruned so far with SparseGPT; no target but the layer's own output). Neurons: hidden units of the
-MLPs; `wanda` is by the sums of Wanda's scores, without a repair. Seconds are of processors, one
-thread.
+MLPs; `wanda` is by the sums of Wanda's scores, without a repair, and so are the other criteria but
+`gram`. MACs: heads and hidden units, until so much of the network's multiplications is gone, ranked
+layer by layer or against each other. Seconds are of processors, one thread.
 
 All rows are kept in bench/results/pruning-minilm.json and the table beside it is written from all
 of them; with ROW only rows whose name contains it are made, with --missing only new ones.
@@ -51,6 +52,8 @@ def rows() -> dict[str, tuple[Step, ...]]:
         made[f"{about}, sparsegpt"] = (
             Prune(criterion="sparsegpt", alpha=0.0, bias=False, **given),
         )
+        for name in ("taylor", "fisher"):
+            made[f"{about}, {name}"] = (Prune(criterion=name, **given),)
         for name in ("fast", "admm"):
             made[f"{about}, {name}"] = (Prune(criterion=name, **given),)
     for share, block in ((0.5, "1x4"), (0.5, "4x4"), (0.9, "4x4")):
@@ -63,10 +66,16 @@ def rows() -> dict[str, tuple[Step, ...]]:
     for ratio in (0.3, 0.5):
         about = f"MLP -{ratio:.0%}".replace("%", " %")
         own = {"ratio": ratio, "targets": MLP, "multiple": 1}
-        for name in ("random", "magnitude", "wanda"):
+        for name in (
+            "random", "magnitude", "l2", "fpgm", "activation", "taylor", "fisher", "wanda",
+        ):  # fmt: skip
             made[f"{about}, {name}"] = (Shrink(criterion=name, repair=False, **own),)
         made[f"{about}, wanda, repaired"] = (Shrink(criterion="wanda", **own),)
         made[f"{about}, gram"] = (Shrink(**own),)
+    for share in (0.3, 0.5):
+        for ranking in ("layer", "global", "measured"):
+            name = f"MACs -{share * 100:.0f} %, {ranking}"
+            made[name] = (Shrink(share, of="macs", ranking=ranking),)
     return made
 
 

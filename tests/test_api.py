@@ -93,8 +93,8 @@ def weights(model: Model) -> dict[str, torch.Tensor]:
         (lambda m, d: api.prune(m, pattern="2:x"), UsageError, ["2:x"]),
         (lambda m, d: api.shrink(m, 0.5), UsageError, ["shrink needs data", "next: give --data"]),
         (lambda m, d: api.shrink(m, 1.5, data=d), UsageError, ["ratio", "got 1.5", "allowed"]),
-        (lambda m, d: api.shrink(m, 0.5, data=d, of="latency"), UsageError,
-         ["--of latency", "allowed: units, parameters, macs"]),
+        (lambda m, d: api.shrink(m, 0.5, data=d, of="watts"), UsageError,
+         ["of; got 'watts'", "allowed: units, parameters, macs, latency"]),
         (lambda m, d: api.cut(m, 1), UsageError, ["cut needs data"]),
         (lambda m, d: api.cut(m, data=d), UsageError, ["exactly one of layers, ratio"]),
         (lambda m, d: api.cut(m, 0, data=d), UsageError, ["layers", "got 0", "1 or more"]),
@@ -326,3 +326,28 @@ def test_packed_is_measured_without_an_export(model: Model, data: Path, tmp_path
     assert found["latency_ms"]["median"] > 0
     with pytest.raises(InputError, match="or --runtime packed"):
         penjing.measure(tmp_path / "out")
+
+
+def test_labels_that_are_the_networks_classes_lead_the_slopes(place: Path) -> None:
+    """With labels the loss is their cross entropy, without them that of drawn ones."""
+    model = api.load(f"{place}/net.py:net", weights="own")
+    with np.load(place / "data.npz") as stored:
+        x, label = stored["x"], stored["label"]
+    files = {
+        "with": {"x": x, "label": label}, "without": {"x": x},
+        "beyond": {"x": x, "label": label + 7},
+    }  # fmt: skip
+    masks = {}
+    for name, arrays in files.items():
+        np.savez(place / f"{name}.npz", **arrays)
+        done = api.prune(model, 0.5, criterion="taylor", data=place / f"{name}.npz")
+        masks[name] = done.masks["blocks.0.up.weight"]
+    score = torch.zeros(32, 16)
+    for sample, own in zip(torch.tensor(x), torch.tensor(label), strict=True):
+        weight = model.module.blocks[0].up.weight
+        loss = torch.nn.functional.cross_entropy(model.module(sample[None]), own[None])
+        (g,) = torch.autograd.grad(loss, [weight])
+        score += (g * weight).detach().abs()
+    assert torch.equal(masks["with"].flatten(), score.flatten() > score.median())
+    assert not torch.equal(masks["with"], masks["without"])
+    assert torch.equal(masks["beyond"], masks["without"])

@@ -27,7 +27,7 @@ def test_names_callables_and_places() -> None:
 
 @pytest.mark.parametrize("name", ["zzz", "", "../errors", "__init__", None, 3])
 def test_an_unknown_name_lists_the_choices(name: object) -> None:
-    with pytest.raises(UsageError, match=r"criteria.*magnitude, random, wanda"):
+    with pytest.raises(UsageError, match=r"criteria.*fisher, magnitude, random, taylor, wanda"):
         registry.lookup("criteria", name, "score")
 
 

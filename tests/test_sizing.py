@@ -1,45 +1,95 @@
-"""Shares of a network: the fraction of the units that takes them, checked on the real thing."""
+"""Shares of the latency, on files that onnxruntime really runs."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
+from penjing import api
 from penjing.apply import apply
-from penjing.errors import InputError, UsageError
+from penjing.errors import InputError
+from penjing.export import export
 from penjing.inspect import inspect
+from penjing.measure import Candidate, measure_files, median_ratio
 from penjing.model import Model
 from penjing.recipe import Recipe
-from penjing.sizing import ratio_for
+from penjing.sizing import for_latency
 from penjing.steps.shrink import Shrink
 
 
-def _cost(model: Model, of: str) -> float:
-    found = inspect(model, latency=False).totals
-    return float((found.parameters if of == "parameters" else found.macs) or 0)
+class Wide(nn.Module):
+    """Convolutions that take nearly all of the time."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        widths = [3, width, width, width]
+        pairs = itertools.pairwise(widths)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 1, 1) for a, b in pairs)
+        self.fc, self.size = nn.Linear(width, 4), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = torch.relu(conv(x))
+        return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("of", ["parameters", "macs"])
-def test_the_share_is_met_and_hardly_more(of: str) -> None:
-    model = net.resnet()
-    step = Shrink(0.5, multiple=1)
-    ratio = ratio_for(model, step, of, 0.4)
-    assert ratio < 0.4  # rows and columns both go
-    small = apply(model, Recipe((Shrink(ratio, multiple=1),)), [model.example]).model
-    left = _cost(small, of) / _cost(model, of)
-    assert left <= 0.6
-    assert left > 0.6 - 0.12  # widths of this network are eight and less
-    assert torch.isfinite(small.run(model.example)).all()
+def wide(width: int = 96, size: int = 24) -> Model:
+    torch.manual_seed(0)
+    return net.wrap(Wide(width, size), "tensor", {"x": torch.randn(2, 3, size, size)})
 
 
-def test_more_than_there_is_and_what_is_not_there() -> None:
-    model = net.bert()
-    with pytest.raises(InputError, match="cannot take 99%"):
-        ratio_for(model, Shrink(0.5), "parameters", 0.99)
-    with pytest.raises(UsageError, match="latency"):
-        ratio_for(model, Shrink(0.5), "latency", 0.5)
+def macs(model: Model) -> float:
+    return float(inspect(model, latency=False).totals.macs or 0)
+
+
+def test_the_latency_asked_for_is_that_of_the_file(tmp_path: Path) -> None:
+    model, cores = wide(), torch.get_num_threads()
+    step, sized = for_latency(
+        model, Shrink(), 0.5, threads=cores, seconds=1.0, folder=tmp_path / "journal"
+    )
+    assert sized.latency <= 0.5
+    assert 1 <= sized.measured <= 8
+    small = apply(model, Recipe((step,)), [model.example]).model
+    assert macs(small) / macs(model) == pytest.approx(sized.macs)
+    half = apply(model, Recipe((Shrink(0.5),)), [model.example]).model
+    files = []
+    for name, one in (("whole", model), ("small", small), ("half", half)):
+        (tmp_path / name).mkdir()
+        export(one, tmp_path / name)
+        files.append(Candidate(tmp_path / name / "model.onnx", "onnxruntime", one.parameter_count))
+    was, now, least = measure_files(files, model, threads=cores, seconds=2)
+    # A quarter of the MACs are faster still than half of the latency, and that than the whole.
+    assert median_ratio(was, now) > 1.4
+    assert macs(half) < macs(small)
+    assert median_ratio(now, least) > 1.1
+    # The same question has the same answer, without a clock.
+    again = for_latency(
+        model, Shrink(), 0.5, threads=cores, seconds=1.0, folder=tmp_path / "journal"
+    )
+    assert again == (step, sized)
+
+
+    # So has the verb, in a journal that a killed run left.
+    np.savez(tmp_path / "data.npz", x=model.example["x"].numpy())
+    told: list[str] = []
+    done = api.shrink(
+        model, 0.5, data=tmp_path / "data.npz", of="latency", journal=tmp_path / "journal",
+        tell=told.append,
+    )  # fmt: skip
+    assert told == [sized.describe()]
+    assert net.same(done, small)
+    assert done.recipe is not None
+    assert done.recipe.steps[0].kept == sized.kept
+
+
+def test_what_other_layers_take_cannot_go() -> None:
+    with pytest.raises(InputError, match=r"cannot take 98% of the latency; got at most .*MACs"):
+        for_latency(wide(8, 8), Shrink(), 0.98, threads=1, seconds=0.2)

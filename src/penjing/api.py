@@ -15,15 +15,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from penjing.apply import apply as _apply
-from penjing.data import Dataset, encode, prepare
+from penjing.data import Dataset, align, encode, prepare
 from penjing.data import read as _read
 from penjing.errors import InputError, UsageError
 from penjing.evaluate import evaluate as _evaluate
@@ -33,6 +34,7 @@ from penjing.export import export as _export
 from penjing.files import check_output, read_json
 from penjing.fit import Budget, Settings
 from penjing.fit import fit as _fit
+from penjing.gradients import LABELS
 from penjing.inspect import inspect
 from penjing.load import load, original
 from penjing.measure import Candidate, measure_files, physical_cores, quality
@@ -43,7 +45,7 @@ from penjing.registry import lookup
 from penjing.report import write as report
 from penjing.result import Result
 from penjing.sensitivity import in_floats
-from penjing.sizing import ratio_for
+from penjing.sizing import for_latency
 from penjing.steps.cache import Cache, check_decoder
 from penjing.steps.cut import Cut
 from penjing.steps.equalize import Equalize
@@ -52,7 +54,7 @@ from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
 from penjing.steps.recover import Recover
 from penjing.steps.rotate import Rotate
-from penjing.steps.shrink import Shrink
+from penjing.steps.shrink import OF, Shrink
 from penjing.tasks import find
 from penjing.verify import verify
 from penjing.writers.artifact import extend
@@ -71,6 +73,10 @@ _FEW = 24
 STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Cache, Recover)}
 
 
+def _quiet(_: str) -> None:
+    """Nobody listens."""
+
+
 def _model(model: Model | Place) -> Model:
     return model if isinstance(model, Model) else load(os.fspath(model))
 
@@ -83,20 +89,48 @@ def _edited(model: Model) -> bool:
     return bool(model.structure or model.masks or model.planes)
 
 
-def _batches(model: Model, data: Dataset | Place | None, samples: int, length: int) -> list[Batch]:
-    """Calibration batches of at most `samples` samples, spread evenly over the data."""
+def _batches(
+    model: Model, data: Dataset | Place | None, samples: int, length: int, labels: bool = False
+) -> list[Batch]:
+    """Calibration batches of at most `samples` samples, spread evenly over the data.
+
+    With `labels` they hold them, where there are any that are classes of the network.
+    """
     if data is None:
         return []
     length = model.at_most(length)
     dataset = prepare(_dataset(data), model, length).spread(samples)
+    known = _classes(model, dataset) if labels else None
     if dataset.kind != "text":
-        return list(encode(dataset, model, length=length, batch=8))
+        return _labelled(encode(dataset, model, length=length, batch=8), known)
     # Texts of one length go together, so that little of a batch is padding; the batches in
     # random order, because steps hold out the first or the last.
     sizes = [len(text) for text in dataset.samples]
-    dataset = dataset.subset(sorted(range(len(sizes)), key=sizes.__getitem__))
-    batches = list(encode(dataset, model, length=length, batch=8))
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    known = None if known is None else known[order]
+    batches = _labelled(encode(dataset.subset(order), model, length=length, batch=8), known)
     return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
+
+
+def _classes(model: Model, dataset: Dataset) -> np.ndarray | None:
+    """Class numbers [n]; None where labels are not classes of the network, for none are needed."""
+    try:
+        lookup("tasks", "classification", "task").check(dataset, model)
+    except InputError:
+        return None
+    return align(dataset, model).labels
+
+
+def _labelled(batches: Iterable[Batch], labels: np.ndarray | None) -> list[Batch]:
+    """The same with class numbers, in the order of the samples."""
+    made, start = list(batches), 0
+    if labels is None:
+        return made
+    for batch in made:
+        count = len(next(iter(batch.values())))
+        batch[LABELS] = torch.as_tensor(labels[start : start + count])
+        start += count
+    return made
 
 
 def apply(
@@ -129,7 +163,8 @@ def apply(
         recipe = Recipe.from_toml(path.read_text(encoding="utf-8"), STEPS)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    batches = _batches(loaded, data, samples, length)
+    slopes = any("gradient" in step.needs for step in recipe.steps)
+    batches = _batches(loaded, data, samples, length, slopes)
     distils = any(step.name == "recover" for step in recipe.steps)
     before = original(loaded) if distils and _edited(loaded) else None
     done = _apply(loaded, recipe, batches, original=before, journal=journal).model
@@ -170,22 +205,37 @@ def shrink(
     data: Dataset | Place | None = None,
     of: str = "units",
     criterion: str = "gram",
+    ranking: str = "layer",
     heads: float | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
+    tell: Callable[[str], object] = _quiet,
     **options: Any,
 ) -> Model:
     """A copy without the least important neurons; see `penjing.steps.shrink`.
 
     Args:
-        ratio: what goes, of the units of every group; with `of` parameters or macs, of those of
-            the whole network.
+        ratio: what goes, of the units of every group; with `of` parameters, macs or latency, of
+            those of the whole network. Latency is measured, see `penjing.sizing`.
+        ranking: `layer`, the same fraction of every group; `global` or `measured`, groups against
+            each other.
+        tell: gets a line about what was measured.
     """
     _need(data, "shrink")
-    step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()))
+    if of not in (*OF, "latency"):
+        raise UsageError("of", got=repr(of), allowed=", ".join((*OF, "latency")))
+    timed = of == "latency"
+    step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()),
+                  of="macs" if timed else of, ranking=ranking)  # fmt: skip
     loaded = _model(model)
-    if of != "units":
-        step = replace(step, ratio=ratio_for(loaded, step, of, ratio))
+    if timed:
+        samples, length = options.get("samples", 128), options.get("length", 128)
+        slopes = "gradient" in step.needs
+        batches = [] if ranking == "layer" else _batches(loaded, data, samples, length, slopes)
+        step, sized = for_latency(
+            loaded, step, ratio, batches, length=length, folder=options.get("journal")
+        )
+        tell(sized.describe())
     return apply(loaded, Recipe((step,), seed), data, **options)
 
 

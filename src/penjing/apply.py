@@ -28,6 +28,7 @@ from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import pack, perform, unpack
 from penjing.errors import InputError
 from penjing.files import sync
+from penjing.gradients import gradients
 from penjing.graph import is_weighted
 from penjing.model import Batch, Model
 from penjing.progress import track
@@ -80,11 +81,10 @@ def apply(
     result = Applied(model.copy(shared=True))
     # The same samples in any batches: the same journal, and the same bytes.
     own = rebatched(model, batches) if batches else []
-    # A step may begin with others, on the whole network.
-    steps = [one for step in recipe.steps for one in (*getattr(step, "before", ()), step)]
+    steps = [one for step in recipe.steps for one in _parts(step)]
     given = batches if any(step.scope == "model" for step in steps) else own
     with _journal(journal, model, original or model, recipe, given) as log:
-        for number, step in enumerate(steps):
+        for number, step in enumerate(_settled(recipe, result.model, own)):
             if step.scope == "model":
                 edits = log.read(number, "whole")
                 if edits is None:
@@ -95,7 +95,8 @@ def apply(
                 _make(result, step.name, edits)
                 continue
             _check_targets(step.name, getattr(step, "targets", ()), result.model)
-            stream = Stream(result.model, own) if own and step.needs else None
+            slopes = gradients(result.model, own) if own and "gradient" in step.needs else {}
+            stream = Stream(result.model, own, slopes) if own and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
                 reference = stream.twin(result.model.copy(shared=True))
@@ -126,7 +127,7 @@ def apply(
                     log.write(number, unit.name, edits)
                 if edits and unit.name == "front" and stream is not None:
                     # What enters the first block has changed.
-                    stream = Stream(result.model, own)
+                    stream = Stream(result.model, own, slopes)
                     for later in units:
                         later.stream = stream
     given_numbers = {p.data_ptr() for p in model.module.parameters()}
@@ -134,6 +135,17 @@ def apply(
         if parameter.data_ptr() in given_numbers:  # no edit replaced them
             parameter.data = parameter.data.clone()
     return result
+
+
+def _parts(step: Any) -> tuple[Any, ...]:
+    """A step may begin with others, on the whole network."""
+    return (*getattr(step, "before", ()), step)
+
+
+def _settled(recipe: Recipe, model: Model, batches: Sequence[Batch]) -> Iterator[Any]:
+    """The steps one after the other; some first look at what those before have made."""
+    for step in recipe.steps:
+        yield from _parts(step.settled(model, batches) if hasattr(step, "settled") else step)
 
 
 def _check_targets(step: str, targets: Sequence[str], model: Model) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penjing.model import Batch, Model
 
-__all__ = ["rebatched"]
+__all__ = ["rebatched", "samples_of"]
 
 # Samples of a batch, and tokens with their padding.
 _ROWS, _TOKENS = 16, 2048
@@ -35,12 +35,12 @@ def rebatched(model: Model, batches: Sequence[Batch]) -> list[Batch]:
         b[n].shape[1:] != x.shape[1:] for b in batches for n, x in first.items()
     ):
         return list(batches)
-    samples = [sample for batch in batches for sample in _samples(batch, mask)]
+    samples = [sample for batch in batches for sample in samples_of(batch, mask)]
     pads = {"input_ids": _pad(model)}
     return [_joined(group, pads) for group in _groups(samples, mask)]
 
 
-def _samples(batch: Batch, mask: str | None) -> Iterator[Batch]:
+def samples_of(batch: Batch, mask: str | None) -> Iterator[Batch]:
     """One sample at a time, without the batch axis; of a text what the mask shows."""
     for row in range(len(next(iter(batch.values())))):
         sample = {name: x[row] for name, x in batch.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from penjing.calls import Call, record
 from penjing.errors import InputError
 from penjing.graph import given, is_weighted
-from penjing.layerstats import Collector, LayerStats, unpadded
+from penjing.layerstats import Collector, Gradient, LayerStats, unpadded
 from penjing.linalg import state
 from penjing.model import Batch, Model
 from penjing.pausing import paused
@@ -78,16 +78,20 @@ class Stream:
     Args:
         model: the network; edits made to it are seen at once.
         batches: calibration batches.
+        gradients: of layers, by path; they become part of the statistics of those.
 
     Attributes:
         outputs: what the entered block gives, one a batch, where it is known; who changes the
             block after that sets it to None.
     """
 
-    def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, model: Model, batches: Sequence[Batch],
+        gradients: Mapping[str, Gradient] | None = None,
+    ) -> None:  # fmt: skip
         if not batches:
             raise InputError("no calibration data", next="give --data with at least one sample")
-        self.model, self.batches = model, list(batches)
+        self.model, self.batches, self.gradients = model, list(batches), gradients or {}
         self.front: list[str] = []
         self.chained = False
         self._calls: list[list[Call]] = []  # [batch][block]; hidden only of the entered block
@@ -348,13 +352,15 @@ class Stream:
 
         Args:
             unit: the entered block, or what stands outside the blocks.
-            needs: any of `gram`, `range`, `cross`.
+            needs: any of `gram`, `range`, `cross`, `size`; `gradient` is there already.
             reference: the same batches on their way through the network before the edits; a
                 layer whose input has another width there has no `cross`.
 
         Raises:
             InputError: an activation is NaN or infinite.
         """
+        if not needs - {"gradient"}:
+            return self._finished(Collector(unit.layers, needs, {}))
         other = reference if "cross" in needs else None
         found = Collector(unit.layers, needs, _modules(other))
 
@@ -385,7 +391,13 @@ class Stream:
         finally:
             for handle in handles:
                 handle.remove()
-        return found.stats()
+        return self._finished(found)
+
+    def _finished(self, found: Collector) -> dict[str, LayerStats]:
+        stats = found.stats()
+        for path, own in stats.items():
+            own.gradient = self.gradients.get(path)
+        return stats
 
     def staged(
         self, unit: Unit, needs: frozenset[str], reference: Stream | None = None
@@ -424,7 +436,7 @@ class Stream:
                         if (x := calls[number].until(place)) is not None:
                             for name in found.layers:
                                 add(name, x)
-                yield layers, found.stats()
+                yield layers, self._finished(found)
             if self.chained and unit.index + 1 < len(self.model.blocks):
                 for stream, calls in zip(streams, runs, strict=True):
                     stream.outputs = [call.finish() for call in calls]

@@ -16,7 +16,23 @@ from penjing.patches import Patches, is_grouped
 # Input vectors sampled from a batch, and in all, to choose a range by.
 _SAMPLE, _SAMPLES = 256, 8192
 
-__all__ = ["Collector", "LayerStats", "unpadded"]
+__all__ = ["Collector", "Gradient", "LayerStats", "unpadded"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What the loss of the whole network says of one layer's weight (`penjing.gradients`).
+
+    Attributes:
+        size: [out, in] mean over samples of |g|, g the slope of a sample's loss by the weight.
+        square: [out, in] mean over samples of g^2.
+        effects: [samples, in] sum over outputs of weight * g, to first order what a sample's loss
+            falls by when the input is silenced.
+    """
+
+    size: Tensor
+    square: Tensor
+    effects: Tensor
 
 
 @dataclass
@@ -27,6 +43,8 @@ class LayerStats:
         gram: [in, in] mean outer product, float64; None where it was not asked for.
         cross: [in, in] mean outer product of the reference's inputs (rows) and these (columns).
         norm: [in] root mean square of each input.
+        size: [in] mean absolute value of each input, with `size`.
+        gradient: of the layer's weight in the network before the step, with `gradient`.
         grams: of a grouped convolution in place of `gram`: [groups, row, row], row = in / groups
             * h * w, mean outer product of the patches of each group.
         mean: [in] mean of each input, float64, with `gram`; with `grams` [groups, row].
@@ -41,6 +59,8 @@ class LayerStats:
     gram: Tensor | None = None
     grams: Tensor | None = None
     norm: Tensor | None = None
+    size: Tensor | None = None
+    gradient: Gradient | None = None
     cross: Tensor | None = None
     mean: Tensor | None = None
     was: Tensor | None = None
@@ -57,7 +77,7 @@ class Collector:
 
     Args:
         layers: by path; embeddings have no statistics.
-        needs: any of `gram`, `range`, `cross`.
+        needs: any of `gram`, `range`, `cross`, `size`.
         twins: the same layers in the network before the edits.
     """
 
@@ -167,9 +187,14 @@ def _update(
     stats.high = max(stats.high, high)
     if "range" in needs:
         _range(layer, x, stats)
-    vectors = _vectors(layer, x) if "gram" in needs else None
-    stats.count += len(x) if vectors is None else len(vectors)
-    if vectors is not None:
+    vectors = _vectors(layer, x) if needs & {"gram", "size"} else None
+    seen, now = stats.count, len(x) if vectors is None else len(vectors)
+    stats.count += now
+    if vectors is not None and "size" in needs:
+        size = vectors.detach().abs().mean(0, dtype=torch.float64)  # [in]
+        before = torch.zeros_like(size) if stats.size is None else stats.size
+        stats.size = before + (size - before) * (now / (seen + now))
+    if vectors is not None and "gram" in needs:
         if name not in grams:
             grams[name] = Gram(vectors.shape[1])
         grams[name].add(vectors, sums)

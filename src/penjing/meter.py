@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["FORMULAS", "Meter", "hooked"]
+from penjing.errors import UsageError
+from penjing.model import Batch, Model
+
+__all__ = ["FORMULAS", "Meter", "hooked", "metered", "sized_batch"]
 
 
 def _attention(args: tuple[Any, ...], output: Any) -> int:
@@ -169,3 +172,46 @@ def hooked(
         torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
+
+
+def metered(model: Model, inputs: Batch) -> Meter:
+    """The counts of one run; on the meta device nothing is computed."""
+    asks = model.source.kind == "huggingface" and model.device.type == "meta"
+    meter = Meter(model.module, full_masks=asks)
+    with torch.no_grad(), hooked(model.module, meter.enter, meter.leave), meter:
+        for tensor in inputs.values():
+            meter.watch(tensor)
+        model.run(inputs)
+    return meter
+
+
+_USUAL = 128
+
+
+def sized_batch(model: Model, *, batch: int, length: int | None = None) -> Batch:
+    """The model's example repeated to `batch` samples, text to `length` tokens.
+
+    Without a length, 128 tokens or as many as the network takes.
+
+    Raises:
+        UsageError: less than 1, or longer than the network's positions.
+    """
+    limit, text = model.longest, "input_ids" in model.example
+    if length is None:
+        length = min(_USUAL, limit or _USUAL)
+    for name, number in (("batch", batch), ("length", length)):
+        if number < 1:
+            raise UsageError(f"--{name} is too small", got=number, allowed="1 or more")
+    if text and limit is not None and length > limit:
+        raise UsageError("the network has no such length", got=length, allowed=f"1 to {limit}")
+    inputs = {}
+    for name, value in model.example.items():
+        rows = torch.arange(batch) % value.shape[0]
+        sized = value[rows.to(value.device)]  # [batch, ...]
+        if text and value.ndim >= 2:
+            columns = torch.arange(length) % value.shape[1]
+            sized = sized[:, columns.to(value.device)]  # [batch, length, ...]
+        # An example padded by chance would be cheaper than a full batch.
+        full = torch.ones_like(sized) if name == "attention_mask" else sized
+        inputs[name] = full.to(model.device)
+    return inputs

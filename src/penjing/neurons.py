@@ -18,7 +18,7 @@ from torch import Tensor
 
 from penjing.linalg import damped_cholesky
 
-__all__ = ["Reader", "by_scores", "greedy_obs"]
+__all__ = ["Reader", "by_scores", "greedy_obs", "largest", "unit_scores"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +71,14 @@ class _State:
 
 
 def greedy_obs(
-    readers: Sequence[Reader], keep: int, damping: float = 0.01
+    readers: Sequence[Reader], keep: int, damping: float = 0.01, costs: list[Tensor] | None = None
 ) -> tuple[list[int], list[Tensor]]:
     """Remove units one by one until `keep` are left.
 
     Args:
         readers: at least one; all of the same number of units.
         keep: units that stay, at least 1.
+        costs: gets that of each unit that goes, in their order, when it goes.
 
     Returns:
         Kept unit numbers, ascending, and each reader's refitted weight [out, in], zero where it
@@ -92,7 +93,10 @@ def greedy_obs(
         left = alive.nonzero().flatten()
         cost = torch.stack([state.cost(left) for state in states]).sum(0)
         several = min(stride, int(alive.sum()) - keep)
-        chosen = left[torch.sort(cost, stable=True).indices[:several]]
+        order = torch.sort(cost, stable=True).indices[:several]
+        chosen = left[order]
+        if costs is not None:
+            costs.append(cost[order])
         for state in states:
             state.drop(chosen)
         alive[chosen] = False
@@ -106,10 +110,20 @@ def by_scores(scores: Sequence[Tensor], columns: Sequence[Tensor], keep: int) ->
         scores: [out, in] of each layer that reads them.
         columns: int64 [units, size] of each, inputs of each unit.
     """
+    return largest(unit_scores(scores, columns), keep)
+
+
+def unit_scores(scores: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    """[units] float64, sums of squared scores, as shares of each layer's; see `by_scores`."""
     total = torch.zeros(len(columns[0]), dtype=torch.float64)
     for own, index in zip(scores, columns, strict=True):
         power = own.double().square()
         power = power.sum(0) / power.sum().clamp_min(1e-30)  # [in]
         total += power[index].sum(1)
-    order = torch.sort(total, descending=True, stable=True).indices
+    return total
+
+
+def largest(scores: Tensor, keep: int) -> list[int]:
+    """The `keep` units with the largest scores [units], ascending."""
+    order = torch.sort(scores, descending=True, stable=True).indices
     return sorted(order[:keep].tolist())

@@ -152,7 +152,8 @@ class Step(Protocol):
 
     Class attributes:
         name: the verb, also the table name in a recipe.
-        needs: statistics wanted of each linear input: any of `gram`, `range`.
+        needs: statistics wanted of each layer (`penjing.layerstats`): any of `gram`, `cross`,
+            `range`, `size`, `gradient`.
     """
 
     name: ClassVar[str]

@@ -1,66 +1,180 @@
-"""How many units must go for a share of the parameters or of the multiplications to go.
+"""How many units must go for a share of the measured latency to go.
 
-The same fraction of the units of every group is tried, halved in on until the share is met. Half
-of all channels of a CNN are three quarters of its parameters, half of the hidden units of a
-transformer's MLPs a third: the fraction is not the share.
+Latency is measured in onnxruntime: a network with fewer units, any of them, is exported and timed
+in turn with the whole network's own export (`penjing.measure`), and what counts is the median over
+rounds of their ratio. Between two measured networks latency is taken as linear in MACs, which says
+which one to measure next (regula falsi), eight at the most. Without repair, for weights have no
+part in it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from penjing.channelmap import channel_map
-from penjing.coupling import remove
-from penjing.errors import InputError, UsageError
-from penjing.inspect import inspect
-from penjing.model import Model
+import torch
+
+from penjing.errors import InputError
+from penjing.export import export
+from penjing.files import whole_file
+from penjing.measure import Candidate, measure_files, median_ratio
+from penjing.model import Batch, Model
+from penjing.progress import task
+from penjing.recipe import Recipe
+from penjing.registry import lookup
+from penjing.steps._ladder import Ladder
+from penjing.steps._ranking import ladder_of
 from penjing.steps.shrink import Shrink
 
-__all__ = ["ratio_for"]
+__all__ = ["Sized", "for_latency"]
 
-_TRIES = 12
+_MOST = 8
+# Below what was asked for by less than this is near enough; timing is not finer.
+_NEAR = 0.02
+# Calls of each file at the most: of a fast network as many as there is time for.
+_RUNS = 1000
+_RUNTIME, _WRITER = "onnxruntime", "onnx"
 
 
-def ratio_for(model: Model, step: Shrink, of: str, share: float) -> float:
-    """The `ratio` of `step` with which a share of the network goes.
+@dataclass(frozen=True)
+class Sized:
+    """What was found.
+
+    Attributes:
+        kept: units that stay, by group.
+        latency: of the whole network's, as measured.
+        macs: likewise.
+        measured: networks that were measured.
+        threads: of onnxruntime.
+    """
+
+    kept: Mapping[str, int]
+    latency: float
+    macs: float
+    measured: int
+    threads: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"latency {self.latency:.1%} and MACs {self.macs:.1%} of the whole network's, by "
+            f"{self.measured} networks measured in {_RUNTIME} (batch 1, threads {self.threads})"
+        )
+
+
+def for_latency(
+    model: Model, step: Shrink, share: float, batches: Sequence[Batch] = (), *,
+    length: int = 128, threads: int | None = None, seconds: float = 6.0,
+    folder: Path | None = None,
+) -> tuple[Shrink, Sized]:  # fmt: skip
+    """The step with the units that stay, and what was measured.
 
     Args:
         step: whose other options hold.
-        of: `parameters` or `macs`.
-        share: 0 to 1.
+        share: of the latency that goes, 0 to 1.
+        batches: calibration data, for a ranking that wants some.
+        length: tokens of a text; of a decoder those in its cache.
+        threads: None for as many as torch has.
+        seconds: about how long one network is timed.
+        folder: where what was found is kept, for the same call to find it again.
 
     Raises:
-        UsageError: another `of`.
         InputError: more than there is to take.
+        ExportError: a network that cannot be exported.
     """
-    if of not in ("parameters", "macs"):
-        raise UsageError(f"--of {of} is not there yet", allowed="units, parameters, macs",
-                         next="use fit")  # fmt: skip
-    whole = _cost(model, of)
-    groups = channel_map(model).free
+    step = replace(step, of="macs")
+    cores = threads or torch.get_num_threads()
+    asked = f"{Recipe((step,)).to_toml()}{model.source.fingerprint} {share} {length} {cores}"
+    sized = _known(folder, asked)
+    if sized is None:
+        ladder = ladder_of(model, step, batches)
+        with (
+            task("measure latency"),
+            tempfile.TemporaryDirectory(prefix="penjing.") as place,
+        ):
+            bench = _Bench(model, Path(place), length, cores, seconds)
+            sized = _search(ladder, bench, 1 - share)
+        if folder is not None:
+            text = json.dumps({"asked": asked, "found": asdict(sized)})
+            folder.mkdir(parents=True, exist_ok=True)
+            whole_file(folder / _FOUND, lambda path: path.write_text(text), overwrite=True)
+    return replace(step, of="units", ranking="layer", kept=sized.kept), sized
 
-    def left(ratio: float) -> float:
-        twin = model.copy(shared=True)
-        chosen = replace(step, ratio=ratio)
-        kept = [chosen.keep(free.group) for free in groups]
-        plans = [(f.group, list(range(k))) for f, k in zip(groups, kept, strict=True)]
-        remove(twin.module, plans, [s for f, k in zip(groups, kept, strict=True)
-                                    for s in f.settings(k)])  # fmt: skip
-        return _cost(twin, of) / whole
 
-    low, high = 0.0, 0.999
-    if left(high) > 1 - share:
-        raise InputError(
-            f"shrink cannot take {share:.0%} of the {of}", got=f"at most {1 - left(high):.0%}",
-            next="quantize or cut what is left",
+_FOUND = "latency.json"
+
+
+def _known(folder: Path | None, asked: str) -> Sized | None:
+    try:
+        table = json.loads((folder / _FOUND).read_text()) if folder is not None else {}
+        return Sized(**table["found"]) if table["asked"] == asked else None
+    except (OSError, ValueError, TypeError, KeyError):  # none, or of another version
+        return None
+
+
+class _Bench:
+    """Times networks against the whole one."""
+
+    def __init__(self, model: Model, place: Path, length: int, threads: int, seconds: float):
+        self.model, self.place = model, place
+        self.length, self.threads, self.seconds = length, threads, seconds
+        self.measured = 0
+        self._whole = self._export(model)
+
+    def _export(self, model: Model) -> Candidate:
+        folder = Path(tempfile.mkdtemp(dir=self.place))
+        export(model, folder, (_WRITER,))
+        file = folder / str(lookup("runtimes", _RUNTIME, "file"))
+        return Candidate(file, _RUNTIME, model.parameter_count)
+
+    def latency(self, model: Model) -> float:
+        """Of the whole network's."""
+        self.measured += 1
+        files = [self._whole, self._export(model)]
+        was, now = measure_files(
+            files, self.model, length=self.length, threads=self.threads, runs=_RUNS,
+            seconds=self.seconds,
         )  # fmt: skip
-    for _ in range(_TRIES):
-        middle = (low + high) / 2
-        low, high = (low, middle) if left(middle) <= 1 - share else (middle, high)
-    return high
+        return 1 / median_ratio(was, now)
 
 
-def _cost(model: Model, of: str) -> float:
-    if of == "parameters":
-        return float(model.parameter_count)
-    return float(inspect(model, latency=False).totals.macs or 0)
+def _search(ladder: Ladder, bench: _Bench, target: float) -> Sized:
+    """The largest measured network within the target.
+
+    Kernels take channels in blocks: latency falls in steps, and what is next to the target may be
+    well below it.
+    """
+    least = ladder.forms.share(ladder.rungs(ladder.length), "macs")
+    slow, fast = (1.0, 1.0), (0.0, 0.0)  # MACs and latency, of the whole network's
+    best: Sized | None = None
+    tried: set[int] = set()
+    while len(tried) < _MOST:
+        aim = max(target - _NEAR / 2, 0.0)
+        part = (aim - fast[1]) / max(slow[1] - fast[1], 1e-9)
+        guess = fast[0] + min(max(part, 0.0), 1.0) * (slow[0] - fast[0])
+        rung = ladder.first("macs", guess) if guess > least else ladder.length
+        if rung in tried:
+            break
+        tried.add(rung)
+        kept = ladder.rungs(rung)
+        form = ladder.forms.form(kept)
+        macs, latency = ladder.forms.share(kept, "macs"), bench.latency(form)
+        if latency <= target:
+            fast = macs, latency
+            best = Sized(dict(kept), latency, macs, bench.measured, bench.threads)
+            if latency >= target - _NEAR:
+                break
+        elif rung == ladder.length:
+            break
+        else:
+            slow = macs, latency
+    if best is None:
+        raise InputError(
+            f"shrink cannot take {1 - target:.0%} of the latency",
+            got=f"at most {1 - latency:.0%}, with MACs {macs:.0%} of the whole network's",
+            next="ask for less, or quantize or cut what is left",
+        )  # fmt: skip
+    return replace(best, measured=bench.measured)

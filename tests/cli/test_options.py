@@ -43,7 +43,7 @@ def test_a_bad_budget(option: str, text: str, hint: str, tmp_path: Path) -> None
 
 def test_unknown_names_list_the_choices() -> None:
     error = refused("prune", "/no/model", "--sparsity", "0.5", "--criterion", "zz", "-o", "x")
-    assert "magnitude, random, wanda" in error
+    assert "fisher, magnitude, random, taylor, wanda" in error
     assert "gptq" in refused("quantize", "/no/model", "--method", "zz", "-o", "x")
     error = refused("fit", "/no/model", "--data", ".", "--metric", "zz", "-o", "x")
     assert "classification" in error

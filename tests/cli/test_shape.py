@@ -9,6 +9,8 @@ from click.testing import CliRunner
 
 from penjing.cli import group
 
+SHRINK = ("shrink", "{w}", "--ratio", "0.5", "--data", "{w}", "-o", "{d}/o")
+
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
     done = CliRunner().invoke(group, [str(a) for a in arguments])
@@ -107,6 +109,14 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (("quantize", "{w}", "--bits", "9", "-o", "{d}/o.npy"), "1<=x<=8"),
         (("shrink", "{w}", "--ratio", "0", "--data", "{w}", "-o", "{d}/o"), "0 < ratio < 1"),
         (("shrink", "{w}", "--ratio", "0.5", "-o", "{d}/o"), "--data"),
+        (
+            (*SHRINK, "--ranking", "global"),
+            "--of parameters, macs or latency",
+        ),
+        (
+            (*SHRINK, "--criterion", "x"),
+            "gram, activation, bn-scale, fisher, fpgm, l2, taylor, magnitude, random, wanda",
+        ),
         (("cut", "{w}", "--data", "{w}", "-o", "{d}/o"), "either --layers"),
         (("cut", "{w}", "--layers", "1", "--patch", "x", "--data", "{w}", "-o", "{d}/o"), "linear"),
     ],

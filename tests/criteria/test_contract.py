@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from penjing import registry
+from penjing.layerstats import Gradient
 from penjing.masks import unstructured
 
 NAMES = registry.choices("criteria")
@@ -13,7 +14,13 @@ GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(400, 24, generator=GENERATOR) * torch.logspace(-1, 1, 24)  # [tokens, in]
 WEIGHT = torch.randn(16, 24, generator=GENERATOR)
 GRAM = (X.T @ X / 400).double()
-STATS = SimpleNamespace(gram=GRAM, norm=GRAM.diagonal().sqrt().float())
+# Of the loss <z, y>, z ~ N(0, I): its slope by w is z x, E|z| = sqrt(2 / pi), E[z^2] = 1.
+GRADIENT = Gradient(
+    (2 / torch.pi) ** 0.5 * X.abs().mean(0).expand(16, -1),
+    X.square().mean(0).expand(16, -1),
+    torch.zeros(400, 24),
+)
+STATS = SimpleNamespace(gram=GRAM, norm=GRAM.diagonal().sqrt().float(), gradient=GRADIENT)
 
 
 def loss(name: str, sparsity: float) -> float:
@@ -40,5 +47,6 @@ def test_better_than_random(name: str, sparsity: float) -> None:
     assert loss(name, sparsity) < 0.8 * loss("random", sparsity)
 
 
-def test_data_help() -> None:
-    assert loss("wanda", 0.5) < 0.8 * loss("magnitude", 0.5)
+@pytest.mark.parametrize("name", ["wanda", "taylor", "fisher"])
+def test_data_help(name: str) -> None:
+    assert loss(name, 0.5) < 0.8 * loss("magnitude", 0.5)

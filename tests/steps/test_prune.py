@@ -31,7 +31,7 @@ def _inputs(model: Model, path: str, batches: list[net.Batch]) -> np.ndarray:
     return torch.cat(found).double().numpy()
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda", "taylor", "fisher"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75])
 def test_exact_counts(criterion: str, sparsity: float) -> None:
     model = net.stack()
@@ -81,6 +81,27 @@ def test_wanda_by_hand_on_the_pruned_network() -> None:
                 (np.argsort(plain, 1)[:, :half] != np.argsort(scores, 1)[:, :half]).any()
             )
     assert differ
+
+
+@pytest.mark.parametrize(("criterion", "power"), [("taylor", 1), ("fisher", 2)])
+def test_slopes_are_of_the_network_before_the_step(criterion: str, power: int) -> None:
+    """|w g|^power, mean over samples, by one backward pass a sample of -<z, output>."""
+    model, batches = net.stack(), net.arrays(2)
+    pruned = apply(model, Recipe((Prune(0.5, criterion),)), batches).model
+    generator = torch.Generator().manual_seed(0)
+    twin = model.copy().module
+    scores: dict[str, list[torch.Tensor]] = {}
+    for sample in torch.cat([batch["x"] for batch in batches]):
+        output = twin(sample[None])
+        twin.zero_grad()
+        (torch.randn(output.shape, generator=generator) * output).sum().backward()
+        for name in pruned.masks:
+            own = twin.get_parameter(name)
+            scores.setdefault(name, []).append((own * own.grad).detach().abs() ** power)
+    for name, mask in pruned.masks.items():
+        own = torch.stack(scores[name]).mean(0).flatten()
+        border = own.sort().values[own.numel() // 2]
+        assert torch.equal(mask.flatten(), own >= border)
 
 
 def test_two_of_four() -> None:
@@ -167,6 +188,14 @@ def test_convolutions() -> None:
     mask = pruned.masks["layer1.0.conv1.weight"]
     assert mask.shape == (8, 8, 3, 3)
     assert (~mask).flatten(1).sum(1).tolist() == [36] * 8
+
+
+def test_slopes_rank_a_grouped_convolution_too() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Flatten(), nn.Linear(32, 2))
+    model = net.wrap(module, "tensor", {"x": torch.randn(4, 4, 4, 4)})
+    pruned = apply(model, Recipe((Prune(0.5, "taylor"),)), [model.example]).model
+    assert int((~pruned.masks["0.weight"]).sum()) == 36
 
 
 def test_a_grouped_convolution_needs_a_criterion_without_data() -> None:

@@ -66,7 +66,8 @@ class Leaf(click.ParamType):  # type: ignore[type-arg]
         self.name, self.family, self.more, self.without = "name", family, more, without
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        known = [*self.more, *(n for n in choices(self.family) if n not in self.without)]
+        own = (n for n in choices(self.family) if n not in self.without)
+        known = dict.fromkeys([*self.more, *own])
         if ":" not in value and value.replace("_", "-") not in known:
             self.fail(f"got {value!r}; allowed: {', '.join(known)}", param, ctx)
         return str(value)

@@ -30,6 +30,9 @@ _ROTATING = ("onnx", "openvino")
 # Codes of several weights at once, which no export holds.
 _TOGETHER = ("additive", "e8", "trellis")
 
+# Criteria of neurons.
+_NEURONS = ("gram", *sorted({*choices("unitcriteria"), *choices("criteria")}))
+
 targets_option = click.option(
     "--targets", multiple=True, metavar="GLOB", help="Only layers with such a path; may repeat."
 )
@@ -135,30 +138,60 @@ def prune(
     type=click.Choice(["units", "parameters", "macs", "latency"]),
     default="units",
     show_default=True,
-    help="Of each group's units, or of the whole network.",
+    help="Of each group's units, or of the whole network; latency is measured.",
 )
-@click.option("--criterion", type=Leaf("criteria", "gram"), default="gram", show_default=True)
+@click.option(
+    "--criterion",
+    type=Leaf("criteria", "gram", *choices("unitcriteria")),
+    default="gram",
+    show_default=True,
+    help=", ".join(_NEURONS) + ", or file.py:function.",
+)
+@click.option(
+    "--ranking",
+    type=click.Choice(["layer", "global", "measured"]),
+    default="layer",
+    show_default=True,
+    help="The same fraction of each group, or groups against each other.",
+)
 @targets_option
 @data_options(required=True)
 @output_options()
 @to_option
 @json_option
 def shrink(
-    model: str, ratio: float, of: str, output: Path, targets: tuple[str, ...], **options: Any
+    model: str,
+    ratio: float,
+    of: str,
+    ranking: str,
+    output: Path,
+    targets: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Remove whole neurons: channels, hidden units, heads.
 
     \b
     penjing shrink ./my-model --ratio 0.25 --data calibration.jsonl -o ./shrunk
     penjing shrink ./my-model --ratio 30% --of macs --data calibration.jsonl -o ./shrunk
+    penjing shrink ./my-model --ratio 30% --of latency --data calibration.jsonl -o ./shrunk
     """
     if not 0 < ratio < 1:
         raise UsageError("--ratio", got=ratio, allowed="0 < ratio < 1")
+    if ranking != "layer" and of == "units":
+        raise UsageError(
+            f"--ranking {ranking} of units", allowed="--of parameters, macs or latency",
+            next="say what share of the network goes",
+        )  # fmt: skip
+    told: list[str] = []
     technique(
-        lambda m, **more: _api().shrink(m, ratio, of=of, **more),
+        lambda m, **more: _api().shrink(m, ratio, of=of, ranking=ranking, tell=told.append, **more),
         model,
         output,
-        remarks=lambda before, after: removed(ratio if of == "units" else 0, before, after),
+        remarks=lambda before, after: [
+            *told,
+            # Ranked against others, a block may well stay whole.
+            *(removed(ratio if of == "units" else 0, before, after) if ranking == "layer" else ()),
+        ],
         targets=targets or None,
         **options,
     )

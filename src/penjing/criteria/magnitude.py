@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["score"]
+__all__ = ["needs", "score"]
+
+needs: frozenset[str] = frozenset()
 
 
 def score(weight: Tensor, stats: Any = None) -> Tensor:

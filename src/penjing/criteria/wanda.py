@@ -8,7 +8,9 @@ from torch import Tensor
 
 from penjing.errors import InputError
 
-__all__ = ["score"]
+__all__ = ["needs", "score"]
+
+needs = frozenset({"gram"})
 
 
 def score(weight: Tensor, stats: Any = None) -> Tensor:

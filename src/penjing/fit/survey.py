@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from penjing import processor
 from penjing.apply import apply
 from penjing.calibrate import Stream, Unit, units_of
+from penjing.divergence import divergence
 from penjing.errors import InputError, PenjingError
 from penjing.files import whole_file
 from penjing.fit.samples import timed
@@ -45,8 +46,6 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25)
 HEADS = (1.0, 0.5)
 _MEASURED = 0.5
 _BEAM = 2
-# Outputs compared at once.
-_ROWS = 64
 # Networks with more blocks than this are measured at their lowest bits only, with all heads.
 _DEEP = 12
 
@@ -188,37 +187,8 @@ def _fast(model: Model) -> Iterator[None]:
 
 
 def error_of(model: Model, search: Sequence[Batch], reference: Sequence[Tensor]) -> float:
-    """Mean 1 - cosine of embeddings and free tensors, or mean KL of logits in nats.
-
-    Infinite where an output is not finite.
-    """
-    return _distance(model.interface, search, reference, (model.run(b) for b in search))
-
-
-def _distance(
-    interface: str,
-    search: Sequence[Batch],
-    reference: Sequence[Tensor],
-    outputs: Iterable[Tensor],
-) -> float:
-    logits = interface in ("classifier", "causal", "image")
-    total, count = 0.0, 0
-    for batch, wanted, output in zip(search, reference, outputs, strict=True):
-        if interface == "causal":
-            kept = batch["attention_mask"].bool()
-            output, wanted = output[kept], wanted[kept]
-        # A few rows at a time: a vocabulary-wide batch and its copies do not fit a cache.
-        wanted, output = wanted.flatten(1), output.flatten(1)
-        for a, b in zip(torch.split(wanted, _ROWS), torch.split(output, _ROWS), strict=True):
-            a, b = a.float(), b.float()
-            if logits:
-                p, q = a.log_softmax(-1), b.log_softmax(-1)
-                values = (p.exp() * (p - q)).sum(-1)
-            else:
-                values = 1 - torch.cosine_similarity(b, a)
-            total, count = total + float(values.sum()), count + len(values)
-    # NaN compares false: without this a broken network would look perfect.
-    return max(0.0, total / max(count, 1)) if math.isfinite(total) else math.inf
+    """Divergence of an edited network's outputs (`penjing.divergence`)."""
+    return divergence(model.interface, search, reference, (model.run(b) for b in search))
 
 
 def _singles(
@@ -241,7 +211,7 @@ def _singles(
     def error(edits: Sequence[Edit]) -> float:
         found.evaluations += 1
         outputs = suffixes.outputs(variant(base, edits), edits)
-        return _distance(model.interface, search, reference, outputs)
+        return divergence(model.interface, search, reference, outputs)
 
     steps = {
         name: step for name in formats if (step := FORMATS[name].quantize("rtn", ())) is not None

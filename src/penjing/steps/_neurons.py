@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from penjing.calibrate import LayerStats
+from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.coupling import Units
 from penjing.linalg import ridge
-from penjing.neurons import Reader, by_scores, greedy_obs
+from penjing.neurons import Reader, greedy_obs, largest
 from penjing.recipe import Setting, Slice
-from penjing.registry import lookup
+from penjing.shapes import replace_tensor
+from penjing.steps._importance import importance
 from penjing.steps._problem import Fit, Problem
 
 __all__ = [
@@ -26,8 +27,12 @@ __all__ = [
     "Group",
     "Remaining",
     "choose",
+    "collect",
     "consumers_of",
     "described",
+    "problems_of",
+    "put",
+    "readers_of",
     "refit",
     "silenced",
 ]
@@ -64,31 +69,44 @@ def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
 
 
 def choose(
-    layers: Mapping[str, nn.Module], consumers: list[Consumer], stats: Mapping[str, LayerStats],
+    module: nn.Module, group: Units, consumers: list[Consumer], stats: Mapping[str, LayerStats],
     keep: int, criterion: str,
-) -> tuple[list[int], dict[str, Fit]]:  # fmt: skip
-    """Units that stay, and what becomes of each consumer.
+) -> tuple[list[int], dict[str, Fit], str]:  # fmt: skip
+    """Units that stay, what becomes of each consumer, and the criterion that decided.
 
     Args:
-        layers: by path.
+        module: the network.
+        group: with whole names.
         consumers: with a Gram matrix each.
-        criterion: `gram`, or a name of `penjing.criteria`.
+        criterion: `gram`, or a name of `penjing.unitcriteria` or `penjing.criteria`.
     """
-    paths = [one.path for one in consumers]
-    matrices = [one.matrix(layers[one.path]) for one in consumers]
-    problems = [Problem.of(layers[p], w, stats[p]) for p, w in zip(paths, matrices, strict=True)]
+    problems = problems_of(module, consumers, stats)
     if criterion == "gram":
-        readers = [Reader(problem.weight, problem.gram, one.columns)
-                   for problem, one in zip(problems, consumers, strict=True)]  # fmt: skip
-        kept, weights = greedy_obs(readers, keep)
-        return kept, {p: x.fit(w) for p, x, w in zip(paths, problems, weights, strict=True)}
-    score = lookup("criteria", criterion, "score")
-    scores = [score(w, stats[path]) for w, path in zip(matrices, paths, strict=True)]
-    kept = by_scores(scores, [one.columns for one in consumers], keep)
+        kept, weights = greedy_obs(readers_of(consumers, problems), keep)
+        fits = {p: x.fit(w) for (p, x), w in zip(problems.items(), weights, strict=True)}
+        return kept, fits, criterion
+    scores, used = importance(criterion, module, group, consumers, stats)
+    kept = largest(scores, keep)
     return kept, {
-        one.path: _solved(problem, one.columns[kept].flatten().sort().values)
-        for one, problem in zip(consumers, problems, strict=True)
+        c.path: _solved(problems[c.path], c.columns[kept].flatten().sort().values)
+        for c in consumers
+    }, used  # fmt: skip
+
+
+def problems_of(
+    module: nn.Module, consumers: list[Consumer], stats: Mapping[str, LayerStats]
+) -> dict[str, Problem]:
+    """Of each consumer, by path; arguments as `choose` takes them."""
+    layers = {one.path: (one, module.get_submodule(one.path)) for one in consumers}
+    return {
+        path: Problem.of(layer, one.matrix(layer), stats[path])
+        for path, (one, layer) in layers.items()
     }
+
+
+def readers_of(consumers: list[Consumer], problems: Mapping[str, Problem]) -> list[Reader]:
+    """What greedy optimal brain surgeon takes."""
+    return [Reader(problems[c.path].weight, problems[c.path].gram, c.columns) for c in consumers]
 
 
 def refit(layer: nn.Module, weight: Tensor, stats: LayerStats, kept: Tensor) -> Fit:
@@ -148,6 +166,22 @@ class Group:
         }  # fmt: skip
         units = tuple(map(tuple, readers[0].places.tolist()))
         return cls(readers[0].name.removesuffix(".weight"), units, makers)
+
+
+def put(module: nn.Module, layer: nn.Module, fit: Fit) -> None:
+    """Give a layer of a module what becomes of it."""
+    for name, value in (("weight", fit.weight), ("bias", fit.bias)):
+        if value is not None:
+            own: Tensor = getattr(layer, name)
+            replace_tensor(module, own, value.reshape(own.shape).to(own))
+
+
+def collect(
+    stream: Stream, layers: dict[str, nn.Module], needs: frozenset[str],
+    reference: Stream | None = None,
+) -> dict[str, LayerStats]:  # fmt: skip
+    """Statistics of layers anywhere in the network, by path, by running the whole of it."""
+    return stream.collect(Unit("whole", stream.model, layers, stream, None), needs, reference)
 
 
 class Remaining:

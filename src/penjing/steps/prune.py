@@ -17,13 +17,11 @@ from penjing.calibrate import LayerStats, Unit
 from penjing.errors import UsageError
 from penjing.masks import Pattern
 from penjing.recipe import Edit
-from penjing.registry import choices, lookup
+from penjing.registry import choices, constant, lookup
 from penjing.steps._problem import Problem
 from penjing.steps._select import canonical, matrix_layers
 
 __all__ = ["Prune"]
-
-_BLIND = "magnitude", "random"
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,10 @@ class Prune:
     @property
     def needs(self) -> frozenset[str]:
         """Nothing for a criterion that looks at no data."""
-        if self.criterion in _BLIND:
-            return frozenset()
-        return frozenset({"gram", "cross"} if self._fits and self.alpha else {"gram"})
+        if self._fits:
+            return frozenset({"gram", "cross"} if self.alpha else {"gram"})
+        wanted: frozenset[str] = constant("criteria", self.criterion, "needs", frozenset({"gram"}))
+        return wanted
 
     def layers(self, unit: Unit) -> dict[str, nn.Module]:
         """The layers of a unit that are pruned, by path."""
@@ -103,8 +102,10 @@ class Prune:
             weight = layer.weight.detach()  # type: ignore[operator]
             matrix = weight.reshape(len(weight), -1).float()  # [out, in]
             own = stats.get(path)
-            if self.needs and (own is None or own.norm is None):
+            if "gram" in self.needs and (own is None or own.norm is None):
                 continue  # a grouped convolution has no one input vector
+            if "gradient" in self.needs and (own is None or own.gradient is None):
+                continue  # the loss does not depend on it
             fitted = None
             if self._fits:
                 assert own is not None

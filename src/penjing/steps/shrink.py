@@ -10,7 +10,7 @@ same output as the small one. Units of a block go with its turn; those that seve
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,24 +20,27 @@ from torch import Tensor, nn
 from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.channelmap import ChannelMap, Free, channel_map, map_of
 from penjing.coupling import PROOF, Member, Units, prove, silence
-from penjing.errors import UsageError
-from penjing.model import Model
+from penjing.errors import InputError, UsageError
+from penjing.gradients import gradients
+from penjing.model import Batch, Model
 from penjing.recipe import Edit, Setting, Slice
-from penjing.registry import lookup
-from penjing.shapes import replace_tensor
+from penjing.steps._importance import check, needs_of
 from penjing.steps._neurons import (
     Consumer,
     Remaining,
     choose,
+    collect,
     consumers_of,
     described,
+    put,
     refit,
     silenced,
 )
 from penjing.steps._problem import Fit
+from penjing.steps._ranking import OF, RANKINGS, ladder_of
 from penjing.steps._select import matches, matrix_layers
 
-__all__ = ["Shrink", "groups_of"]
+__all__ = ["OF", "RANKINGS", "Shrink", "groups_of"]
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,21 @@ class Shrink:
     Attributes:
         ratio: fraction of the units of every group that go, 0 to 1.
         heads: fraction of the heads or key-value groups that go; None means `ratio`.
-        criterion: `gram` (greedy optimal brain surgeon) or a name of `penjing.criteria`.
+        criterion: `gram` (greedy optimal brain surgeon) or a name of `penjing.unitcriteria` or
+            `penjing.criteria`.
         repair: refit what reads them by ridge least squares.
         multiple: kept units are a multiple of this, which kernels want; of heads any number.
         targets: globs of the layers that read the units, e.g. `*.output.dense`.
+        of: what `ratio` is of: `units` of every group, or `parameters` or `macs` of the network.
+        ranking: `layer` for the same fraction of every group, or how groups are ranked against
+            each other, `global` or `measured` (`penjing.steps._ranking`).
+        kept: units that stay, by the name of their group; other groups stay whole. It takes the
+            place of `ratio` and `heads`.
     """
 
     name: ClassVar[str] = "shrink"
     scope: ClassVar[str] = "block"
     staged: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset({"gram", "cross"})
 
     ratio: float = 0.5
     heads: float | None = None
@@ -64,20 +72,55 @@ class Shrink:
     repair: bool = True
     multiple: int = 8
     targets: tuple[str, ...] = ()
+    of: str = "units"
+    ranking: str = "layer"
+    kept: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("ratio", self.ratio), ("heads", self.heads)):
             if value is not None and not 0 <= value < 1:
                 raise UsageError(name, got=value, allowed=f"0 <= {name} < 1")
-        if self.criterion != "gram":
-            lookup("criteria", self.criterion, "score")
+        check(self.criterion)
         if self.multiple < 1:
             raise UsageError("multiple", got=self.multiple, allowed="1 or more")
+        for what, given, allowed in (("of", self.of, OF), ("ranking", self.ranking, RANKINGS)):
+            if given not in allowed:
+                raise UsageError(
+                    what, got=repr(given), allowed=", ".join(allowed),
+                    next="penjing shrink --of latency" if given == "latency" else None,
+                )  # fmt: skip
+        if self.ranking != "layer" and self.of == "units":
+            raise UsageError(
+                f"ranking {self.ranking} of units", allowed="of parameters or macs",
+                next="say what share of the network goes",
+            )  # fmt: skip
+        kept = {} if self.kept is None else self.kept
+        if not isinstance(kept, Mapping) or any(
+            type(count) is not int or count < 1 for count in kept.values()
+        ):
+            raise UsageError("kept units", got=kept, allowed="1 or more of each group, by its name")
 
     @property
     def before(self) -> tuple[_Shared, ...]:
         """What goes first."""
         return (_Shared(self),)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the criterion wants, and what the repair does."""
+        return needs_of(self.criterion) | {"gram", "cross"}
+
+    def settled(self, model: Model, batches: Sequence[Batch]) -> Shrink:
+        """The same with the units that stay of each group, where that is for the network to say.
+
+        Raises:
+            InputError: more than there is to take.
+        """
+        if self.kept is not None or (self.of, self.ranking) == ("units", "layer"):
+            return self
+        ladder = ladder_of(model, self, batches)
+        kept = ladder.rungs(ladder.first(self.of, 1 - self.ratio))
+        return replace(self, kept=kept, of="units", ranking="layer")
 
     def layers(self, unit: Unit) -> dict[str, nn.Module]:
         """The layers that may lose inputs, by path."""
@@ -105,15 +148,17 @@ class Shrink:
                 readers = [c for c in one.readers if known[c.path].gram is not None]
                 if not readers:
                     continue
-                group, keep = one.free.group, self.keep(one.free.group)
-                kept, fits = choose(chosen.layers, readers, known, keep, self.criterion)
+                group, keep = one.free.group, self.keep(one.group)
+                module = unit.model.module
+                kept, fits, used = choose(module, one.group, readers, known, keep, self.criterion)
                 settings = one.free.settings(keep)
-                block = unit.model.module.get_submodule(unit.name)
+                block = module.get_submodule(unit.name)
                 error = _proof(block, unit, group, kept, settings)
                 if error > PROOF:
                     continue
+                yield from _fallen(self, one.group, used)
                 settings = described(settings, unit.name)
-                slices.append(_edit(self, one.group, readers[0], kept, left, settings, error))
+                slices.append(_edit(used, one.group, readers[0], kept, left, settings, error))
                 for reader in one.readers:
                     own = silenced(chosen.layers[reader.path], reader, kept)
                     fit = fits.get(reader.path, own) if self.repair else own
@@ -130,6 +175,8 @@ class Shrink:
 
     def keep(self, group: Units) -> int:
         """Units of a group that stay."""
+        if self.kept is not None:
+            return min(self.kept.get(group.name, group.count), group.count)
         ratio = self.ratio if self.heads is None or not group.is_heads else self.heads
         if not ratio:  # rounding to `multiple` must not take any
             return group.count
@@ -165,42 +212,54 @@ class _Shared:
         numbered as the original's are.
         """
         model, step = unit.model, self.step
-        groups = [f for f in channel_map(model).free if self._wanted(model.blocks, f)]
+        check(step.criterion, model.module)
+        every = channel_map(model).free
+        if unknown := sorted(set(step.kept or ()) - {free.group.name for free in every}):
+            raise InputError(
+                "kept units of no group of the network", got=unknown[0],
+                next="see penjing inspect --groups",
+            )  # fmt: skip
+        groups = [f for f in every if self._wanted(model.blocks, f)]
         if not groups:
             return
         if not unit.batches:
             raise UsageError("shrink needs data", next="give --data")
         twin = model.copy(shared=True)
         layers = {n: m for n, m in twin.module.named_modules() if hasattr(m, "weight")}
-        stream = Stream(twin, unit.batches)
+        needs = needs_of(step.criterion) | {"gram"}
+        slopes = gradients(model, unit.batches) if "gradient" in needs else {}
+        stream = Stream(twin, unit.batches, slopes)
         left = Remaining(model.module)
         edits, touched = [], {}
         for free in groups:
             consumers = consumers_of(twin.module, free.group)
-            found = _collect(stream, {c.path: layers[c.path] for c in consumers})
+            found = collect(stream, {c.path: layers[c.path] for c in consumers}, needs)
             consumers = [c for c in consumers if found[c.path].gram is not None]
             keep = step.keep(free.group)
             if keep == free.group.count or not consumers:
                 continue
-            kept, fits = choose(layers, consumers, found, keep, step.criterion)
+            kept, fits, used = choose(
+                twin.module, free.group, consumers, found, keep, step.criterion
+            )
             settings = free.settings(keep)
             error = _whole_proof(model, free.group, kept, settings)
             if error > PROOF:
                 continue
-            edits.append(_edit(step, free.group, consumers[0], kept, left, settings, error))
+            edits += _fallen(step, free.group, used)
+            edits.append(_edit(used, free.group, consumers[0], kept, left, settings, error))
             silence(twin.module, [(free.group, kept)])
             for path, fit in fits.items() if step.repair else ():
-                _put(twin.module, layers[path], fit)
+                put(twin.module, layers[path], fit)
                 touched[path] = layers[path]
         original = Stream(model.copy(shared=True), unit.batches)
         for path in _in_order(stream, touched):
-            found = _collect(stream, {path: touched[path]}, original)
+            found = collect(stream, {path: touched[path]}, frozenset({"gram", "cross"}), original)
             was = model.module.get_submodule(path)
             weight: Tensor = was.weight.detach().float().flatten(1)  # type: ignore[operator]
             now: Tensor = touched[path].weight.detach().flatten(1)
             stays = (now != 0).any(0).nonzero().flatten()
             fit = refit(was, weight, found[path], stays)
-            _put(twin.module, touched[path], fit)
+            put(twin.module, touched[path], fit)
             yield from _refitted(model.module, path, fit)
         yield from edits
 
@@ -238,8 +297,16 @@ def _placed(group: Units, path: str) -> Units:
     ))  # fmt: skip
 
 
+def _fallen(step: Shrink, group: Units, used: str) -> list[Edit]:
+    """What there is to say where a group has nothing for the criterion."""
+    if used == step.criterion:
+        return []
+    why = f"no {step.criterion} here, units chosen by {used}"
+    return [Edit("left", group.name.removesuffix(".weight"), None, why)]
+
+
 def _edit(
-    step: Shrink, group: Units, first: Consumer, kept: list[int], left: Remaining,
+    criterion: str, group: Units, first: Consumer, kept: list[int], left: Remaining,
     settings: list[Setting], error: float,
 ) -> Edit:  # fmt: skip
     what = "heads" if group.is_heads else "hidden units"
@@ -250,7 +317,7 @@ def _edit(
     return Edit(
         "slice", first.path, value,
         f"{group.count - len(kept)} of {group.count} {what}, least important by "
-        f"{step.criterion}; masked equals small within {error:.0e}",
+        f"{criterion}; masked equals small within {error:.0e}",
         {"kept": float(len(kept)), "of": float(group.count)},
     )  # fmt: skip
 
@@ -261,21 +328,6 @@ def _refitted(module: nn.Module, path: str, fit: Fit) -> Iterator[Edit]:
     yield Edit("weight", f"{path}.weight", fit.weight.reshape(own.shape), why)
     if fit.bias is not None:
         yield Edit("weight", f"{path}.bias", fit.bias, why)
-
-
-def _put(module: nn.Module, layer: nn.Module, fit: Fit) -> None:
-    for name, value in (("weight", fit.weight), ("bias", fit.bias)):
-        if value is not None:
-            own: Tensor = getattr(layer, name)
-            replace_tensor(module, own, value.reshape(own.shape).to(own))
-
-
-def _collect(
-    stream: Stream, layers: dict[str, nn.Module], reference: Stream | None = None
-) -> dict[str, LayerStats]:
-    whole = Unit("whole", stream.model, layers, stream, None)
-    needs = frozenset({"gram"} if reference is None else {"gram", "cross"})
-    return stream.collect(whole, needs, reference)
 
 
 def _in_order(stream: Stream, layers: dict[str, nn.Module]) -> list[str]:
