@@ -76,7 +76,6 @@ def test_the_latency_asked_for_is_that_of_the_file(tmp_path: Path) -> None:
     )
     assert again == (step, sized)
 
-
     # So has the verb, in a journal that a killed run left.
     np.savez(tmp_path / "data.npz", x=model.example["x"].numpy())
     told: list[str] = []

@@ -1,7 +1,7 @@
 """How far the outputs of an edited network are from those of the original.
 
-    logits           mean over samples (texts: tokens) of KL(original || edited), in nats
-    anything else    mean over samples of 1 - cosine
+logits           mean over samples (texts: tokens) of KL(original || edited), in nats
+anything else    mean over samples of 1 - cosine
 """
 
 from __future__ import annotations

@@ -101,9 +101,7 @@ def test_a_block_that_does_nothing_goes_first() -> None:
     one, gone = 8 + 1 + 8, 0.2 * model.parameter_count
     kept = {}
     for ranking in ("global", "measured"):
-        step = Shrink(
-            0.2, of="parameters", ranking=ranking, multiple=1, targets=("blocks.*.down",)
-        )
+        step = Shrink(0.2, of="parameters", ranking=ranking, multiple=1, targets=("blocks.*.down",))
         settled = step.settled(model, batches)
         kept[ranking] = [settled.kept[f"blocks.{i}.up.weight"] for i in range(3)]
     assert kept["measured"] == [24, 24 - int(np.ceil(gone / one)), 24]

@@ -132,9 +132,7 @@ def _stays(group: Units, multiple: int) -> tuple[int, ...]:
     return (group.count, *range((group.count - 1) // one * one, 0, -one))
 
 
-def _order(
-    forms: Forms, step: Shrink, batches: Sequence[Batch], groups: list[Group]
-) -> list[str]:
+def _order(forms: Forms, step: Shrink, batches: Sequence[Batch], groups: list[Group]) -> list[str]:
     """Names of groups; where one stands, it goes on to the next of the numbers that may stay."""
     found: list[tuple[float, str]] = []
     for group, harm in harms(forms.model, step, batches, groups):
