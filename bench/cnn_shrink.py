@@ -1,6 +1,6 @@
 """Channels out of two CNNs, beside Torch-Pruning with each of its criteria.
 
-    python bench/cnn_shrink.py [--peer FOLDER] [--train] [ROW ...]
+    python bench/cnn_shrink.py [--peer FOLDER] [--train] [NETWORK | 'NETWORK|ROW' ...]
 
 Fashion-MNIST: the ResNet-20 of bench/fashion.py with half of its multiplications; accuracy on the
 10,000 test images with its 95 % Wilson interval, without training, and after one epoch (the same
@@ -183,6 +183,7 @@ def rows(task: Task, tp: Any) -> dict[str, Callable[[], nn.Module]]:
         "whole": lambda: copy.deepcopy(task.model.module),
         "penjing": lambda: ours(task, False, multiple=1),
         "penjing, multiples of 8": lambda: ours(task, False),
+        "penjing, measured ranking": lambda: ours(task, False, multiple=1, ranking="measured"),
         "penjing, folded": lambda: ours(task, True, multiple=1),
         "penjing, wanda, no repair": lambda: ours(
             task, False, criterion="wanda", repair=False, multiple=1
@@ -226,10 +227,12 @@ def main() -> None:
     torch.set_num_threads(1)
     store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
     for about, make in tasks().items():
+        if options.rows and not any(about in w or w in about for w in options.rows):
+            continue
         task = make()
         for name, build in rows(task, tp).items():
             key = f"{about}|{name}"
-            if options.rows and not any(word in key for word in options.rows):
+            if options.rows and key not in options.rows and about not in options.rows:
                 continue
             start = time.process_time()
             try:
