@@ -10,7 +10,7 @@ whole network, mean over the sentences with its 95 % interval.
 Connections: Wanda and SparseGPT as published (a block's layers see the block unpruned with Wanda,
 pruned so far with SparseGPT; no target but the layer's own output). Neurons: hidden units of the
 MLPs; `wanda` is by the sums of Wanda's scores, without a repair, and so are the other criteria but
-`gram`. MACs: heads and hidden units, until so much of the network's multiplications is gone, ranked
+`gram`; `measured` takes as many, more of some layers than of others. MACs: heads and hidden units, until so much of the network's multiplications is gone, ranked
 layer by layer or against each other. Seconds are of processors, one thread.
 
 All rows are kept in bench/results/pruning-minilm.json and the table beside it is written from all
@@ -37,6 +37,8 @@ from penjing.steps.shrink import Shrink
 
 STORE = HERE / "results" / "pruning-minilm.json"
 MLP = ("encoder.layer.*.output.dense",)
+# Of all parameters, those that the hidden units of the MLPs have.
+UNITS = 6 * 1536 * (2 * 384 + 1) / 22_565_376
 
 
 def rows() -> dict[str, tuple[Step, ...]]:
@@ -72,6 +74,8 @@ def rows() -> dict[str, tuple[Step, ...]]:
             made[f"{about}, {name}"] = (Shrink(criterion=name, repair=False, **own),)
         made[f"{about}, wanda, repaired"] = (Shrink(criterion="wanda", **own),)
         made[f"{about}, gram"] = (Shrink(**own),)
+        own |= {"ratio": ratio * UNITS, "of": "parameters"}
+        made[f"{about}, gram, measured"] = (Shrink(ranking="measured", **own),)
     for share in (0.3, 0.5):
         for ranking in ("layer", "global", "measured"):
             name = f"MACs -{share * 100:.0f} %, {ranking}"
