@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from penjing.axisrules import follow
 from penjing.channelmap import ChannelMap, map_of
-from penjing.coupling import coupled, drawn, prove, remove, silence, slices
+from penjing.coupling import coupled, drawn, remove, silence, slices
+from penjing.proof import prove
 
 
 class Residual(nn.Module):
@@ -347,7 +348,7 @@ def test_tied_weights_are_one() -> None:
 def test_axes_know_what_is_summed() -> None:
     torch.manual_seed(0)
     module = drawn(Residual().eval())
-    axes = follow(module, lambda: module(IMAGE.double()))
+    axes, _ = follow(module, lambda: module(IMAGE.double()))
     summed = {(axes.axes[n].name, axes.axes[n].dim) for n in axes.summed}
     assert summed == {("a.weight", 1), ("b.weight", 1), ("head.weight", 1)}
     groups, frozen = coupled(axes)

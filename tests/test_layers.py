@@ -27,6 +27,7 @@ LAYERS = [
     ["meeting", "pausing"],
     ["layerrules"],
     ["axisrules", "coupling"],
+    ["proof"],
     ["channelmap"],
     ["calibrate", "tasks", "sensitivity"],
     ["steps", "readers", "writers", "runtimes"],

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.channelmap import ChannelMap, Free, channel_map, map_of
-from penjing.coupling import PROOF, Member, Units, prove, silence
+from penjing.coupling import Member, Units, silence
 from penjing.errors import UsageError
 from penjing.model import Model
+from penjing.proof import PROOF, prove
 from penjing.recipe import Edit, Setting, Slice
 from penjing.registry import lookup
-from penjing.shapes import replace_tensor
+from penjing.shapes import owners, replace_tensor
 from penjing.steps._neurons import (
     Consumer,
     Remaining,
@@ -267,7 +268,7 @@ def _put(module: nn.Module, layer: nn.Module, fit: Fit) -> None:
     for name, value in (("weight", fit.weight), ("bias", fit.bias)):
         if value is not None:
             own: Tensor = getattr(layer, name)
-            replace_tensor(module, own, value.reshape(own.shape).to(own))
+            replace_tensor(owners(module), own, value.reshape(own.shape).to(own))
 
 
 def _collect(
