@@ -25,8 +25,8 @@ __all__ = ["ChannelMap", "Free", "channel_map", "map_of"]
 
 # Tokens of the sample: enough that no axis of it is as long as a small network's heads by chance.
 _LENGTH = 7
-# Numbers in one parameter from which on float32 must do (268 MB in float64).
-_WIDE = 1 << 25
+# A parameter of more numbers (34 MB in float64) that is most of its network makes float32 do.
+_WIDE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +103,10 @@ def map_of(module: nn.Module, run: Callable[[nn.Module, torch.dtype], Any]) -> C
         module: in evaluation mode; stays as it is.
         run: gives its outputs, with floating inputs of a dtype; all of them must stay.
     """
+    sizes = [p.numel() for p in module.parameters()]
     for dtype in (torch.float64, torch.float32):
-        if dtype == torch.float64 and max(p.numel() for p in module.parameters()) > _WIDE:
-            continue
+        if dtype == torch.float64 and max(sizes) > max(_WIDE, sum(sizes) / 2):
+            continue  # the copy would be larger than the network
         probe = _probe(module, dtype)
 
         def once(one: nn.Module, dtype: torch.dtype = dtype) -> Any:
