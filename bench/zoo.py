@@ -164,7 +164,7 @@ def halved(
 
 
 def the_same(again: nn.Module, small: Small, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether another network gives the same bytes, the slices made in it and the weights loaded."""
+    """Whether another network gives the same bytes, with the slices and the weights."""
     dtype = next(small.net.parameters()).dtype
     remove(again, small.plans, small.known)
     again.to(dtype).load_state_dict(small.net.state_dict())

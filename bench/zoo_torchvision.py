@@ -1,12 +1,12 @@
 """Half of all channels taken out of every network of torchvision: does it hold?
 
-    python bench/zoo_torchvision.py [NAME ...]
+    python bench/zoo_torchvision.py [--no-onnx] [NAME ...]
 
 All networks for classification, segmentation, detection and optical flow that torchvision lists,
 with their own widths and random weights, at 50 % of the units of every group that
 `penjing inspect --groups` finds, with nothing said about any of them. Pictures are small (column
-`px`), vision transformers are built for such pictures, MaxViT for 224. Detectors run whole, resizing
-and suppression of boxes included; they may propose 64 boxes and return 8, of any score. RAFT
+`px`), vision transformers are built for such pictures, MaxViT for 224. Detectors run whole, with
+resizing and suppression of boxes; they may propose 64 boxes and return 8, of any score. RAFT
 refines its flow 12 times.
 
 groups: that can go. Left: axes whose proof failed, so they stay; every other axis has its reason
@@ -40,6 +40,7 @@ import torch
 import torchvision
 from fits import HERE
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchvision import models
 from zoo import exported, halved, the_same
@@ -58,6 +59,15 @@ SIDES = {
 FEW = {"rpn_pre_nms_top_n_test": 64, "rpn_post_nms_top_n_test": 64, "box_score_thresh": 0.0,
        "box_detections_per_img": 8}  # fmt: skip
 FEW_DENSE = {"score_thresh": 0.0, "topk_candidates": 64, "detections_per_img": 8}
+
+
+class Constant(TorchFunctionMode):
+    """Networks start from constants: the numbers of all that follows are drawn there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "erfinv_"):
+            return args[0].fill_(0.01)
+        return func(*args, **(kwargs or {}))
 
 
 class Tensors(nn.Module):
@@ -108,9 +118,10 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     if name.startswith("vit"):
         options["image_size"] = side
     if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False  # minutes of it
+        options["init_weights"] = False  # by another library, for minutes
+    with Constant():
+        net = models.get_model(name, weights=None, **options).eval()
     torch.manual_seed(0)
-    net = models.get_model(name, weights=None, **options).eval()
     count = 2 if kind == "optical flow" else 1
     inputs = tuple(torch.rand(1, 3, side, side) for _ in range(count))
     return Tensors(net, kind == "detection").eval(), inputs
@@ -122,7 +133,7 @@ def resident(what: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def row(name: str) -> dict[str, Any]:
+def row(name: str, onnx: bool) -> dict[str, Any]:
     """One network, in a process of its own."""
     torch.set_grad_enabled(False)
     try:
@@ -136,6 +147,8 @@ def row(name: str) -> dict[str, Any]:
         made, small = halved(whole, inputs, lambda: peak.append(resident("VmHWM") - before))
         made |= {"kind": KIND[name], "px": inputs[0].shape[-1], "bytes": own, "peak": peak[0]}
         made["again"] = the_same(whole, small, inputs)
+        if not onnx:
+            return made | {"onnx": None, "why": "not tried"}
         net, given = small.net.float(), tuple(inputs)
         del whole, small
         if KIND[name] == "detection":
@@ -151,6 +164,7 @@ def row(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(KIND))
+    parser.add_argument("--no-onnx", action="store_true", help="do not export")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -158,7 +172,7 @@ def main() -> None:
         halved(Tensors(models.mobilenet_v2().eval(), False), (torch.rand(1, 3, 32, 32),))
     for name in options.names:
         with multiprocessing.get_context("fork").Pool(1) as pool:
-            made = pool.apply(row, (name,))
+            made = pool.apply(row, (name, not options.no_onnx))
         print(name, made, file=sys.stderr, flush=True)
         store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
         store[name] = made

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def map_of(module: nn.Module, run: Callable[[nn.Module, torch.dtype], Any]) -> C
     """
     sizes = [p.numel() for p in module.parameters()]
     for dtype in (torch.float64, torch.float32):
-        if dtype == torch.float64 and max(sizes) > max(_WIDE, sum(sizes) / 2):
+        if dtype == torch.float64 and max(sizes, default=0) > max(_WIDE, sum(sizes) / 2):
             continue  # the copy would be larger than the network
         probe = _probe(module, dtype)
 
@@ -115,7 +116,7 @@ def map_of(module: nn.Module, run: Callable[[nn.Module, torch.dtype], Any]) -> C
                 return run(fresh(one), dtype)
 
         try:
-            axes, output = follow(probe, lambda probe=probe, once=once: once(probe))
+            axes, output = follow(probe, partial(once, probe))
         except (RuntimeError, NotImplementedError):
             if dtype == torch.float32:
                 raise
@@ -204,13 +205,11 @@ def _tried(
     for path, numbers in places.items():
         own = probe.get_submodule(path)
         within, known = (runs[path], None) if path else (run, plain)
-        inner = {n: _renamed(groups[n], lambda x, path=path: x.removeprefix(f"{path}."))
-                 for n in numbers}  # fmt: skip
-        free = [Free(group, tuple(_usual(own, group))) for group in inner.values()]
-        if len(free) > 1 and _together(own, within, free, most, known) <= most:
-            found = [(one, 0.0) for one in free]
-        else:
-            found = [_alone(own, within, group, most, known) for group in inner.values()]
+        inner = [_relative(groups[n], path) for n in numbers]
+        free = [Free(group, tuple(_usual(own, group))) for group in inner]
+        found: list[_Tried] = [(one, 0.0) for one in free]
+        if len(free) < 2 or _together(own, within, free, most, known) > most:
+            found = [_alone(own, within, group, most, known) for group in inner]
         for n, (one, off) in zip(numbers, found, strict=True):
             if one is not None and path:
                 known_there = tuple(
@@ -231,8 +230,10 @@ def _above(group: Units) -> list[str]:
     return [".".join(names[0][:n]) for n in range(count, 0, -1)]
 
 
-def _renamed(group: Units, name: Callable[[str], str]) -> Units:
-    return Units(tuple(Member(name(m.name), m.dim, m.summed, m.places) for m in group.members))
+def _relative(group: Units, path: str) -> Units:
+    return Units(tuple(
+        Member(m.name.removeprefix(f"{path}."), m.dim, m.summed, m.places) for m in group.members
+    ))  # fmt: skip
 
 
 def _refused(group: Units, off: float) -> list[Frozen]:

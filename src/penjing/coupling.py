@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # Places at which a parameter's numbers can start in a long row of random ones.
-_STARTS = 1024
+_STARTS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +96,11 @@ def coupled(axes: Axes) -> tuple[list[Units], list[Frozen]]:
     """All groups of at least two units, in the order of their first parameter; and the rest."""
     lengths = [axis.length for axis in axes.axes]
     number = np.repeat(np.arange(len(lengths)), lengths)
-    labels = np.concatenate([np.arange(a.first, a.first + a.length) for a in axes.axes] or [[]])
-    root = axes.labels.roots(torch.from_numpy(labels.astype(np.int64))).numpy()
-    place = labels - np.repeat([axis.first for axis in axes.axes], lengths)
+    first_of = np.repeat(np.array([axis.first for axis in axes.axes], np.int64), lengths)
+    place = np.arange(len(number)) - np.repeat(np.cumsum([0, *lengths])[:-1], lengths)
+    root = axes.labels.roots(torch.from_numpy(first_of + place)).numpy()
     order = np.lexsort((place, number, root))
-    root, number, place = root[order], number[order], place[order].astype(np.int64)
+    root, number, place = root[order], number[order], place[order]
     # Of each unit the axes that have it, and how often.
     pairs = root * max(1, len(lengths)) + number
     _, starts, counts = np.unique(pairs, return_index=True, return_counts=True)
@@ -132,7 +132,7 @@ def coupled(axes: Axes) -> tuple[list[Units], list[Frozen]]:
         for n, axis in enumerate(axes.axes)
         if (reason := axes.labels.reason(axis.first) or alone.get(n, ""))
     ]
-    placed = {}
+    placed: dict[str, int] = {}
     for n, axis in enumerate(axes.axes):
         placed.setdefault(axis.name, n)
     return sorted(groups, key=lambda g: placed[g.members[0].name]), frozen
@@ -216,13 +216,13 @@ def drawn(module: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0) 
         if own.ndim > 1:
             sizes[_scale(own)] = max(sizes.get(_scale(own), 0), own.numel())
     rows = {
-        scale: torch.randn(size + 8 * _STARTS, generator=generator, dtype=dtype).mul_(2.0**scale)
+        scale: torch.randn(size + _STARTS, generator=generator, dtype=dtype).mul_(2.0**scale)
         for scale, size in sizes.items()
     }
     made: dict[int, Any] = {}
     for key, (name, own) in saved.items():
         if own.ndim > 1:
-            start = 8 * int(torch.randint(_STARTS, (), generator=generator))
+            start = int(torch.randint(_STARTS, (), generator=generator))
             value = rows[_scale(own)][start : start + own.numel()].view(own.shape)
         else:
             noise = torch.randn(own.shape, generator=generator, dtype=dtype)

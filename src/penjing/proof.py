@@ -29,7 +29,7 @@ Run = Callable[[nn.Module], Any]
 PROOF = 1e-5
 
 
-class _Silenced(TorchDispatchMode):  # type: ignore[misc]
+class _Silenced(TorchDispatchMode):
     """Operations see parameters with zeros where they read what is not kept."""
 
     def __init__(self, module: nn.Module, plans: Sequence[Plan]) -> None:
