@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import sys
 import tempfile
@@ -152,6 +153,7 @@ def halved(
     cuts = slices(small, plans)
     silence(large, plans)
     remove(small, plans, known)
+    small = copy.deepcopy(small)  # each parameter with memory of its own, as when it is loaded
     wanted, got = (list(fresh(m)(*cast(inputs, dtype))) for m in (large, small))
     over = [a - b if a.shape == b.shape else b for a, b in zip(was, wanted, strict=True)]
     made = {

@@ -5,7 +5,8 @@
 All networks for classification, segmentation, detection and optical flow that torchvision lists,
 with their own widths and random weights, at 50 % of the units of every group that
 `penjing inspect --groups` finds, with nothing said about any of them. Pictures are small (column
-`px`), vision transformers are built for such pictures, MaxViT for 224. Detectors run whole, with
+`px`), vision transformers are built for such pictures, MaxViT for 224; GoogLeNet and Inception
+have no auxiliary heads, which are for training alone. Detectors run whole, with
 resizing and suppression of boxes; they may propose 64 boxes and return 8, of any score. RAFT
 refines its flow 12 times.
 
@@ -45,6 +46,8 @@ from torch.utils._pytree import tree_leaves
 from torchvision import models
 from zoo import exported, halved, the_same
 
+from penjing.channelmap import map_of
+
 STORE = HERE / "results" / "zoo-torchvision.json"
 KINDS = {
     "classification": models, "segmentation": models.segmentation,
@@ -65,9 +68,11 @@ class Constant(TorchFunctionMode):
     """Networks start from constants: the numbers of all that follows are drawn there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if getattr(func, "__name__", "") in ("normal_", "uniform_", "erfinv_"):
-            return args[0].fill_(0.01)
-        return func(*args, **(kwargs or {}))
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).fill_(0.01)
+        return func(*args, **kwargs)
 
 
 class Tensors(nn.Module):
@@ -118,7 +123,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     if name.startswith("vit"):
         options["image_size"] = side
     if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False  # by another library, for minutes
+        # Another library would draw them for minutes; the other heads are for training alone.
+        options |= {"init_weights": False, "aux_logits": False}
     with Constant():
         net = models.get_model(name, weights=None, **options).eval()
     torch.manual_seed(0)
@@ -137,6 +143,10 @@ def row(name: str, onnx: bool) -> dict[str, Any]:
     """One network, in a process of its own."""
     torch.set_grad_enabled(False)
     try:
+        first = Tensors(models.mobilenet_v2().eval(), False)  # what is loaded once counts for none
+        map_of(first, lambda m, dtype: m(torch.rand(1, 3, 32, 32, dtype=dtype)))
+        del first
+        gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed counts as free
         before = resident("VmRSS")
         whole, inputs = build(name)
@@ -168,8 +178,6 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with torch.no_grad():  # so that what is loaded at first is in no row
-        halved(Tensors(models.mobilenet_v2().eval(), False), (torch.rand(1, 3, 32, 32),))
     for name in options.names:
         with multiprocessing.get_context("fork").Pool(1) as pool:
             made = pool.apply(row, (name, not options.no_onnx))

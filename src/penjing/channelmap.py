@@ -201,10 +201,11 @@ def _tried(
     places: dict[str, list[int]] = {}
     for number, paths in enumerate(above):
         places.setdefault(next((p for p in paths if p in runs), ""), []).append(number)
+    runs = {path: own for path, own in runs.items() if path in places}
     made: dict[int, _Tried] = {}
     for path, numbers in places.items():
         own = probe.get_submodule(path)
-        within, known = (runs[path], None) if path else (run, plain)
+        within, known = (runs.pop(path), None) if path else (run, plain)
         inner = [_relative(groups[n], path) for n in numbers]
         free = [Free(group, tuple(_usual(own, group))) for group in inner]
         found: list[_Tried] = [(one, 0.0) for one in free]

@@ -99,7 +99,7 @@ def narrowed(own: Labels, labels: Tensor) -> Tensor | None:
     and dies with its channel.
     """
     for dim in range(labels.ndim):
-        if labels.stride(dim) == 0:
+        if labels.shape[dim] > 1 and labels.stride(dim) == 0:
             labels = labels.narrow(dim, 0, 1)
     labels = _narrow(labels, labels)  # before their sets are looked up: most of it is alike
     roots = own.roots(labels)
