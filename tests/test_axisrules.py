@@ -70,6 +70,10 @@ RULES: dict[str, tuple[Forward, dict[str, nn.Module], Tensor, int]] = {
     "the end first": (lambda m, x: m.b(m.a(x).flip(-1)), _ab(), FLAT, 8),
     "rolled places": (lambda m, x: m.b(m.a(x).roll(2, 1)), _ab(), FLAT, 8),
     "chosen places": (lambda m, x: m.b(m.a(x)[:, torch.tensor([3, 0])]), _ab(), FLAT, 8),
+    "channels chosen by the input": (
+        lambda m, x: torch.cat([m.b(m.a(x)), m.a(x)[..., x[0, 0].argsort()[:1]]], -1),
+        _ab(), FLAT, 0,
+    ),
     "gathered places": (
         lambda m, x: m.b(m.a(x).gather(1, torch.zeros(2, 1, 1, dtype=torch.long).expand(2, 1, m.a(x).shape[-1]))),  # noqa: E501
         _ab(), FLAT, 8,

@@ -36,6 +36,8 @@ _MOVING = {
 # Axes become several, and one axis several parts.
 _SPLITTING = {"view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten"}
 _PARTING = {"split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"}
+# Some of an axis, by numbers that may be others with other inputs.
+_CHOOSING = {"index", "index_select", "gather", "take_along_dim"}
 _SAME = {
     "clone", "_to_copy", "detach", "alias", "contiguous", "lift_fresh", "tril", "triu", "to",
     "dropout", "_conj", "nan_to_num",
@@ -135,8 +137,20 @@ def _move(call: Call) -> None:
                 _note_split(call, labels)
         if call.name in _PARTING:
             _note_parts(call, result)
+    if call.name in _CHOOSING:
+        _freeze_left(call, made[id(call.made[0])])
     for tensor in call.made:
         call.keep(*made[id(tensor)], tensor=tensor)
+
+
+def _freeze_left(call: Call, chosen: list[Tensor]) -> None:
+    """What was not chosen now may be with other inputs."""
+    own = call.watch.own
+    kept = [x for x in (narrowed(own, one) for one in chosen) if x is not None]
+    found = torch.cat([torch.full((1,), -1), *(own.roots(x).reshape(-1) for x in kept)])
+    for one in (one for seen in call.before for one in seen.fields):
+        roots = own.roots(one)
+        own.freeze(roots[~torch.isin(roots, found)], "some of them are chosen by number")
 
 
 def _held(call: Call) -> tuple[set[int], str]:
