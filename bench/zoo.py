@@ -12,7 +12,7 @@ off: the smaller network's output beside the whole one's with the weights at zer
 onnx: the smaller network exported, and run by onnxruntime, beside torch (float32, largest
     difference over the largest output).
 again: a fresh network with the same slices made and the weights loaded gives the same bytes.
-s: of finding the groups and proving them.
+s: of one processor, of finding the groups and proving them.
 
 All rows are kept in bench/results/zoo.json, and the table beside it is written from all of them.
 """
@@ -29,6 +29,8 @@ import time
 import tomllib
 import traceback
 import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ from fits import HERE
 from torch import Tensor, nn
 
 from penjing.channelmap import ChannelMap, map_of
-from penjing.coupling import drawn, remove, silence, slices
+from penjing.coupling import Plan, drawn, remove, silence, slices
+from penjing.recipe import Setting
 from penjing.shapes import fresh
 
 _LISTED = tomllib.loads((HERE / "zoo.toml").read_text())
@@ -90,8 +93,8 @@ class Outputs(nn.Module):
         return tuple(x for x in found.values() if isinstance(x, Tensor))
 
 
-def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs.values())
+def cast(inputs: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
 def worst(found: list[Tensor], wanted: list[Tensor], over: list[Tensor]) -> float:
@@ -107,12 +110,37 @@ def row(name: str) -> dict[str, Any]:
     """One architecture."""
     module, inputs = build(name)
     whole = Outputs(module, list(inputs)).eval()
-    start = time.monotonic()
+    made, small = halved(whole, tuple(inputs.values()))
+    again = Outputs(build(name)[0], list(inputs)).eval()
+    made["again"] = the_same(again, small, tuple(inputs.values()))
+    return made | exported(small.net.float(), cast(inputs.values(), torch.float32))
+
+
+@dataclass(frozen=True)
+class Small:
+    """A network without half of its units, how it became that, and what it gives."""
+
+    net: nn.Module
+    plans: list[Plan]
+    known: list[Setting]
+    outputs: list[Tensor]
+
+
+def halved(
+    whole: nn.Module, inputs: tuple[Tensor, ...], then: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], Small]:
+    """A row of the table, and the smaller network with large random numbers.
+
+    Args:
+        then: called when the groups are found.
+    """
+    start = time.process_time()
     found = map_of(whole, lambda m, dtype: m(*cast(inputs, dtype)))
-    seconds = time.monotonic() - start
-    plans = [(f.group, list(range(0, f.group.count, 2))) for f in found.free]
+    seconds = time.process_time() - start
+    then()
+    plans: list[Plan] = [(f.group, list(range(0, f.group.count, 2))) for f in found.free]
     known = [s for f, (_, kept) in zip(found.free, plans, strict=True)
-             for s in f.settings(len(kept))]  # fmt: skip
+             for s in f.settings(len(list(kept)))]  # fmt: skip
     # Numbers that every channel is heard with, in the precision that all its operations have.
     large, was = drawn(whole, seed=1), [torch.tensor(torch.nan)]
     with contextlib.suppress(RuntimeError):
@@ -121,24 +149,29 @@ def row(name: str) -> dict[str, Any]:
         large = drawn(whole, torch.float32, seed=1)
         was = list(large(*cast(inputs, torch.float32)))
     dtype = next(large.parameters()).dtype
-    small = copy.deepcopy(large)
+    small = drawn(whole, dtype, seed=1)
     cuts = slices(small, plans)
     silence(large, plans)
     remove(small, plans, known)
+    small = copy.deepcopy(small)  # each parameter with memory of its own, as when it is loaded
     wanted, got = (list(fresh(m)(*cast(inputs, dtype))) for m in (large, small))
+    over = [a - b if a.shape == b.shape else b for a, b in zip(was, wanted, strict=True)]
     made = {
         "groups": len(found.free), "left": refused(found), "seconds": seconds,
         "parameters": sum(p.numel() for p in small.parameters())
         / sum(p.numel() for p in large.parameters()),
-        "off": worst(got, wanted, [a - b for a, b in zip(was, wanted, strict=True)]),
+        "off": worst(got, wanted, over), "slices": len(cuts),
     }  # fmt: skip
-    again = Outputs(build(name)[0], list(inputs)).eval().to(dtype)
-    remove(again, plans, known)
-    again.load_state_dict(small.state_dict())
-    same = zip(again(*cast(inputs, dtype)), got, strict=True)
-    made["again"] = all(torch.equal(a, b) for a, b in same)
-    made["slices"] = len(cuts)
-    return made | exported(small.float(), inputs)
+    return made, Small(small, plans, known, got)
+
+
+def the_same(again: nn.Module, small: Small, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether another network gives the same bytes, with the slices and the weights."""
+    dtype = next(small.net.parameters()).dtype
+    remove(again, small.plans, small.known)
+    again.to(dtype).load_state_dict(small.net.state_dict())
+    same = zip(again(*cast(inputs, dtype)), small.outputs, strict=True)
+    return all(torch.equal(a, b) for a, b in same)
 
 
 def refused(found: ChannelMap) -> int:
@@ -147,9 +180,8 @@ def refused(found: ChannelMap) -> int:
     return sum(f.reason.startswith(why) for f in found.frozen)
 
 
-def exported(small: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def exported(small: nn.Module, given: tuple[Tensor, ...]) -> dict[str, Any]:
     """What onnxruntime gives of the exported network, beside torch."""
-    given = cast(inputs, torch.float32)
     for part in small.modules():
         # Of the ways to run experts the one that a graph can hold.
         config = getattr(part, "config", None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from penjing import axisrules
 from penjing.channelmap import map_of
 from penjing.coupling import drawn, remove, silence
 
@@ -40,6 +41,12 @@ def _pixels(inputs: int = 8, made: int = 8) -> dict[str, nn.Module]:
     return {"a": conv(3, made), "b": conv(inputs, 3)}
 
 
+@torch.library.custom_op("penjing_tests::roi_align", mutates_args=())
+def roi_align(x: Tensor, boxes: Tensor) -> Tensor:
+    """Pieces of two by two places of the first picture, where boxes [count, 2] begin."""
+    return torch.stack([x[0, :, i : i + 2, j : j + 2] for i, j in boxes.long().tolist()])
+
+
 FLAT, PIXELS = torch.randn(2, 5, 6), torch.randn(1, 3, 6, 6)
 Forward = Callable[[Any, Tensor], Tensor]
 # Forward, layers, input, and the units of the group that `a` makes; 0 where it stays.
@@ -63,6 +70,10 @@ RULES: dict[str, tuple[Forward, dict[str, nn.Module], Tensor, int]] = {
     "the end first": (lambda m, x: m.b(m.a(x).flip(-1)), _ab(), FLAT, 8),
     "rolled places": (lambda m, x: m.b(m.a(x).roll(2, 1)), _ab(), FLAT, 8),
     "chosen places": (lambda m, x: m.b(m.a(x)[:, torch.tensor([3, 0])]), _ab(), FLAT, 8),
+    "channels chosen by the input": (
+        lambda m, x: torch.cat([m.b(m.a(x)), m.a(x)[..., x[0, 0].argsort()[:1]]], -1),
+        _ab(), FLAT, 0,
+    ),
     "gathered places": (
         lambda m, x: m.b(m.a(x).gather(1, torch.zeros(2, 1, 1, dtype=torch.long).expand(2, 1, m.a(x).shape[-1]))),  # noqa: E501
         _ab(), FLAT, 8,
@@ -117,6 +128,19 @@ RULES: dict[str, tuple[Forward, dict[str, nn.Module], Tensor, int]] = {
     "written into another": (
         lambda m, x: m.b(x.new_zeros(2, 5, m.a.out_features).copy_(m.a(x))), _ab(), FLAT, 8,
     ),
+    "rows written by their places": (
+        lambda m, x: m.b(x.new_zeros(2, 5, m.a.out_features).index_put_(
+            (torch.tensor([1]),), m.a(x[:1]))), _ab(), FLAT, 8,
+    ),
+    "channels written by their places": (
+        lambda m, x: m.b(x.new_zeros(2, 5, 8).index_put_(
+            (torch.arange(2).view(2, 1, 1), torch.arange(5).view(1, 5, 1),
+             torch.arange(7, -1, -1)), m.a(x))), _ab(), FLAT, 0,
+    ),
+    "regions of pictures": (
+        lambda m, x: m.b(torch.ops.penjing_tests.roi_align(m.a(x), x.new_tensor([[1.0, 0.0]]))),
+        _pixels(), PIXELS, 8,
+    ),
     "prelu": (lambda m, x: m.b(m.g(m.a(x))), {**_pixels(), "g": nn.PReLU(8)}, PIXELS, 8),
 }  # fmt: skip
 
@@ -143,3 +167,15 @@ def test_the_units_are_those_found_by_hand(name: str) -> None:
         remove(small, plans, one.settings(units - 1))
         with torch.no_grad():
             torch.testing.assert_close(small(x.double()), large(x.double()), rtol=1e-9, atol=1e-9)
+
+
+def test_a_matrix_of_more_labels_than_are_made_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(axisrules, "_MANY", 12)
+    module = Wired(lambda m, x: F.linear(m.a(x), m.b.weight.t().t()), _ab()).eval()
+    (one,) = map_of(module, lambda m, dtype: m(FLAT.to(dtype))).free
+    assert one.group.count == 8
+    # What has to be made anew is not: they stay.
+    module = Wired(lambda m, x: m.b(torch.cat([m.a(x)], -1)), _ab()).eval()
+    found = map_of(module, lambda m, dtype: m(FLAT.to(dtype)))
+    assert not found.free
+    assert any("very large" in f.reason for f in found.frozen)

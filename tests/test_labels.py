@@ -85,3 +85,28 @@ def test_labels_grow_in_steps() -> None:
     parts = [own.new(n) for n in (1, 5, 100, 3)]
     assert torch.equal(torch.cat(parts), torch.arange(109))
     assert torch.equal(own.roots(parts[-1]), parts[-1])
+
+
+def test_many_joined_one_by_one_or_through_one_are_one() -> None:
+    own = Labels()
+    labels = own.new(500)
+    own.freeze(labels[300:301], "why")
+    own.join(labels[:-1:2], labels[1::2], "")
+    assert own.reason(301) == "why"
+    assert own.reason(302) == ""
+    assert len(own.roots(labels).unique()) == 250
+    own.join(labels.flip(0), labels[-1:], "")  # all meet the last
+    assert len(own.roots(labels).unique()) == 1
+    assert own.reason(7) == "why"
+    chain = own.new(500)
+    own.join(chain[1:].flip(0), chain[:-1].flip(0), "")
+    assert len(own.roots(chain).unique()) == 1
+    assert own.reason(int(chain[3])) == ""
+
+
+def test_narrowed_takes_expanded_axes_at_once() -> None:
+    own = Labels()
+    labels = own.new(3).reshape(3, 1).expand(3, 1 << 40)  # far more than memory holds
+    found = narrowed(own, labels)
+    assert found is not None
+    assert found.shape == (3, 1)

@@ -28,6 +28,7 @@ LAYERS = [
     ["meeting", "pausing", "gradients"],
     ["layerrules"],
     ["axisrules", "coupling"],
+    ["proof"],
     ["channelmap"],
     ["calibrate", "tasks", "sensitivity"],
     ["steps", "readers", "writers", "runtimes"],

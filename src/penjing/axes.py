@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -106,6 +107,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.own = self.found.labels
         # A buffer that is not saved is made again from the configuration, at its full size.
         saved = module.state_dict(keep_vars=True)
+        self._firsts: list[int] = []
         self._stored: dict[int, str] = {}
         for name, tensor in saved.items():  # of a tied one the first name
             self._stored.setdefault(id(tensor), name)
@@ -128,6 +130,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if length > 1:
                 labels = self.own.new(length)
                 self.found.axes.append(Axis(name, dim, int(labels[0]), length))
+                self._firsts.append(int(labels[0]))
                 fields.append(labels.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)]))
         return Seen(tuple(fields), True)
 
@@ -146,10 +149,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def sum_over(self, labels: Tensor) -> None:
         """The parameter axes that these labels are of are summed over."""
-        some = set(labels.reshape(-1).tolist())
-        for number, axis in enumerate(self.found.axes):
-            if not some.isdisjoint(range(axis.first, axis.first + axis.length)):
-                self.found.summed.add(number)
+        some = labels[labels >= 0].numpy()
+        found = np.searchsorted(self._firsts, some, side="right") - 1
+        self.found.summed.update(np.unique(found).tolist())
 
     def freeze(self, tensors: Any, reason: str) -> None:
         """All labels of some tensors stay."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from penjing.axes import Axes, Call, Rule, Watch
 from penjing.labels import narrowed
@@ -31,10 +31,13 @@ _MOVING = {
     "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "diagonal", "slice_scatter",
     "select_scatter", "constant_pad_nd", "im2col", "repeat_interleave", "take_along_dim",
     "unsafe_split", "unsafe_chunk", "movedim", "unflatten", "flatten", "native_channel_shuffle",
+    "index_put", "_index_put_impl",
 }  # fmt: skip
 # Axes become several, and one axis several parts.
 _SPLITTING = {"view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten"}
 _PARTING = {"split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"}
+# Some of an axis, by numbers that may be others with other inputs.
+_CHOOSING = {"index", "index_select", "gather", "take_along_dim"}
 _SAME = {
     "clone", "_to_copy", "detach", "alias", "contiguous", "lift_fresh", "tril", "triu", "to",
     "dropout", "_conj", "nan_to_num",
@@ -55,12 +58,12 @@ _PLACES = {
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_nearest1d", "upsample_linear1d",
     "reflection_pad2d", "reflection_pad1d", "replication_pad2d", "replication_pad1d",
     "_adaptive_avg_pool3d", "max_pool3d_with_indices", "avg_pool3d", "upsample_trilinear3d",
-    "grid_sampler_2d", "_upsample_nearest_exact2d", "upsample_nearest3d",
+    "grid_sampler_2d", "_upsample_nearest_exact2d", "upsample_nearest3d", "roi_align", "roi_pool",
 }  # fmt: skip
 
 
-def follow(module: nn.Module, run: Callable[[], Any]) -> Axes:
-    """Labels of all parameters and buffers that a run uses, and their sets.
+def follow(module: nn.Module, run: Callable[[], Any]) -> tuple[Axes, Any]:
+    """Labels of all parameters and buffers that a run uses, and their sets; and what it returns.
 
     Args:
         module: in evaluation mode.
@@ -71,7 +74,7 @@ def follow(module: nn.Module, run: Callable[[], Any]) -> Axes:
         output = run()
     watch.freeze(output, "the network's output")
     watch.found.settle()
-    return watch.found
+    return watch.found, output
 
 
 @contextmanager
@@ -120,7 +123,7 @@ def _move(call: Call) -> None:
                 return x
             own = next((f for f in by_id[id(x)].fields if _support(f) in axes), None)
             whole = torch.full((), -1) if own is None else own
-            return whole.expand(x.shape).contiguous()
+            return whole.expand(x.shape)
 
         args, kwargs = tree_map(labels_of, (call.args, call.kwargs))
         try:
@@ -134,17 +137,35 @@ def _move(call: Call) -> None:
                 _note_split(call, labels)
         if call.name in _PARTING:
             _note_parts(call, result)
+    if call.name in _CHOOSING:
+        _freeze_left(call, made[id(call.made[0])])
     for tensor in call.made:
         call.keep(*made[id(tensor)], tensor=tensor)
 
 
+def _freeze_left(call: Call, chosen: list[Tensor]) -> None:
+    """What was not chosen now may be with other inputs."""
+    own = call.watch.own
+    kept = [x for x in (narrowed(own, one) for one in chosen) if x is not None]
+    found = torch.cat([torch.full((1,), -1), *(own.roots(x).reshape(-1) for x in kept)])
+    for one in (one for seen in call.before for one in seen.fields):
+        roots = own.roots(one)
+        own.freeze(roots[~torch.isin(roots, found)], "some of them are chosen by number")
+
+
 def _held(call: Call) -> tuple[set[int], str]:
     """Tensors that say where numbers go to, which keep their values; why that cannot be done."""
-    if call.func.overloadpacket.__name__.endswith("_"):
-        return set(), "changed in place"
-    if max(x.numel() for x in (*call.given, *call.made)) > _MANY:
+    if call.name.endswith("_"):
+        if "put" not in call.name:
+            return set(), "changed in place"
+        if call.args[0]._base is not None:
+            return set(), "written into a part of another tensor"
+    if call.argument("accumulate"):
+        return set(), f"{call.name} adds"
+    places = {x.untyped_storage().data_ptr() for x in call.given}
+    if any(x.numel() > _MANY and x.untyped_storage().data_ptr() not in places for x in call.made):
         return set(), f"{call.name} of a very large tensor"
-    indices = call.argument("indices") if call.name.startswith("index") else None
+    indices = call.argument("indices") if "index" in call.name else None
     held = {id(x) for x in (*(indices or ()), call.argument("index")) if isinstance(x, Tensor)}
     if any(s.fields and id(x) in held for x, s in zip(call.given, call.before, strict=True)):
         return set(), "channels choose places"
@@ -159,7 +180,15 @@ def _moved(call: Call, args: Any, kwargs: Any) -> list[Tensor]:
         # A place outside has no label, and would be 0.
         inside = call.func(torch.ones_like(args[0], dtype=torch.float64), *args[1:], **kwargs)
         return [torch.where(inside > 0, found, -1).long()]
-    found = call.func(*args, **kwargs)
+    if call.name.endswith("_"):
+        args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+    try:
+        found = call.func(*args, **kwargs)
+    except RuntimeError:  # a view of numbers that lie in another order
+        if max(x.numel() for x in call.given) > _MANY:
+            raise
+        args, kwargs = tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
+        found = call.func(*args, **kwargs)
     return list(found) if isinstance(found, list | tuple) else [found]
 
 

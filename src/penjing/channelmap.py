@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from penjing.axisrules import follow
-from penjing.coupling import PROOF, Frozen, Plan, Units, coupled, drawn, prove
+from penjing.coupling import Frozen, Member, Plan, Units, coupled, drawn
 from penjing.model import Model
+from penjing.proof import PROOF, Run, inside, prove, tensors_of
 from penjing.recipe import Setting
 from penjing.shapes import fresh, settings
 
@@ -25,6 +26,8 @@ __all__ = ["ChannelMap", "Free", "channel_map", "map_of"]
 
 # Tokens of the sample: enough that no axis of it is as long as a small network's heads by chance.
 _LENGTH = 7
+# A parameter of more numbers (34 MB in float64) that is most of its network makes float32 do.
+_WIDE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,27 +104,30 @@ def map_of(module: nn.Module, run: Callable[[nn.Module, torch.dtype], Any]) -> C
         module: in evaluation mode; stays as it is.
         run: gives its outputs, with floating inputs of a dtype; all of them must stay.
     """
-    dtype = torch.float64
-    probe = _probe(module, dtype)
-    try:
-        with torch.no_grad():
-            sound = all(bool(torch.isfinite(x).all()) for x in tree_leaves(run(probe, dtype))
-                        if isinstance(x, Tensor))  # fmt: skip
-    except (RuntimeError, NotImplementedError):
-        sound = False
-    if not sound:  # some kernels have no float64, and some masks are no numbers there
-        dtype = torch.float32
+    sizes = [p.numel() for p in module.parameters()]
+    for dtype in (torch.float64, torch.float32):
+        if dtype == torch.float64 and max(sizes, default=0) > max(_WIDE, sum(sizes) / 2):
+            continue  # the copy would be larger than the network
         probe = _probe(module, dtype)
 
-    def once(one: nn.Module) -> Any:
-        torch.manual_seed(0)
-        with torch.no_grad():
-            return run(fresh(one), dtype)
+        def once(one: nn.Module, dtype: torch.dtype = dtype) -> Any:
+            torch.manual_seed(0)
+            with torch.no_grad():
+                return run(fresh(one), dtype)
 
-    most = PROOF if dtype == torch.float64 else 1e-3
-    axes = follow(probe, lambda: once(probe))
+        try:
+            axes, output = follow(probe, partial(once, probe))
+        except (RuntimeError, NotImplementedError):
+            if dtype == torch.float32:
+                raise
+            continue  # some kernels have no float64
+        plain = tensors_of(output)
+        if all(bool(torch.isfinite(x).all()) for x in plain):
+            break  # some masks are no numbers in float64
     groups, frozen = coupled(axes)
-    return _proved(probe, once, groups, frozen, most)
+    del axes
+    most = PROOF if dtype == torch.float64 else 1e-3
+    return _proved(probe, once, groups, frozen, most, plain)
 
 
 def _probe(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -141,31 +147,94 @@ def _half(group: Units) -> list[int]:
 
 
 def _proved(
-    probe: nn.Module, run: Callable[[nn.Module], Any], groups: Sequence[Units],
-    frozen: list[Frozen], most: float,
+    probe: nn.Module, run: Run, groups: Sequence[Units], frozen: list[Frozen], most: float,
+    plain: list[Tensor],
 ) -> ChannelMap:  # fmt: skip
-    """All at once first, with the usual attributes: where that holds, each of them does."""
-    plans: list[Plan] = [(group, _half(group)) for group in groups]
-    usual = [next(settings(probe, [m.name for m in g.members], g.count, len(set(kept))))
-             for g, kept in plans]  # fmt: skip
-    if plans and prove(probe, run, plans, [s for own in usual for s in own], most)[0] <= most:
-        return ChannelMap(
-            tuple(Free(g, tuple(own)) for g, own in zip(groups, usual, strict=True)), tuple(frozen)
-        )
-    free: list[Free] = []
-    for plan in plans:
-        off, known = prove(probe, run, [plan], None, most)
-        if off <= most:
-            free.append(Free(plan[0], tuple(known)))
-        else:
-            frozen += _refused(plan[0], off)
-    while free:
-        together = [(one.group, _half(one.group)) for one in free]
-        if prove(probe, run, together, [s for one in free for s in one.known], most)[0] <= most:
-            break
-        # Each alone, but not together: they hold each other in a way that was not seen.
-        frozen += _refused(free.pop().group, float("inf"))
+    """All at once first, with the usual attributes: where that holds, each of them does.
+
+    Else group by group, each in the smallest module that has all of it.
+    """
+    free = [Free(g, tuple(_usual(probe, g))) for g in groups]
+    if free and _together(probe, run, free, most, plain) > most:
+        tried = _tried(probe, run, groups, most, plain)
+        free = [one for one, _ in tried if one is not None]
+        if free and _together(probe, run, free, most, plain) > most:
+            # The rest of the network holds some of them in a way that was not seen there.
+            tried = [_alone(probe, run, g, most, plain) for g in groups]
+        for group, (one, off) in zip(groups, tried, strict=True):
+            if one is None:
+                frozen += _refused(group, off)
+        free = [one for one, _ in tried if one is not None]
+        while free and _together(probe, run, free, most, plain) > most:
+            # Each alone, but not together: they hold each other in a way that was not seen.
+            frozen += _refused(free.pop().group, float("inf"))
     return ChannelMap(tuple(free), tuple(frozen))
+
+
+def _usual(module: nn.Module, group: Units) -> list[Setting]:
+    return next(settings(module, [m.name for m in group.members], group.count, len(_half(group))))
+
+
+def _together(
+    probe: nn.Module, run: Run, free: Sequence[Free], most: float, plain: list[Tensor] | None
+) -> float:
+    plans: list[Plan] = [(one.group, _half(one.group)) for one in free]
+    return prove(probe, run, plans, [s for one in free for s in one.known], most, plain)[0]
+
+
+_Tried = tuple[Free | None, float]
+
+
+def _alone(
+    probe: nn.Module, run: Run, group: Units, most: float, plain: list[Tensor] | None
+) -> _Tried:
+    off, known = prove(probe, run, [(group, _half(group))], None, most, plain)
+    return (Free(group, tuple(known)) if off <= most else None), off
+
+
+def _tried(
+    probe: nn.Module, run: Run, groups: Sequence[Units], most: float, plain: list[Tensor]
+) -> list[_Tried]:
+    """Each group in the smallest module that has all of it and is called."""
+    above = [_above(group) for group in groups]
+    runs = inside(probe, run, list(dict.fromkeys(path for paths in above for path in paths)))
+    places: dict[str, list[int]] = {}
+    for number, paths in enumerate(above):
+        places.setdefault(next((p for p in paths if p in runs), ""), []).append(number)
+    runs = {path: own for path, own in runs.items() if path in places}
+    made: dict[int, _Tried] = {}
+    for path, numbers in places.items():
+        own = probe.get_submodule(path)
+        within, known = (runs.pop(path), None) if path else (run, plain)
+        inner = [_relative(groups[n], path) for n in numbers]
+        free = [Free(group, tuple(_usual(own, group))) for group in inner]
+        found: list[_Tried] = [(one, 0.0) for one in free]
+        if len(free) < 2 or _together(own, within, free, most, known) > most:
+            found = [_alone(own, within, group, most, known) for group in inner]
+        for n, (one, off) in zip(numbers, found, strict=True):
+            if one is not None and path:
+                known_there = tuple(
+                    Setting(f"{path}.{s.path}".rstrip("."), s.name, s.value) for s in one.known
+                )
+                one = Free(groups[n], known_there)
+            elif one is None and off < float("inf") and path:  # what it gives has them too
+                one, off = _alone(probe, run, groups[n], most, plain)
+            made[n] = one, off
+    return [made[n] for n in range(len(groups))]
+
+
+def _above(group: Units) -> list[str]:
+    """Paths of the modules that have all of it, but for the whole, the smallest first."""
+    names = [member.name.split(".")[:-1] for member in group.members]
+    count = next((n for n, own in enumerate(zip(*names, strict=False)) if len(set(own)) > 1),
+                 min(map(len, names)))  # fmt: skip
+    return [".".join(names[0][:n]) for n in range(count, 0, -1)]
+
+
+def _relative(group: Units, path: str) -> Units:
+    return Units(tuple(
+        Member(m.name.removeprefix(f"{path}."), m.dim, m.summed, m.places) for m in group.members
+    ))  # fmt: skip
 
 
 def _refused(group: Units, off: float) -> list[Frozen]:

@@ -1,47 +1,43 @@
-"""Groups of channels that can leave a network one unit at a time, and the proof that they can.
+"""Groups of channels that can leave a network one unit at a time, silenced or removed.
 
 A unit is a set of labels (see `penjing.axes`): all places in all parameters that live or die
-together, one channel here, a head there. Units that stand in the same places are a group. What is
-removed is proved: a copy whose weights are zero where they read the removed units must give what
-the copy gives that does not have them at all.
+together, one channel here, a head there. Units that stand in the same places are a group.
+`penjing.proof` shows that a network without them gives what it gives with them silenced.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from penjing.axes import Axes
 from penjing.model import parent_of
 from penjing.recipe import Setting, Slice
-from penjing.shapes import fresh, repair, replace_tensor, resize, settings
+from penjing.shapes import fresh, owners, repair, replace_tensor, resize
 
 __all__ = [
-    "PROOF",
     "Frozen",
     "Member",
     "Plan",
     "Units",
     "coupled",
     "drawn",
-    "prove",
     "remove",
     "silence",
     "slices",
+    "unread",
+    "zeroed",
 ]
 
-Run = Callable[[nn.Module], Any]
-
-# Largest difference of what is equal, in float64 with some operations in float32.
-PROOF = 1e-5
+# Places at which a parameter's numbers can start in a long row of random ones.
+_STARTS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,51 +94,77 @@ class Frozen:
 
 def coupled(axes: Axes) -> tuple[list[Units], list[Frozen]]:
     """All groups of at least two units, in the order of their first parameter; and the rest."""
-    where: dict[int, dict[int, list[int]]] = {}  # unit: axis: places
-    frozen = []
-    for number, axis in enumerate(axes.axes):
-        labels = torch.arange(axis.first, axis.first + axis.length)
-        for place, root in enumerate(axes.labels.roots(labels).tolist()):
-            where.setdefault(root, {}).setdefault(number, []).append(place)
-    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for root, own in where.items():
-        if not axes.labels.reason(root):
-            alike.setdefault(tuple((n, len(p)) for n, p in own.items()), []).append(root)
+    lengths = [axis.length for axis in axes.axes]
+    number = np.repeat(np.arange(len(lengths)), lengths)
+    first_of = np.repeat(np.array([axis.first for axis in axes.axes], np.int64), lengths)
+    place = np.arange(len(number)) - np.repeat(np.cumsum([0, *lengths])[:-1], lengths)
+    root = axes.labels.roots(torch.from_numpy(first_of + place)).numpy()
+    order = np.lexsort((place, number, root))
+    root, number, place = root[order], number[order], place[order]
+    # Of each unit the axes that have it, and how often.
+    pairs = root * max(1, len(lengths)) + number
+    _, starts, counts = np.unique(pairs, return_index=True, return_counts=True)
+    units, firsts = np.unique(root[starts], return_index=True)
+    alike: dict[tuple[bytes, bytes], list[int]] = {}  # those that stand in the same places
+    for unit, first, end in zip(units, firsts, [*firsts[1:], len(starts)], strict=True):
+        if not axes.labels.reason(int(unit)):
+            sign = number[starts[first:end]].tobytes(), counts[first:end].tobytes()
+            alike.setdefault(sign, []).append(first)
     groups = []
     alone: dict[int, str] = {}
-    for sign, roots in alike.items():
-        if len(roots) < 2:
-            for number, _ in sign:
-                alone[number] = "all of them would have to go together"
+    for sign, found in alike.items():
+        own = np.frombuffer(sign[0], number.dtype).tolist()
+        if len(found) < 2:
+            alone |= dict.fromkeys(own, "all of them would have to go together")
             continue
-        groups.append(Units(tuple(
-            Member(
-                axes.axes[number].name, axes.axes[number].dim, number in axes.summed,
-                torch.tensor([where[root][number] for root in roots]),
+        members = []
+        for step, one in enumerate(own):
+            first = starts[np.array(found) + step]  # [units]
+            where = first[:, None] + np.arange(counts[found[0] + step])  # [units, size]
+            axis = axes.axes[one]
+            members.append(
+                Member(axis.name, axis.dim, one in axes.summed, torch.from_numpy(place[where]))
             )
-            for number, _ in sign
-        )))  # fmt: skip
-    for number, axis in enumerate(axes.axes):
-        if reason := axes.labels.reason(axis.first) or alone.get(number, ""):
-            frozen.append(Frozen(axis.name, axis.dim, reason))
-    groups = [g for g in groups if any(not m.summed for m in g.members)]
-    return sorted(groups, key=lambda g: _place(axes, g)), frozen
-
-
-def _place(axes: Axes, group: Units) -> int:
-    return next(n for n, a in enumerate(axes.axes) if a.name == group.members[0].name)
+        if any(not m.summed for m in members):
+            groups.append(Units(tuple(members)))
+    frozen = [
+        Frozen(axis.name, axis.dim, reason)
+        for n, axis in enumerate(axes.axes)
+        if (reason := axes.labels.reason(axis.first) or alone.get(n, ""))
+    ]
+    placed: dict[str, int] = {}
+    for n, axis in enumerate(axes.axes):
+        placed.setdefault(axis.name, n)
+    return sorted(groups, key=lambda g: placed[g.members[0].name]), frozen
 
 
 def silence(module: nn.Module, plans: Iterable[Plan]) -> None:
     """Weights that read the units which are not kept become copies with zeros there."""
+    where = owners(module)
+    for path, zeros in unread(plans).items():
+        holder, name = parent_of(module, path)
+        old = getattr(holder, name)
+        replace_tensor(where, old, zeroed(old.data, zeros))
+
+
+def unread(plans: Iterable[Plan]) -> dict[str, list[tuple[int, Tensor]]]:
+    """By parameter, the axes and places where it would read the units which are not kept."""
+    found: dict[str, list[tuple[int, Tensor]]] = {}
     for group, kept in plans:
         gone = _gone(group, kept)
         for member in group.members:
             if member.summed:
-                holder, name = parent_of(module, member.name)
-                old = getattr(holder, name)
-                index = member.places[gone].reshape(-1).to(old.device)
-                replace_tensor(module, old, old.data.index_fill(member.dim, index, 0))
+                own = member.dim, member.places[gone].reshape(-1)
+                found.setdefault(member.name, []).append(own)
+    return found
+
+
+def zeroed(weight: Tensor, places: list[tuple[int, Tensor]]) -> Tensor:
+    """A copy with zeros there."""
+    made = weight.clone()
+    for dim, index in places:
+        made.index_fill_(dim, index.to(weight.device), 0)
+    return made
 
 
 def slices(module: nn.Module, plans: Iterable[Plan]) -> list[Slice]:
@@ -170,8 +192,9 @@ def remove(module: nn.Module, plans: Iterable[Plan], known: list[Setting]) -> No
     Args:
         known: attributes to set besides, as `prove` found them.
     """
+    where = owners(module)
     for one in slices(module, plans):
-        resize(module, one.path, one.dim, one.kept)
+        resize(module, one.path, one.dim, one.kept, where)
     repair(module, known)
 
 
@@ -179,111 +202,47 @@ def drawn(module: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 0) 
     """A copy with random numbers of a size that every channel is heard with.
 
     Which channels go together does not depend on the numbers; a trained network may have some
-    that are next to nothing, and a proof on them would prove nothing.
+    that are next to nothing, and a proof on them would prove nothing. Matrices are pieces of a few
+    long rows of numbers, each from a place of its own: a copy of a large network takes little
+    memory.
     """
-    twin = fresh(copy.deepcopy(module)).to(dtype)
     generator = torch.Generator().manual_seed(seed)
-    saved = twin.state_dict(keep_vars=True)
-    for name, own in saved.items():
-        if not own.is_floating_point():
-            continue
-        noise = torch.randn(own.shape, generator=generator, dtype=torch.float64)
+    saved: dict[int, tuple[str, Tensor]] = {}
+    for name, own in module.state_dict(keep_vars=True).items():
+        if own.is_floating_point():
+            saved.setdefault(id(own), (name, own))
+    sizes: dict[int, int] = {}
+    for _, own in saved.values():
         if own.ndim > 1:
-            value = noise / math.sqrt(max(1, own[0].numel()))
-        elif name.endswith("running_var"):
-            value = 1 + 0.5 * torch.tanh(noise)
+            sizes[_scale(own)] = max(sizes.get(_scale(own), 0), own.numel())
+    rows = {
+        scale: torch.randn(size + _STARTS, generator=generator, dtype=dtype).mul_(2.0**scale)
+        for scale, size in sizes.items()
+    }
+    made: dict[int, Any] = {}
+    for key, (name, own) in saved.items():
+        if own.ndim > 1:
+            start = int(torch.randint(_STARTS, (), generator=generator))
+            value = rows[_scale(own)][start : start + own.numel()].view(own.shape)
         else:
-            value = (1.0 if name.endswith("weight") else 0.0) + 0.2 * noise
-        own.data.copy_(value)
-    return twin
+            noise = torch.randn(own.shape, generator=generator, dtype=dtype)
+            if name.endswith("running_var"):
+                value = 1 + 0.5 * torch.tanh(noise)
+            else:
+                value = (1.0 if name.endswith("weight") else 0.0) + 0.2 * noise
+        value = value.to(own.device)
+        if isinstance(own, nn.Parameter):
+            made[key] = nn.Parameter(value, own.requires_grad)
+        else:  # may be written into
+            made[key] = value.clone()
+    return fresh(copy.deepcopy(module, made)).to(dtype)
 
 
-def prove(
-    module: nn.Module,
-    run: Run,
-    plans: Sequence[Plan],
-    known: Sequence[Setting] | None = None,
-    most: float = PROOF,
-) -> tuple[float, list[Setting]]:
-    """Difference of the silenced and the smaller network, and the attributes that had to change.
-
-    Args:
-        module: in evaluation mode; is as before afterwards. `drawn` makes one that shows most.
-        run: gives outputs of the module, the same when nothing has changed.
-        plans: what goes, together.
-        known: attributes to set; None to look for them, for a single group.
-        most: a difference at which the search for attributes ends.
-
-    Returns:
-        The largest difference relative to what silencing changes, infinite where the smaller one
-        does not run.
-    """
-    plain = _tensors(run(fresh(module)))
-    with _preserved(module):
-        silence(module, plans)
-        wanted = _tensors(run(fresh(module)))
-    sizes = [float((a - b).abs().max()) if a.is_floating_point() and a.numel() else 0.0
-             for a, b in zip(wanted, plain, strict=True)]  # fmt: skip
-    least: tuple[float, list[Setting]] = (float("inf"), [])
-    for own in _settings(module, plans) if known is None else [list(known)]:
-        with _preserved(module):
-            try:
-                remove(module, plans, own)
-                found = _tensors(run(fresh(module)))
-            except (RuntimeError, ValueError, IndexError, AssertionError, KeyError):
-                continue  # shapes do not fit: something else holds the width
-        off = _difference(found, wanted, sizes)
-        if off < least[0]:
-            least = off, own
-        if off <= most:
-            break
-    return least
-
-
-def _settings(module: nn.Module, plans: Sequence[Plan]) -> Iterator[list[Setting]]:
-    ((group, kept),) = plans
-    yield from settings(module, [m.name for m in group.members], group.count, len(set(kept)))
-
-
-@contextmanager
-def _preserved(module: nn.Module) -> Iterator[None]:
-    """Parameters, buffers and attributes are afterwards what they were."""
-    kept = [
-        ({k: list(v) if type(v) is list else v for k, v in vars(own).items()},
-         dict(own._parameters), dict(own._buffers), own)
-        for own in module.modules()
-    ]  # fmt: skip
-    try:
-        yield
-    finally:
-        for state, parameters, buffers, own in kept:
-            vars(own).clear()
-            vars(own).update(state)
-            own._parameters.clear()
-            own._parameters.update(parameters)
-            own._buffers.clear()
-            own._buffers.update(buffers)
+def _scale(weight: Tensor) -> int:
+    """The power of two by which products with a row are about as large as what goes in."""
+    return -round(math.log2(max(1, weight[0].numel())) / 2)
 
 
 def _gone(group: Units, kept: Iterable[int]) -> list[int]:
     stays = set(kept)
     return [unit for unit in range(group.count) if unit not in stays]
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    with torch.no_grad():
-        return [x.detach() for x in tree_leaves(output) if isinstance(x, Tensor)]
-
-
-def _difference(found: list[Tensor], wanted: list[Tensor], sizes: list[float]) -> float:
-    """The largest difference over what silencing changed; of what it did not, over the output."""
-    if [x.shape for x in found] != [x.shape for x in wanted]:
-        return float("inf")
-    worst = 0.0
-    for one, other, size in zip(found, wanted, sizes, strict=True):
-        if one.is_floating_point() and one.numel():
-            off = float((one - other).abs().max()) / max(
-                size, 1e-6 * float(other.abs().max()), 1e-30
-            )
-            worst = max(worst, off if off == off else float("inf"))
-    return worst

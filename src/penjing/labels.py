@@ -7,6 +7,7 @@ have one root. A root can be frozen, with the reason for which its channels must
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,32 +18,26 @@ class Labels:
     """Disjoint sets of labels."""
 
     def __init__(self) -> None:
-        self._above = np.empty(0, dtype=np.int64)
+        self._above = np.full(1, -1)  # the last one is no label's: what -1 finds
         self._count = 0
         self._why: dict[int, str] = {}
 
     def new(self, count: int) -> Tensor:
         """Labels that nothing has, int64 [count]."""
         first, self._count = self._count, self._count + count
-        if self._count > len(self._above):
-            more = np.arange(len(self._above), 2 * self._count, dtype=np.int64)
-            self._above = np.concatenate([self._above, more])
+        if self._count >= len(self._above):
+            more = np.arange(len(self._above) - 1, 2 * self._count)
+            self._above = np.concatenate([self._above[:-1], more, [-1]])
         return torch.arange(first, self._count)
 
     def roots(self, labels: Tensor) -> Tensor:
         """What stands for each label's set, of the same shape; -1 for -1."""
         found = labels.numpy()
-        known = found >= 0
-        now = found[known]
-        while True:
-            above = self._above[now]
-            if (above == now).all():
-                break
+        now = self._above[found]
+        while not np.array_equal(above := self._above[now], now):
             now = above
-        self._above[found[known]] = now  # shorter ways next time
-        result = np.full(found.shape, -1, dtype=np.int64)
-        result[known] = now
-        return torch.from_numpy(result)
+        self._above[found] = now  # shorter ways next time
+        return torch.from_numpy(np.asarray(now))
 
     def join(self, one: Tensor, other: Tensor, reason: str) -> None:
         """Make one set of each pair of two arrays that broadcast.
@@ -51,19 +46,28 @@ class Labels:
             reason: why a label is frozen that is paired with no label.
         """
         pair = torch.broadcast_tensors(self.roots(one), self.roots(other))  # type: ignore[no-untyped-call]
-        pairs = torch.unique(torch.stack([x.reshape(-1) for x in pair]), dim=1)  # [2, pairs]
-        first, second = pairs
+        count = self._count + 1
+        keys = torch.unique((pair[0] + 1) * count + pair[1] + 1)
+        first, second = (keys // count - 1).numpy(), (keys % count - 1).numpy()
         alone = (first < 0) ^ (second < 0)
-        if bool(alone.any()):
-            self.freeze(torch.maximum(first, second)[alone], reason)
-        both = (first >= 0) & (second >= 0) & (first != second)
-        for a, b in pairs[:, both].T.tolist():
-            a, b = self._root(a), self._root(b)
-            if a == b:
-                continue
-            self._above[b] = a
-            if b in self._why:
-                self._why.setdefault(a, self._why.pop(b))
+        if alone.any():
+            self.freeze(torch.from_numpy(np.maximum(first, second)[alone]), reason)
+        both = (first >= 0) & (second >= 0)
+        self._unite(first[both], second[both])
+
+    def _unite(self, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> None:
+        """Roots go under the least that they meet, until none meets another."""
+        gone: list[int] = []
+        while (first != second).any():
+            low, high = np.minimum(first, second), np.maximum(first, second)
+            order = np.argsort(-low, kind="stable")
+            order = order[(low != high)[order]]
+            self._above[high[order]] = low[order]  # of several the last, which is the least
+            gone += [root for root in np.unique(high[order]).tolist() if root in self._why]
+            first, second = (self.roots(torch.from_numpy(x)).numpy() for x in (first, second))
+        for root in gone:
+            if root in self._why:
+                self._why.setdefault(self._root(root), self._why[root])
 
     def tie(self, labels: Tensor, dim: int) -> None:
         """Make one set of all labels along an axis; what has no label there is passed over."""
@@ -94,12 +98,21 @@ def narrowed(own: Labels, labels: Tensor) -> Tensor | None:
     Along an axis, what has no label goes with the one set that is there: a border of zeros lives
     and dies with its channel.
     """
+    for dim in range(labels.ndim):
+        if labels.shape[dim] > 1 and labels.stride(dim) == 0:
+            labels = labels.narrow(dim, 0, 1)
+    labels = _narrow(labels, labels)  # before their sets are looked up: most of it is alike
     roots = own.roots(labels)
     if not bool((roots >= 0).any()):
         return None
+    return _narrow(labels, roots)
+
+
+def _narrow(labels: Tensor, sets: Tensor) -> Tensor:
     for dim in range(labels.ndim):
         if labels.shape[dim] > 1:
-            most = roots.amax(dim, keepdim=True)
-            if bool(((roots == most) | (roots < 0)).all()):
-                labels, roots = labels.amax(dim, keepdim=True), most
+            most = sets.amax(dim, keepdim=True)
+            if bool(((sets == most) | (sets < 0)).all()):
+                # The largest label of each is one of the set.
+                labels, sets = labels.amax(dim, keepdim=True), most
     return labels

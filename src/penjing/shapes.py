@@ -16,7 +16,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from penjing.model import parent_of
 from penjing.recipe import Setting
 
-__all__ = ["fresh", "repair", "replace_tensor", "resize", "settings"]
+__all__ = ["Owners", "fresh", "owners", "repair", "replace_tensor", "resize", "settings"]
+
+# Modules and names, by the identity of what they have there.
+Owners = dict[int, list[tuple[nn.Module, str]]]
 
 # Attributes that are set wherever they count the units, needed or not: others may read them.
 _KNOWN = (
@@ -27,28 +30,44 @@ _KNOWN = (
 _FEW = 8
 
 
-def replace_tensor(module: nn.Module, old: Tensor, new: Tensor) -> list[tuple[nn.Module, str]]:
+def owners(module: nn.Module) -> Owners:
+    """All modules that have a parameter or buffer, and its names there, by its identity."""
+    found: Owners = {}
+    for own in module.modules():
+        for table in (own._parameters, own._buffers):
+            for name, tensor in table.items():
+                found.setdefault(id(tensor), []).append((own, name))
+    return found
+
+
+def replace_tensor(where: Owners, old: Tensor, new: Tensor) -> list[tuple[nn.Module, str]]:
     """Put other numbers in the place of a parameter or buffer, under all its names.
+
+    Args:
+        where: `owners` of the network; has the new tensor afterwards.
 
     Returns:
         The modules that have it, and its names there.
     """
-    found = []
-    fresh = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    for own in module.modules():
-        for table in (own._parameters, own._buffers):
-            for name in [name for name, tensor in table.items() if tensor is old]:
-                setattr(own, name, fresh)
-                found.append((own, name))
+    made = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    found = where[id(made)] = where.pop(id(old))
+    for own, name in found:
+        setattr(own, name, made)
     return found
 
 
-def resize(module: nn.Module, path: str, dim: int, kept: Tensor) -> None:
-    """Keep some indices of a parameter or buffer, and say so in the layers that have it."""
+def resize(
+    module: nn.Module, path: str, dim: int, kept: Tensor, where: Owners | None = None
+) -> None:
+    """Keep some indices of a parameter or buffer, and say so in the layers that have it.
+
+    Args:
+        where: `owners` of the network, kept between calls.
+    """
     holder, name = parent_of(module, path)
     old = getattr(holder, name)
     new = old.data.index_select(dim, kept.to(old.device))
-    for own, key in replace_tensor(module, old, new):
+    for own, key in replace_tensor(owners(module) if where is None else where, old, new):
         _describe(own, key, dim, old.shape[dim], len(kept))
 
 

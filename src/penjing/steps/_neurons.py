@@ -17,7 +17,7 @@ from penjing.coupling import Units
 from penjing.linalg import ridge
 from penjing.neurons import Reader, greedy_obs, largest
 from penjing.recipe import Setting, Slice
-from penjing.shapes import replace_tensor
+from penjing.shapes import owners, replace_tensor
 from penjing.steps._importance import importance
 from penjing.steps._problem import Fit, Problem
 
@@ -173,7 +173,7 @@ def put(module: nn.Module, layer: nn.Module, fit: Fit) -> None:
     for name, value in (("weight", fit.weight), ("bias", fit.bias)):
         if value is not None:
             own: Tensor = getattr(layer, name)
-            replace_tensor(module, own, value.reshape(own.shape).to(own))
+            replace_tensor(owners(module), own, value.reshape(own.shape).to(own))
 
 
 def collect(

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.channelmap import ChannelMap, Free, channel_map, map_of
-from penjing.coupling import PROOF, Member, Units, prove, silence
+from penjing.coupling import Member, Units, silence
 from penjing.errors import InputError, UsageError
 from penjing.gradients import gradients
 from penjing.model import Batch, Model
+from penjing.proof import PROOF, prove
 from penjing.recipe import Edit, Setting, Slice
 from penjing.steps._importance import check, needs_of
 from penjing.steps._neurons import (
