@@ -116,6 +116,21 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.embed(ids))[0][:, -1])
 
 
+class Shuffled(nn.Module):
+    """Two branches whose channels are shuffled in pairs: of both as many must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 3, 1, 1)
+        self.c = nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([self.a(x), self.b(x)], 1)
+        x = torch.relu(self.c(nn.functional.channel_shuffle(both, 2)))
+        return self.head(x.mean((2, 3)))
+
+
 class Turned(nn.Module):
     """A transposed convolution between two others."""
 
@@ -139,8 +154,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, list[tuple[str, int]]]] 
                              ("layers.2.weight", 6), ("stem.weight", 4)]),
     "excite": (Excite, IMAGE, [("up.weight", 16), ("squeeze.weight", 6), ("gate.weight", 10)]),
     "attention": (Attention, TOKENS, [("qkv.weight", 4)]),
-    "recurrent": (Recurrent, TOKENS, [("embed.weight", 10), ("lstm.weight_ih_l0", 12),
-                                      ("lstm.weight_ih_l1", 12)]),
+    "recurrent": (Recurrent, TOKENS, [("embed.weight", 10), ("lstm.weight_ih_l0", 12)]),
+    "shuffled": (Shuffled, IMAGE, [("a.weight", 6), ("c.weight", 8)]),
     "turned": (Turned, IMAGE, [("a.weight", 6), ("b.weight", 8)]),
 }  # fmt: skip
 

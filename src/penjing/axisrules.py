@@ -35,6 +35,7 @@ _MOVING = {
 }  # fmt: skip
 # Axes become several, and one axis several parts.
 _SPLITTING = {"view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten"}
+_SHUFFLING = {"channel_shuffle", "native_channel_shuffle"}
 _PARTING = {"split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"}
 # Some of an axis, by numbers that may be others with other inputs.
 _CHOOSING = {"index", "index_select", "gather", "take_along_dim"}
@@ -135,6 +136,8 @@ def _move(call: Call) -> None:
             made[id(tensor)].append(labels)
             if call.name in _SPLITTING:
                 _note_split(call, labels)
+            if call.name in _SHUFFLING:
+                _note_split(call, args[0].unflatten(1, (call.argument("groups"), -1)))
         if call.name in _PARTING:
             _note_parts(call, result)
     if call.name in _CHOOSING:

@@ -161,14 +161,38 @@ def _proved(
         if free and _together(probe, run, free, most, plain) > most:
             # The rest of the network holds some of them in a way that was not seen there.
             tried = [_alone(probe, run, g, most, plain) for g in groups]
-        for group, (one, off) in zip(groups, tried, strict=True):
-            if one is None:
-                frozen += _refused(group, off)
         free = [one for one, _ in tried if one is not None]
+        refused = [(g, off) for g, (one, off) in zip(groups, tried, strict=True) if one is None]
+        for joined in _alike([group for group, _ in refused]):
+            one, _ = _alone(probe, run, joined, most, plain)
+            if one is not None:
+                free.append(one)
+                refused = [(g, off) for g, off in refused if g.members[0] not in joined.members]
+        for group, off in refused:
+            frozen += _refused(group, off)
         while free and _together(probe, run, free, most, plain) > most:
             # Each alone, but not together: they hold each other in a way that was not seen.
             frozen += _refused(free.pop().group, float("inf"))
     return ChannelMap(tuple(free), tuple(frozen))
+
+
+def _alike(groups: Sequence[Units]) -> list[Units]:
+    """Of groups of as many units at the same modules one each, whose units leave all at once.
+
+    The layers of a recurrent network have one width for all of them.
+    """
+    found: list[list[Units]] = []
+    for group in groups:
+        near = [some for some in found if any(_meet(group, other) for other in some)]
+        joined = [other for some in near for other in some]
+        found = [some for some in found if some not in near] + [[*joined, group]]
+    return [Units(tuple(m for group in some for m in group.members))
+            for some in found if len(some) > 1]  # fmt: skip
+
+
+def _meet(one: Units, other: Units) -> bool:
+    holders = [{m.name.rpartition(".")[0] for m in group.members} for group in (one, other)]
+    return one.count == other.count and bool(holders[0] & holders[1])
 
 
 def _usual(module: nn.Module, group: Units) -> list[Setting]:
@@ -178,8 +202,12 @@ def _usual(module: nn.Module, group: Units) -> list[Setting]:
 def _together(
     probe: nn.Module, run: Run, free: Sequence[Free], most: float, plain: list[Tensor] | None
 ) -> float:
-    plans: list[Plan] = [(one.group, _half(one.group)) for one in free]
-    return prove(probe, run, plans, [s for one in free for s in one.known], most, plain)[0]
+    # Of every other group half of the half: groups that must lose alike are not two.
+    kept = [half if number % 2 == 0 else half[: max(1, len(half) // 2)]
+            for number, half in enumerate(_half(one.group) for one in free)]  # fmt: skip
+    plans: list[Plan] = [(one.group, own) for one, own in zip(free, kept, strict=True)]
+    known = [s for one, own in zip(free, kept, strict=True) for s in one.settings(len(own))]
+    return prove(probe, run, plans, known, most, plain)[0]
 
 
 _Tried = tuple[Free | None, float]
