@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from penjing.apply import apply as _apply
-from penjing.data import Dataset, encode, prepare
+from penjing.data import Dataset, align, encode, prepare
 from penjing.data import read as _read
 from penjing.errors import InputError, UsageError
 from penjing.evaluate import evaluate as _evaluate
@@ -34,6 +35,7 @@ from penjing.files import check_output, read_json
 from penjing.fit import Budget, Settings
 from penjing.fit import fit as _fit
 from penjing.inspect import inspect
+from penjing.learning import check_learned, learning
 from penjing.load import load, original
 from penjing.measure import Candidate, measure_files, physical_cores, quality
 from penjing.model import Batch, Model
@@ -44,7 +46,9 @@ from penjing.report import write as report
 from penjing.result import Result
 from penjing.sensitivity import in_floats
 from penjing.sizing import ratio_for
+from penjing.steps._select import LEARNED
 from penjing.steps.cache import Cache, check_decoder
+from penjing.steps.constrain import Constrain
 from penjing.steps.cut import Cut
 from penjing.steps.equalize import Equalize
 from penjing.steps.fold import Fold, has_norms
@@ -54,6 +58,7 @@ from penjing.steps.recover import Recover
 from penjing.steps.rotate import Rotate
 from penjing.steps.shrink import Shrink
 from penjing.tasks import find
+from penjing.training import LABELS
 from penjing.verify import verify
 from penjing.writers.artifact import extend
 from penjing.writers.artifact import save as _save
@@ -68,7 +73,8 @@ Place = str | os.PathLike[str]
 # Samples that show which inputs 8 bits harm.
 _FEW = 24
 
-STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Cache, Recover)}
+_STEPS = Prune, Shrink, Cut, Constrain, Fold, Equalize, Rotate, Quantize, Cache, Recover
+STEPS: dict[str, Any] = {step.name: step for step in _STEPS}
 
 
 def _model(model: Model | Place) -> Model:
@@ -83,19 +89,33 @@ def _edited(model: Model) -> bool:
     return bool(model.structure or model.masks or model.planes)
 
 
-def _batches(model: Model, data: Dataset | Place | None, samples: int, length: int) -> list[Batch]:
-    """Calibration batches of at most `samples` samples, spread evenly over the data."""
+def _batches(
+    model: Model, data: Dataset | Place | None, samples: int, length: int, labels: bool = False
+) -> list[Batch]:
+    """Calibration batches of at most `samples` samples, spread evenly over the data.
+
+    Args:
+        labels: put the class of each sample into its batch; a language model needs none.
+    """
     if data is None:
         return []
-    length = model.at_most(length)
-    dataset = prepare(_dataset(data), model, length).spread(samples)
+    length, size = model.at_most(length), 8
+    dataset = _dataset(data)
+    if labels := labels and model.interface != "causal":
+        find("classification", dataset, model).check(dataset, model)
+        dataset = align(dataset, model)
+    dataset = prepare(dataset, model, length).spread(samples)
+    if dataset.kind == "text":
+        # Texts of one length go together, so that little of a batch is padding.
+        sizes = [len(text) for text in dataset.samples]
+        dataset = dataset.subset(sorted(range(len(sizes)), key=sizes.__getitem__))
+    batches = list(encode(dataset, model, length=length, batch=size))
+    for number, batch in enumerate(batches) if labels else ():
+        classes = np.asarray(dataset.labels)[number * size : (number + 1) * size]
+        batch[LABELS] = torch.from_numpy(np.ascontiguousarray(classes))
     if dataset.kind != "text":
-        return list(encode(dataset, model, length=length, batch=8))
-    # Texts of one length go together, so that little of a batch is padding; the batches in
-    # random order, because steps hold out the first or the last.
-    sizes = [len(text) for text in dataset.samples]
-    dataset = dataset.subset(sorted(range(len(sizes)), key=sizes.__getitem__))
-    batches = list(encode(dataset, model, length=length, batch=8))
+        return batches
+    # In random order, because steps hold out the first or the last.
     return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
 
 
@@ -129,8 +149,10 @@ def apply(
         recipe = Recipe.from_toml(path.read_text(encoding="utf-8"), STEPS)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    batches = _batches(loaded, data, samples, length)
-    distils = any(step.name == "recover" for step in recipe.steps)
+    check_learned(recipe)
+    labels = any(getattr(step, "loss", None) == LABELS for step in recipe.steps)
+    batches = _batches(loaded, data, samples, length, labels)
+    distils = any(step.name in ("recover", "constrain") for step in recipe.steps)
     before = original(loaded) if distils and _edited(loaded) else None
     done = _apply(loaded, recipe, batches, original=before, journal=journal).model
     earlier = loaded.recipe.steps if loaded.recipe else ()
@@ -144,6 +166,7 @@ def prune(
     *,
     pattern: str | None = None,
     criterion: str | None = None,
+    learn: str | None = None,
     data: Dataset | Place | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
@@ -152,7 +175,19 @@ def prune(
     """A copy with the least important connections set to zero; see `penjing.steps.prune`.
 
     Without a criterion: `admm` with data, `magnitude` without.
+
+    Args:
+        learn: learn what goes in training, by a name of `penjing.constraints` (see
+            `penjing.steps.constrain`, whose options `steps`, `lr`, `weights_lr`, `optimizer` and
+            `loss` may follow); the criterion is then where it starts.
     """
+    if learn is not None:
+        if pattern is not None:
+            raise UsageError("a pattern that is learned", got=pattern, next="give a sparsity")
+        _need(data, "a constraint that is learned")
+        recipe = learning(learn, "weights", sparsity, Prune(sparsity, LEARNED), seed, options,
+                          criterion=criterion, targets=tuple(targets or ()))  # fmt: skip
+        return apply(model, recipe, data, **options)
     chosen = criterion or ("admm" if data is not None else "magnitude")
     step = Prune(sparsity, chosen, pattern, targets=tuple(targets or ()))
     if step.needs and data is None:
@@ -168,6 +203,7 @@ def shrink(
     of: str = "units",
     criterion: str = "gram",
     heads: float | None = None,
+    learn: str | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
     **options: Any,
@@ -177,9 +213,19 @@ def shrink(
     Args:
         ratio: what goes, of the units of every group; with `of` parameters or macs, of those of
             the whole network.
+        learn: learn what goes in training, all groups together, see `prune`.
     """
     _need(data, "shrink")
-    step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()))
+    chosen = tuple(targets or ())
+    if learn is not None:
+        if heads is not None:
+            raise UsageError("heads, of a constraint that is learned", got=heads,
+                             next="leave it out: how many of each go is learned")  # fmt: skip
+        step = Shrink(criterion=LEARNED)
+        recipe = learning(learn, "neurons", ratio, step, seed, options, measure=of,
+                          criterion=criterion, targets=chosen)  # fmt: skip
+        return apply(model, recipe, data, **options)
+    step = Shrink(ratio, heads, criterion, targets=chosen)
     loaded = _model(model)
     if of != "units":
         step = replace(step, ratio=ratio_for(loaded, step, of, ratio))
@@ -194,6 +240,7 @@ def cut(
     data: Dataset | Place | None = None,
     criterion: str = "influence",
     patch: str = "linear",
+    learn: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Model:
@@ -201,6 +248,8 @@ def cut(
 
     Args:
         layers: how many blocks go; a fraction below 1 is a ratio.
+        learn: learn what goes in training, see `prune`. Where the weights are trained along there
+            is no patch: they have made up for what is gone.
     """
     if isinstance(layers, float) and 0 < layers < 1:
         layers, ratio = None, layers
@@ -208,6 +257,13 @@ def cut(
         raise UsageError("layers", got=layers, allowed="a whole number, or a ratio below 1")
     _need(data, "cut")
     count = None if layers is None else int(layers)
+    if learn is not None:
+        loaded = _model(model)
+        Cut(count, ratio, criterion=criterion, patch=patch)
+        budget = ratio or int(count or 0) / max(1, len(loaded.blocks))
+        step = Cut(criterion=LEARNED, patch="none" if options.get("weights_lr") else patch)
+        recipe = learning(learn, "layers", budget, step, seed, options, criterion=criterion)
+        return apply(loaded, recipe, data, **options)
     step = Cut(count, ratio, criterion=criterion, patch=patch, seed=seed)
     return apply(model, Recipe((step,), seed), data, **options)
 

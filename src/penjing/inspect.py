@@ -17,7 +17,7 @@ import torch
 
 from penjing.errors import InputError, UsageError
 from penjing.graph import is_weighted
-from penjing.meter import Meter, hooked
+from penjing.meter import Meter, count, hooked, sized_batch
 from penjing.model import Batch, Model
 
 __all__ = ["SORTS", "Inspection", "Layer", "Totals", "inspect", "left_alone", "sized_batch"]
@@ -141,9 +141,9 @@ def inspect(
     shared: tuple[str, ...] = ()
     if model.interface != "weights":
         inputs = sized_batch(model, batch=batch, length=length)
-        used_length = inputs["input_ids"].shape[1] if _is_text(model) else None
+        used_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else None
         with _named_failure(batch, used_length):
-            meter = _count(model, inputs)
+            meter = count(model, inputs)
             times, total = (
                 _time(model, inputs) if latency and model.device.type != "meta" else ({}, None)
             )
@@ -180,42 +180,6 @@ def left_alone(model: Model) -> list[str]:
         if count >= 1024 and not is_weighted(module) and model.interface != "weights":
             found.append(f"{path or 'the network itself'} ({type(module).__name__}, {count:,})")
     return found
-
-
-def _is_text(model: Model) -> bool:
-    return "input_ids" in model.example
-
-
-_USUAL = 128
-
-
-def sized_batch(model: Model, *, batch: int, length: int | None = None) -> Batch:
-    """The model's example repeated to `batch` samples, text to `length` tokens.
-
-    Without a length, 128 tokens or as many as the network takes.
-
-    Raises:
-        UsageError: less than 1, or longer than the network's positions.
-    """
-    limit = model.longest
-    if length is None:
-        length = min(_USUAL, limit or _USUAL)
-    for name, number in (("batch", batch), ("length", length)):
-        if number < 1:
-            raise UsageError(f"--{name} is too small", got=number, allowed="1 or more")
-    if _is_text(model) and limit is not None and length > limit:
-        raise UsageError("the network has no such length", got=length, allowed=f"1 to {limit}")
-    inputs = {}
-    for name, value in model.example.items():
-        rows = torch.arange(batch) % value.shape[0]
-        sized = value[rows.to(value.device)]  # [batch, ...]
-        if _is_text(model) and value.ndim >= 2:
-            columns = torch.arange(length) % value.shape[1]
-            sized = sized[:, columns.to(value.device)]  # [batch, length, ...]
-        # An example padded by chance would be cheaper than a full batch.
-        full = torch.ones_like(sized) if name == "attention_mask" else sized
-        inputs[name] = full.to(model.device)
-    return inputs
 
 
 @contextlib.contextmanager
@@ -278,16 +242,6 @@ def _merge(
             latency_ms=times.get(path),
         )
     return merged
-
-
-def _count(model: Model, inputs: Batch) -> Meter:
-    asks = model.source.kind == "huggingface" and model.device.type == "meta"
-    meter = Meter(model.module, full_masks=asks)
-    with torch.no_grad(), hooked(model.module, meter.enter, meter.leave), meter:
-        for tensor in inputs.values():
-            meter.watch(tensor)
-        model.run(inputs)
-    return meter
 
 
 # --- latency --------------------------------------------------------------------------------

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["FORMULAS", "Meter", "hooked"]
+from penjing.errors import UsageError
+from penjing.model import Batch, Model
+
+__all__ = ["FORMULAS", "Meter", "cost", "count", "hooked", "sized_batch"]
 
 
 def _attention(args: tuple[Any, ...], output: Any) -> int:
@@ -72,6 +75,10 @@ FORMULAS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "_scaled_dot_product_cudnn_attention": _attention,
     "_scaled_dot_product_fused_attention_overrideable": _attention,
 }
+
+
+# Tokens of a text where nothing else is asked for.
+_USUAL = 128
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -169,3 +176,50 @@ def hooked(
         torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
+
+
+def sized_batch(model: Model, *, batch: int, length: int | None = None) -> Batch:
+    """The model's example repeated to `batch` samples, text to `length` tokens.
+
+    Without a length, 128 tokens or as many as the network takes.
+
+    Raises:
+        UsageError: less than 1, or longer than the network's positions.
+    """
+    limit, text = model.longest, "input_ids" in model.example
+    if length is None:
+        length = min(_USUAL, limit or _USUAL)
+    for name, number in (("batch", batch), ("length", length)):
+        if number < 1:
+            raise UsageError(f"--{name} is too small", got=number, allowed="1 or more")
+    if text and limit is not None and length > limit:
+        raise UsageError("the network has no such length", got=length, allowed=f"1 to {limit}")
+    inputs = {}
+    for name, value in model.example.items():
+        rows = torch.arange(batch) % value.shape[0]
+        sized = value[rows.to(value.device)]  # [batch, ...]
+        if text and value.ndim >= 2:
+            columns = torch.arange(length) % value.shape[1]
+            sized = sized[:, columns.to(value.device)]  # [batch, length, ...]
+        # An example padded by chance would be cheaper than a full batch.
+        full = torch.ones_like(sized) if name == "attention_mask" else sized
+        inputs[name] = full.to(model.device)
+    return inputs
+
+
+def cost(model: Model, of: str) -> float:
+    """`parameters`, or `macs` of one sample of the usual length."""
+    if of == "parameters":
+        return float(model.parameter_count)
+    return float(sum(count(model, sized_batch(model, batch=1)).macs.values()))
+
+
+def count(model: Model, inputs: Batch) -> Meter:
+    """All that one run of a network counts."""
+    asks = model.source.kind == "huggingface" and model.device.type == "meta"
+    meter = Meter(model.module, full_masks=asks)
+    with torch.no_grad(), hooked(model.module, meter.enter, meter.leave), meter:
+        for tensor in inputs.values():
+            meter.watch(tensor)
+        model.run(inputs)
+    return meter

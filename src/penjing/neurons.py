@@ -18,7 +18,7 @@ from torch import Tensor
 
 from penjing.linalg import damped_cholesky
 
-__all__ = ["Reader", "by_scores", "greedy_obs"]
+__all__ = ["Reader", "by_scores", "greedy_obs", "importance", "removal_order"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,21 @@ def greedy_obs(
         read what is gone.
     """
     states = [_State(reader, damping) for reader in readers]
-    count = len(readers[0].columns)
+    _, alive = _remove(states, len(readers[0].columns), keep)
+    return alive.tolist(), [state.weight.float() for state in states]
+
+
+def removal_order(readers: Sequence[Reader], damping: float = 0.01) -> list[int]:
+    """All units in the order in which `greedy_obs` removes them; the dearest are last."""
+    states = [_State(reader, damping) for reader in readers]
+    gone, alive = _remove(states, len(readers[0].columns), 1)
+    return [*gone.tolist(), *alive.tolist()]
+
+
+def _remove(states: Sequence[_State], count: int, keep: int) -> tuple[Tensor, Tensor]:
+    """Units in the order they go, and those that stay."""
     alive = torch.ones(count, dtype=torch.bool)
+    gone = [torch.empty(0, dtype=torch.long)]
     # The order inside 3 % hardly matters, the time does.
     stride = max(1, count // 32)
     while int(alive.sum()) > keep:
@@ -96,11 +109,12 @@ def greedy_obs(
         for state in states:
             state.drop(chosen)
         alive[chosen] = False
-    return alive.nonzero().flatten().tolist(), [state.weight.float() for state in states]
+        gone.append(chosen)
+    return torch.cat(gone), alive.nonzero().flatten()
 
 
-def by_scores(scores: Sequence[Tensor], columns: Sequence[Tensor], keep: int) -> list[int]:
-    """The `keep` units with the largest sum of squared scores, ascending.
+def importance(scores: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    """Sum of squared scores of each unit, every reader's shares adding to 1, float64 [units].
 
     Args:
         scores: [out, in] of each layer that reads them.
@@ -111,5 +125,10 @@ def by_scores(scores: Sequence[Tensor], columns: Sequence[Tensor], keep: int) ->
         power = own.double().square()
         power = power.sum(0) / power.sum().clamp_min(1e-30)  # [in]
         total += power[index].sum(1)
-    order = torch.sort(total, descending=True, stable=True).indices
+    return total
+
+
+def by_scores(scores: Sequence[Tensor], columns: Sequence[Tensor], keep: int) -> list[int]:
+    """The `keep` units with the largest `importance`, ascending."""
+    order = torch.sort(importance(scores, columns), descending=True, stable=True).indices
     return sorted(order[:keep].tolist())

@@ -12,7 +12,7 @@ from dataclasses import replace
 from penjing.channelmap import channel_map
 from penjing.coupling import remove
 from penjing.errors import InputError, UsageError
-from penjing.inspect import inspect
+from penjing.meter import cost
 from penjing.model import Model
 from penjing.steps.shrink import Shrink
 
@@ -36,7 +36,7 @@ def ratio_for(model: Model, step: Shrink, of: str, share: float) -> float:
     if of not in ("parameters", "macs"):
         raise UsageError(f"--of {of} is not there yet", allowed="units, parameters, macs",
                          next="use fit")  # fmt: skip
-    whole = _cost(model, of)
+    whole = cost(model, of)
     groups = channel_map(model).free
 
     def left(ratio: float) -> float:
@@ -46,7 +46,7 @@ def ratio_for(model: Model, step: Shrink, of: str, share: float) -> float:
         plans = [(f.group, list(range(k))) for f, k in zip(groups, kept, strict=True)]
         remove(twin.module, plans, [s for f, k in zip(groups, kept, strict=True)
                                     for s in f.settings(k)])  # fmt: skip
-        return _cost(twin, of) / whole
+        return cost(twin, of) / whole
 
     low, high = 0.0, 0.999
     if left(high) > 1 - share:
@@ -58,9 +58,3 @@ def ratio_for(model: Model, step: Shrink, of: str, share: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if left(middle) <= 1 - share else (middle, high)
     return high
-
-
-def _cost(model: Model, of: str) -> float:
-    if of == "parameters":
-        return float(model.parameter_count)
-    return float(inspect(model, latency=False).totals.macs or 0)

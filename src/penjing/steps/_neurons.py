@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from penjing.calibrate import LayerStats
 from penjing.coupling import Units
 from penjing.linalg import ridge
+from penjing.model import Model
 from penjing.neurons import Reader, by_scores, greedy_obs
 from penjing.recipe import Setting, Slice
 from penjing.registry import lookup
@@ -28,6 +29,7 @@ __all__ = [
     "choose",
     "consumers_of",
     "described",
+    "learned",
     "refit",
     "silenced",
 ]
@@ -63,30 +65,42 @@ def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
     return found
 
 
+def learned(model: Model, group: Units) -> list[int]:
+    """Units of a group that the step before chose to keep; all where it chose nothing of it."""
+    stays = torch.ones(group.count, dtype=torch.bool)
+    for member in group.members:
+        kept = model.kept.get(member.name.rpartition(".")[0]) if member.summed else None
+        if kept is not None:
+            stays &= kept[member.places].all(1)
+    return stays.nonzero().flatten().tolist()
+
+
 def choose(
     layers: Mapping[str, nn.Module], consumers: list[Consumer], stats: Mapping[str, LayerStats],
-    keep: int, criterion: str,
+    keep: int | list[int], criterion: str,
 ) -> tuple[list[int], dict[str, Fit]]:  # fmt: skip
     """Units that stay, and what becomes of each consumer.
 
     Args:
         layers: by path.
         consumers: with a Gram matrix each.
+        keep: how many, or which.
         criterion: `gram`, or a name of `penjing.criteria`.
     """
     paths = [one.path for one in consumers]
     matrices = [one.matrix(layers[one.path]) for one in consumers]
     problems = [Problem.of(layers[p], w, stats[p]) for p, w in zip(paths, matrices, strict=True)]
-    if criterion == "gram":
+    if criterion == "gram" and isinstance(keep, int):
         readers = [Reader(problem.weight, problem.gram, one.columns)
                    for problem, one in zip(problems, consumers, strict=True)]  # fmt: skip
         kept, weights = greedy_obs(readers, keep)
         return kept, {p: x.fit(w) for p, x, w in zip(paths, problems, weights, strict=True)}
-    score = lookup("criteria", criterion, "score")
-    scores = [score(w, stats[path]) for w, path in zip(matrices, paths, strict=True)]
-    kept = by_scores(scores, [one.columns for one in consumers], keep)
-    return kept, {
-        one.path: _solved(problem, one.columns[kept].flatten().sort().values)
+    if isinstance(keep, int):
+        score = lookup("criteria", criterion, "score")
+        scores = [score(w, stats[path]) for w, path in zip(matrices, paths, strict=True)]
+        keep = by_scores(scores, [one.columns for one in consumers], keep)
+    return keep, {
+        one.path: _solved(problem, one.columns[keep].flatten().sort().values)
         for one, problem in zip(consumers, problems, strict=True)
     }
 

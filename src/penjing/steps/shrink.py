@@ -31,11 +31,12 @@ from penjing.steps._neurons import (
     choose,
     consumers_of,
     described,
+    learned,
     refit,
     silenced,
 )
 from penjing.steps._problem import Fit
-from penjing.steps._select import matches, matrix_layers
+from penjing.steps._select import LEARNED, matches, matrix_layers
 
 __all__ = ["Shrink", "groups_of"]
 
@@ -47,7 +48,8 @@ class Shrink:
     Attributes:
         ratio: fraction of the units of every group that go, 0 to 1.
         heads: fraction of the heads or key-value groups that go; None means `ratio`.
-        criterion: `gram` (greedy optimal brain surgeon) or a name of `penjing.criteria`.
+        criterion: `gram` (greedy optimal brain surgeon) or a name of `penjing.criteria`; `learned`
+            in place of the ratios: what the step `constrain` before it chose.
         repair: refit what reads them by ridge least squares.
         multiple: kept units are a multiple of this, which kernels want; of heads any number.
         targets: globs of the layers that read the units, e.g. `*.output.dense`.
@@ -69,7 +71,7 @@ class Shrink:
         for name, value in (("ratio", self.ratio), ("heads", self.heads)):
             if value is not None and not 0 <= value < 1:
                 raise UsageError(name, got=value, allowed=f"0 <= {name} < 1")
-        if self.criterion != "gram":
+        if self.criterion not in ("gram", LEARNED):
             lookup("criteria", self.criterion, "score")
         if self.multiple < 1:
             raise UsageError("multiple", got=self.multiple, allowed="1 or more")
@@ -94,7 +96,7 @@ class Shrink:
         if unit.index is None or not chosen.layers:
             return
         waiting = [_Waiting(free, _placed(free.group, unit.name)) for free in groups_of(unit).free]
-        waiting = [one for one in waiting if self._chosen(one, unit.model.module, chosen.layers)]
+        waiting = [one for one in waiting if self._chosen(one, unit.model, chosen.layers)]
         known: dict[str, LayerStats] = {}
         slices, left = [], Remaining(unit.model.module)
         for _, found in unit.stream.staged(chosen, self.needs, unit.reference):
@@ -105,9 +107,9 @@ class Shrink:
                 readers = [c for c in one.readers if known[c.path].gram is not None]
                 if not readers:
                     continue
-                group, keep = one.free.group, self.keep(one.free.group)
-                kept, fits = choose(chosen.layers, readers, known, keep, self.criterion)
-                settings = one.free.settings(keep)
+                group = one.free.group
+                kept, fits = choose(chosen.layers, readers, known, one.keep, self.criterion)
+                settings = one.free.settings(len(kept))
                 block = unit.model.module.get_submodule(unit.name)
                 error = _proof(block, unit, group, kept, settings)
                 if error > PROOF:
@@ -122,11 +124,16 @@ class Shrink:
             unit.stream.outputs = None
         yield from slices
 
-    def _chosen(self, one: _Waiting, module: nn.Module, layers: dict[str, nn.Module]) -> bool:
-        """Whether units of a group go; what reads them is noted."""
-        one.readers = consumers_of(module, one.group)
+    def _chosen(self, one: _Waiting, model: Model, layers: dict[str, nn.Module]) -> bool:
+        """Whether units of a group go; what reads them, and what stays, is noted."""
+        one.readers = consumers_of(model.module, one.group)
+        one.keep = self.staying(model, one.group)
         every = all(reader.path in layers for reader in one.readers)
-        return every and bool(one.readers) and self.keep(one.group) < one.group.count
+        return every and bool(one.readers) and _number(one.keep) < one.group.count
+
+    def staying(self, model: Model, group: Units) -> int | list[int]:
+        """How many units of a group stay, or which."""
+        return learned(model, group) if self.criterion == LEARNED else self.keep(group)
 
     def keep(self, group: Units) -> int:
         """Units of a group that stay."""
@@ -146,6 +153,7 @@ class _Waiting:
     free: Free
     group: Units
     readers: list[Consumer] = field(default_factory=list)
+    keep: int | list[int] = 0
 
 
 @dataclass(frozen=True)
@@ -179,11 +187,11 @@ class _Shared:
             consumers = consumers_of(twin.module, free.group)
             found = _collect(stream, {c.path: layers[c.path] for c in consumers})
             consumers = [c for c in consumers if found[c.path].gram is not None]
-            keep = step.keep(free.group)
-            if keep == free.group.count or not consumers:
+            keep = step.staying(model, free.group)
+            if _number(keep) == free.group.count or not consumers:
                 continue
             kept, fits = choose(layers, consumers, found, keep, step.criterion)
-            settings = free.settings(keep)
+            settings = free.settings(len(kept))
             error = _whole_proof(model, free.group, kept, settings)
             if error > PROOF:
                 continue
@@ -210,6 +218,10 @@ class _Shared:
             return False
         readers = [m.name.rpartition(".")[0] for m in free.group.members if m.summed]
         return all(matches(path, self.step.targets) for path in readers)
+
+
+def _number(keep: int | list[int]) -> int:
+    return keep if isinstance(keep, int) else len(keep)
 
 
 def groups_of(unit: Unit) -> ChannelMap:
@@ -243,14 +255,17 @@ def _edit(
     settings: list[Setting], error: float,
 ) -> Edit:  # fmt: skip
     what = "heads" if group.is_heads else "hidden units"
+    how = f"least important by {step.criterion}"
+    if step.criterion == LEARNED:
+        how = "learned in training"
     slices = left.slices(group, kept)
     # By the first of them the report counts.
     slices.sort(key=lambda s: (s.path, s.dim) != (f"{first.path}.weight", 1))
     value: tuple[Slice | Setting, ...] = (*slices, *settings)
     return Edit(
         "slice", first.path, value,
-        f"{group.count - len(kept)} of {group.count} {what}, least important by "
-        f"{step.criterion}; masked equals small within {error:.0e}",
+        f"{group.count - len(kept)} of {group.count} {what}, {how}; "
+        f"masked equals small within {error:.0e}",
         {"kept": float(len(kept)), "of": float(group.count)},
     )  # fmt: skip
 
