@@ -28,7 +28,7 @@ class AugmentedLagrangian:
         multiplier: lambda.
     """
 
-    mu: float = 10.0
+    mu: float = 2.0
     rate: float = 0.1
     multiplier: float = 0.0
 

@@ -14,6 +14,8 @@ from penjing.cli.options import (
     check_model,
     data_options,
     json_option,
+    learn_options,
+    learning,
     model_options,
     output_options,
     to_option,
@@ -44,6 +46,7 @@ targets_option = click.option(
     type=Leaf("criteria", *choices("pruners")),
     help="Default: admm with data, magnitude without.",
 )
+@learn_options
 @targets_option
 @data_options()
 @output_options()
@@ -64,6 +67,7 @@ def prune(
 
     \b
     penjing prune ./my-model --sparsity 0.5 --data calibration.jsonl -o ./pruned
+    penjing prune ./my-model --sparsity 0.5 --learn gates --data calibration.jsonl -o ./pruned
     penjing prune params.npy --sparsity 50% -o out.npy
     """
     if sparsity is None and pattern is None:
@@ -75,7 +79,12 @@ def prune(
         )  # fmt: skip
     if sparsity is not None and not 0 <= sparsity < 1:
         raise UsageError("--sparsity", got=sparsity, allowed="0 <= sparsity < 1")
+    training = learning(options)
+    if training and pattern is not None:
+        raise UsageError("--pattern with --learn", got=pattern, allowed="--sparsity")
     if is_bare(model, output):
+        if training:
+            raise UsageError("--learn is for networks", got=f"{model}, bare weights")
         check_model(model)
         from penjing.weights import prune_file
 
@@ -99,6 +108,7 @@ def prune(
         pattern=pattern,
         criterion=criterion,
         targets=targets or None,
+        **training,
         **options,
     )
 
@@ -114,6 +124,7 @@ def prune(
     help="Of each group's units, or of the whole network.",
 )
 @click.option("--criterion", type=Leaf("criteria", "gram"), default="gram", show_default=True)
+@learn_options
 @targets_option
 @data_options(required=True)
 @output_options()
@@ -127,15 +138,20 @@ def shrink(
     \b
     penjing shrink ./my-model --ratio 0.25 --data calibration.jsonl -o ./shrunk
     penjing shrink ./my-model --ratio 30% --of macs --data calibration.jsonl -o ./shrunk
+    penjing shrink ./my-model --ratio 30% --learn gates --data calibration.jsonl -o ./shrunk
     """
     if not 0 < ratio < 1:
         raise UsageError("--ratio", got=ratio, allowed="0 < ratio < 1")
+    training = learning(options)
     technique(
         lambda m, **more: _api().shrink(m, ratio, of=of, **more),
         model,
         output,
-        remarks=lambda before, after: removed(ratio if of == "units" else 0, before, after),
+        remarks=lambda before, after: removed(
+            ratio if of == "units" else 0, before, after, everywhere=not training
+        ),
         targets=targets or None,
+        **training,
         **options,
     )
 
@@ -146,6 +162,7 @@ def shrink(
 @click.option("--ratio", type=RATIO, metavar="0.25", help="which fraction of them.")
 @click.option("--criterion", default="influence", show_default=True, metavar="NAME")
 @click.option("--patch", default="linear", show_default=True, help="linear or none.")
+@learn_options
 @data_options(required=True)
 @output_options()
 @to_option
@@ -163,7 +180,9 @@ def cut(
 
     \b
     penjing cut ./my-model --layers 2 --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --layers 2 --learn gates --data calibration.jsonl -o ./cut
     """
+    training = learning(options)
     if (layers is None) == (ratio is None):
         raise UsageError("how much to cut", allowed="either --layers 2 or --ratio 0.25")
     if ratio is not None and not 0 < ratio < 1:
@@ -180,6 +199,7 @@ def cut(
         output,
         criterion=criterion,
         patch=patch,
+        **training,
         **options,
     )
 

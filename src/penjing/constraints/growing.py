@@ -2,10 +2,9 @@
 
     prox: w <- w / (1 + t),   t growing
 
-While it grows on all, what the loss holds on to shrinks less, and the order of the weights comes to
-say what matters; then the least of them, as many as the budget asks, are pressed to nothing while
-the others are free to make up for them (Wang et al., ICLR 2021, arXiv 2012.09243, sections 3.2 and
-3.3, their GReg-2 followed by GReg-1).
+While it grows on all, what the loss holds on to shrinks less; then what shrank most, as many as the
+budget asks, is pressed to nothing while the others are free to make up for it (Wang et al., ICLR
+2021, arXiv 2012.09243: their GReg-2, then GReg-1).
 """
 
 from __future__ import annotations
@@ -31,4 +30,5 @@ def constraint(extent: Extent, budget: float) -> Penalty:
         least = max(1, round(budget * len(score)))
         return score <= score.kthvalue(least).values
 
-    return Penalty(ridge, torch.ones_like(extent.l2), extent.l2, chosen)
+    ones = torch.ones_like(extent.l2)
+    return Penalty(ridge, ones, ones, chosen)

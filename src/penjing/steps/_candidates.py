@@ -23,7 +23,7 @@ from penjing.steps._gates import Gates
 from penjing.steps._select import canonical, matches
 from penjing.steps.cut import influence
 
-__all__ = ["Candidates", "Layers", "Weights", "ranks", "statistics"]
+__all__ = ["Candidates", "Layers", "Weights", "ranks", "refuse_quantized", "statistics"]
 
 
 class Candidates(Protocol):
@@ -75,6 +75,20 @@ def _largest(score: Tensor, budget: float) -> Tensor:
     return kept
 
 
+def refuse_quantized(model: Model, layers: Sequence[str]) -> None:
+    """Codes of integers cannot be gated.
+
+    Raises:
+        InputError: the weight of one of the layers is quantized.
+    """
+    for path in layers:
+        if canonical(model, f"{path}.weight") in model.planes:
+            raise InputError(
+                f"a constraint on {path}, which is quantized already",
+                next="put quantize last in the recipe, or start from an unquantized model",
+            )
+
+
 def statistics(
     model: Model, batches: Sequence[Batch], layers: dict[str, nn.Module]
 ) -> Iterator[dict[str, LayerStats]]:
@@ -115,6 +129,7 @@ class Weights:
         }  # fmt: skip
         if not self._layers:
             raise InputError("no layers whose weights may go", next="see penjing inspect")
+        refuse_quantized(model, list(self._layers.values()))
         self._model, self._batches, self._criterion = model, unit.batches, criterion
         self._places: dict[str, tuple[int, int, torch.Size]] = {}
         end = 0

@@ -16,7 +16,7 @@ from penjing.model import parent_of
 from penjing.neurons import Reader, importance, removal_order
 from penjing.recipe import Edit
 from penjing.registry import lookup
-from penjing.steps._candidates import ranks, statistics
+from penjing.steps._candidates import ranks, refuse_quantized, statistics
 from penjing.steps._cost import Cost
 from penjing.steps._gates import Gates
 from penjing.steps._neurons import Consumer, consumers_of
@@ -25,8 +25,8 @@ from penjing.steps._select import matches
 
 __all__ = ["Neurons"]
 
-# How near to the budget a choice is wanted, and how often it is looked for.
-_NEAR, _TRIES = 0.002, 4
+# How near to the budget a choice is wanted, how often it is looked for, and how far it may end.
+_NEAR, _TRIES, _ROUGH = 0.002, 4, 0.01
 
 
 class Neurons:
@@ -36,31 +36,43 @@ class Neurons:
     Args:
         targets: globs of the layers that read them; all readers of a group must match.
         criterion: `gram` or of `penjing.criteria`, whose order the guess is.
-        measure: what the budget is of, see `Cost`.
+        measure, budget: how much of what goes, see `Cost`.
         multiple: kept units of a group are a multiple of this, of heads any number, where the
             budget can then be met.
+
+    Raises:
+        InputError: there are none, or not enough of them, or they are quantized.
     """
 
     foldable: ClassVar[bool] = True
 
     def __init__(
-        self, unit: Unit, targets: tuple[str, ...], criterion: str, measure: str, multiple: int
-    ) -> None:
+        self, unit: Unit, targets: tuple[str, ...], criterion: str, measure: str, budget: float,
+        multiple: int,
+    ) -> None:  # fmt: skip
         model = unit.model
         self._groups, self._readers = [], []
         for free in channel_map(model).free:
             readers = consumers_of(model.module, free.group)
-            every = len(readers) == sum(member.summed for member in free.group.members)
-            if readers and every and all(matches(reader.path, targets) for reader in readers):
+            plain = len(readers) == sum(member.summed for member in free.group.members)
+            if readers and plain and all(matches(reader.path, targets) for reader in readers):
                 self._groups.append(free)
                 self._readers.append(readers)
         if not self._groups:
             raise InputError("no neurons that may go", next="see penjing inspect --groups")
+        refuse_quantized(model, [r.path for readers in self._readers for r in readers])
         self._model, self._batches = model, unit.batches
         self._criterion, self._multiple = criterion, multiple
         self._cost = Cost(model, self._groups, measure)
         self._slices = self._cost.slices
         self.count: int = self._slices[-1].stop
+        order = torch.arange(self.count)
+        least = self.real(self._without(order, order, 1))
+        if least > 1 - budget + _ROUGH:
+            raise InputError(
+                f"neurons cannot take {budget:.0%} of the {measure}",
+                got=f"at most {1 - least:.0%}", next="cut or quantize too",
+            )  # fmt: skip
 
     @property
     def extent(self) -> Extent:
@@ -154,6 +166,8 @@ class Neurons:
                     return best[1]
                 # Where a large unit would take too much, it stays and smaller ones go.
                 order = torch.cat((order[:low], order[low + 1 :], order[low : low + 1]))
+            if best[0] <= _ROUGH:
+                break
         return best[1]
 
     def _without(self, gone: Tensor, score: Tensor, multiple: int) -> Tensor:

@@ -37,6 +37,9 @@ OF = "weights", "neurons", "layers"
 _DRAWN = 0.5
 # Where weights are trained too: share of the way after which what goes is gone.
 _HARD = 0.7
+# Most that a penalty takes off in a step, in learning rates.
+_FARTHEST = 3.0
+_PART = 0.01
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Constrain:
     method: str = "gates"
     criterion: str | None = None
     steps: int = 200
-    lr: float = 0.02
+    lr: float = 0.05
     weights_lr: float = 0.0
     optimizer: str = "adamw"
     loss: str | None = None
@@ -87,9 +90,10 @@ class Constrain:
             raise UsageError(f"measure of {self.of}", got=self.measure, allowed="units")
         if not 0 < self.budget < 1:
             raise UsageError("budget", got=self.budget, allowed="0 < budget < 1")
-        for name, rate, least in (("lr", self.lr, 0.0), ("weights_lr", self.weights_lr, -1.0)):
-            if not least < rate < 1:
-                raise UsageError(name, got=rate, allowed="above 0, below 1; weights_lr may be 0")
+        if not 0 < self.lr < 1:
+            raise UsageError("lr", got=self.lr, allowed="0 < lr < 1")
+        if not 0 <= self.weights_lr < 1:
+            raise UsageError("weights_lr", got=self.weights_lr, allowed="0 <= weights_lr < 1")
         for name, number in (("steps", self.steps), ("multiple", self.multiple)):
             if number < 1:
                 raise UsageError(name, got=number, allowed="1 or more")
@@ -128,7 +132,9 @@ class Constrain:
             return Layers(unit, self.targets)
         if self.of == "weights":
             return Weights(unit, self.targets, criterion or "wanda")
-        return Neurons(unit, self.targets, criterion or "gram", self.measure, self.multiple)
+        return Neurons(
+            unit, self.targets, criterion or "gram", self.measure, self.budget, self.multiple
+        )
 
     def allowed(self, done: float) -> float:
         """Share of the cost that may be left, drawn in as a cube (Zhu and Gupta, arXiv 1710.01878).
@@ -154,7 +160,8 @@ class _Learning:
         self._method: Constraint = lookup("constraints", step.method, "constraint")(
             candidates.extent, step.budget
         )
-        self._variable = self._method.start(candidates.guess()).requires_grad_(True)
+        self._guess = candidates.guess()
+        self._variable = self._method.start(self._guess).requires_grad_(True)
         self._random = torch.Generator().manual_seed(step.seed)
         self._limit = AugmentedLagrangian()
         self._student = unit.model.copy()
@@ -173,9 +180,7 @@ class _Learning:
         step, groups = self._step, [([self._variable], self._step.lr * self._method.rate)]
         if step.weights_lr:
             groups.append((list(self._own.values()), step.weights_lr))
-        self._gates.values = torch.zeros(self._candidates.count)
-        with torch.no_grad():
-            self._whole = max(float(self._far(self._student, self._batches[0])), 1e-9)
+        self._whole = self._unit()
         losses = []
         for taken in descend(
             self._batches, groups, self._value, steps=step.steps, seed=step.seed,
@@ -187,6 +192,19 @@ class _Learning:
         few = max(1, len(losses) // 10)
         self.first, self.last = (sum(part) / few for part in (losses[:few], losses[-few:]))
         return self._harden() if self.kept is None else self.kept
+
+    def _unit(self) -> float:
+        """The loss that others are measured in: of the first guess, cut at the budget.
+
+        A guess that costs nothing is no measure; then it is a part of what all together cost.
+        """
+        kept = self._candidates.choose(self._guess, self._step.budget)
+        found = []
+        for values in (kept.float(), torch.zeros(len(kept))):
+            self._gates.values = values
+            with torch.no_grad():
+                found.append(float(self._far(self._student, self._batches[0])))
+        return max(found[0], _PART * found[1], 1e-9)
 
     def _value(self, batch: Batch, done: float) -> Tensor:
         if self.kept is None and self._step.weights_lr and done >= _HARD:
@@ -209,10 +227,11 @@ class _Learning:
         if self.kept is not None:
             return
         self._limit.update(self._excess)
-        # No further than the optimizer itself goes in a step.
+        # Before there are gradients to go by, a step has no length.
+        most = _FARTHEST * self._step.lr * self._method.rate
         pull = self._limit.multiplier / self._candidates.count
         length = torch.as_tensor(taken.length(self._variable)).expand_as(self._variable)
-        self._method.after(self._variable, (length * pull).clamp_max(self._step.lr), taken.done)
+        self._method.after(self._variable, (length * pull).clamp_max(most), taken.done)
 
     def _harden(self) -> Tensor:
         """Choose, and leave the gates of what stays as they are where weights can hold them."""
