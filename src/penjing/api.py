@@ -36,6 +36,7 @@ from penjing.fit import Budget, Settings
 from penjing.fit import fit as _fit
 from penjing.gradients import LABELS
 from penjing.inspect import inspect
+from penjing.learning import check_learned, learning
 from penjing.load import load, original
 from penjing.measure import Candidate, measure_files, physical_cores, quality
 from penjing.model import Batch, Model
@@ -46,7 +47,9 @@ from penjing.report import write as report
 from penjing.result import Result
 from penjing.sensitivity import in_floats
 from penjing.sizing import for_latency
+from penjing.steps._select import LEARNED
 from penjing.steps.cache import Cache, check_decoder
+from penjing.steps.constrain import Constrain
 from penjing.steps.cut import Cut
 from penjing.steps.equalize import Equalize
 from penjing.steps.fold import Fold, has_norms
@@ -70,7 +73,8 @@ Place = str | os.PathLike[str]
 # Samples that show which inputs 8 bits harm.
 _FEW = 24
 
-STEPS = {s.name: s for s in (Prune, Shrink, Cut, Fold, Equalize, Rotate, Quantize, Cache, Recover)}
+_STEPS = Prune, Shrink, Cut, Constrain, Fold, Equalize, Rotate, Quantize, Cache, Recover
+STEPS: dict[str, Any] = {step.name: step for step in _STEPS}
 
 
 def _quiet(_: str) -> None:
@@ -90,17 +94,26 @@ def _edited(model: Model) -> bool:
 
 
 def _batches(
-    model: Model, data: Dataset | Place | None, samples: int, length: int, labels: bool = False
+    model: Model,
+    data: Dataset | Place | None,
+    samples: int,
+    length: int,
+    labels: bool = False,
+    needed: bool = False,
 ) -> list[Batch]:
     """Calibration batches of at most `samples` samples, spread evenly over the data.
 
-    With `labels` they hold them, where there are any that are classes of the network.
+    Args:
+        labels: they hold them, where there are any that are classes of the network.
+        needed: data without them is refused; a language model needs none.
     """
     if data is None:
         return []
-    length = model.at_most(length)
-    dataset = prepare(_dataset(data), model, length).spread(samples)
-    known = _classes(model, dataset) if labels else None
+    length, given = model.at_most(length), _dataset(data)
+    if needed and model.interface != "causal":
+        find("classification", given, model).check(given, model)
+    dataset = prepare(given, model, length).spread(samples)
+    known = _classes(model, dataset) if labels or needed else None
     if dataset.kind != "text":
         return _labelled(encode(dataset, model, length=length, batch=8), known)
     # Texts of one length go together, so that little of a batch is padding; the batches in
@@ -163,9 +176,11 @@ def apply(
         recipe = Recipe.from_toml(path.read_text(encoding="utf-8"), STEPS)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
+    check_learned(recipe)
     slopes = any("gradient" in step.needs for step in recipe.steps)
-    batches = _batches(loaded, data, samples, length, slopes)
-    distils = any(step.name == "recover" for step in recipe.steps)
+    needed = any(getattr(step, "loss", None) == LABELS for step in recipe.steps)
+    batches = _batches(loaded, data, samples, length, slopes, needed)
+    distils = any(step.name in ("recover", "constrain") for step in recipe.steps)
     before = original(loaded) if distils and _edited(loaded) else None
     done = _apply(loaded, recipe, batches, original=before, journal=journal).model
     earlier = loaded.recipe.steps if loaded.recipe else ()
@@ -179,6 +194,7 @@ def prune(
     *,
     pattern: str | None = None,
     criterion: str | None = None,
+    learn: str | None = None,
     data: Dataset | Place | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
@@ -190,7 +206,17 @@ def prune(
         pattern: `2:4` keeps two of every four inputs, whatever `sparsity` is; with `1x4` blocks of
             one output and four inputs stay or go whole.
         criterion: without one `admm` with data, `magnitude` without.
+        learn: learn what goes in training, by a name of `penjing.constraints` (see
+            `penjing.steps.constrain`, whose options `steps`, `lr`, `weights_lr`, `optimizer` and
+            `loss` may follow); the criterion is then where it starts.
     """
+    if learn is not None:
+        if pattern is not None:
+            raise UsageError("a pattern that is learned", got=pattern, next="give a sparsity")
+        _need(data, "a constraint that is learned")
+        recipe = learning(learn, "weights", sparsity, Prune(sparsity, LEARNED), seed, options,
+                          criterion=criterion, targets=tuple(targets or ()))  # fmt: skip
+        return apply(model, recipe, data, **options)
     chosen = criterion or ("admm" if data is not None else "magnitude")
     step = Prune(sparsity, chosen, pattern, targets=tuple(targets or ()))
     if step.needs and data is None:
@@ -207,6 +233,7 @@ def shrink(
     criterion: str = "gram",
     ranking: str = "layer",
     heads: float | None = None,
+    learn: str | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
     tell: Callable[[str], object] = _quiet,
@@ -219,13 +246,25 @@ def shrink(
             those of the whole network. Latency is measured, see `penjing.sizing`.
         ranking: `layer`, the same fraction of every group; `global` or `measured`, groups against
             each other.
+        learn: learn what goes in training, all groups together, see `prune`.
         tell: gets a line about what was measured.
     """
     _need(data, "shrink")
     if of not in (*OF, "latency"):
         raise UsageError("of", got=repr(of), allowed=", ".join((*OF, "latency")))
+    chosen = tuple(targets or ())
     timed = of == "latency"
-    step = Shrink(ratio, heads, criterion, targets=tuple(targets or ()),
+    if learn is not None:
+        for name, value, usual in (("heads", heads, None), ("ranking", ranking, "layer")):
+            if value != usual:
+                raise UsageError(f"{name}, of a constraint that is learned", got=value,
+                                 next="leave it out: how many of each go is learned")  # fmt: skip
+        if timed:
+            raise UsageError("latency, of a constraint that is learned", allowed=", ".join(OF))
+        recipe = learning(learn, "neurons", ratio, Shrink(criterion=LEARNED), seed, options,
+                          measure=of, criterion=criterion, targets=chosen)  # fmt: skip
+        return apply(model, recipe, data, **options)
+    step = Shrink(ratio, heads, criterion, targets=chosen,
                   of="macs" if timed else of, ranking=ranking)  # fmt: skip
     loaded = _model(model)
     if timed:
@@ -247,6 +286,7 @@ def cut(
     data: Dataset | Place | None = None,
     criterion: str = "influence",
     patch: str = "linear",
+    learn: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Model:
@@ -254,6 +294,8 @@ def cut(
 
     Args:
         layers: how many blocks go; a fraction below 1 is a ratio.
+        learn: learn what goes in training, see `prune`. Where the weights are trained along there
+            is no patch: they have made up for what is gone.
     """
     if isinstance(layers, float) and 0 < layers < 1:
         layers, ratio = None, layers
@@ -261,6 +303,13 @@ def cut(
         raise UsageError("layers", got=layers, allowed="a whole number, or a ratio below 1")
     _need(data, "cut")
     count = None if layers is None else int(layers)
+    if learn is not None:
+        loaded = _model(model)
+        Cut(count, ratio, criterion=criterion, patch=patch)
+        budget = ratio or int(count or 0) / max(1, len(loaded.blocks))
+        step = Cut(criterion=LEARNED, patch="none" if options.get("weights_lr") else patch)
+        recipe = learning(learn, "layers", budget, step, seed, options, criterion=criterion)
+        return apply(loaded, recipe, data, **options)
     step = Cut(count, ratio, criterion=criterion, patch=patch, seed=seed)
     return apply(model, Recipe((step,), seed), data, **options)
 

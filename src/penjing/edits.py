@@ -33,6 +33,9 @@ def perform(model: Model, edit: Edit) -> None:
     if edit.kind == "left":
         model.left[edit.path] = edit.why
         return
+    if edit.kind == "keep" and isinstance(value, Tensor):
+        model.kept[edit.path] = value
+        return
     if edit.kind in ("mask", "weight", "quantize"):
         parameter = _parameter(model, edit.path)
         shape = tuple(value.shape)  # type: ignore[union-attr]
@@ -48,6 +51,7 @@ def perform(model: Model, edit: Edit) -> None:
                 _refuse_quantized(model, "mask", [edit.path])
                 _set(parameter, parameter.masked_fill(~value, 0))
                 model.masks[edit.path] = value & model.masks.get(edit.path, value)
+                model.kept.pop(edit.path, None)
             elif isinstance(value, Tensor):
                 _refuse_quantized(model, "weight", [edit.path])
                 mask = model.masks.get(edit.path)
@@ -149,6 +153,8 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
     if kind == "slice":
         for name, dim, kept in entry["slices"]:
             resize(model.module, name, dim, torch.tensor(kept, dtype=torch.long))
+            if dim == 1:  # its inputs are as was decided
+                model.kept.pop(name.rpartition(".")[0], None)
             if (mask := model.masks.get(name)) is not None:
                 index = torch.tensor(kept, dtype=torch.long, device=mask.device)
                 model.masks[name] = mask.index_select(dim, index)
@@ -202,7 +208,7 @@ def _drop(model: Model, path: str) -> None:
             return key
         return f"{prefix}.{int(number) - 1}{dot}{tail}"
 
-    for table in (model.masks, model.planes, model.activations, model.cache):
+    for table in (model.masks, model.planes, model.activations, model.cache, model.kept):
         kept = {new: v for key, v in table.items() if (new := moved(key)) is not None}
         table.clear()
         table.update(kept)  # type: ignore[arg-type]

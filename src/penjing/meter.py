@@ -77,6 +77,10 @@ FORMULAS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
 }
 
 
+# Tokens of a text where nothing else is asked for.
+_USUAL = 128
+
+
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts MACs and live bytes of every operation for the module on top of the stack.
 

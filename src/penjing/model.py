@@ -65,6 +65,8 @@ class Model:
         planes: quantized weights by parameter path.
         activations: 8-bit input ranges by module path.
         cache: how keys and values are stored, by path of an attention; empty for floats.
+        kept: what a step chose to keep, for the next one to take away the rest: bool, by path of
+            a parameter, of a layer (its inputs) or of a block.
         left: why a step left a layer as it was, by path, for who asked for it.
         structure: JSON-ready structural edits in the order made; replayed by readers.
         recipe: the steps that were applied since it was loaded.
@@ -81,6 +83,7 @@ class Model:
     planes: dict[str, IntegerPlanes] = field(default_factory=dict)
     activations: dict[str, ActivationRange] = field(default_factory=dict)
     cache: dict[str, CacheGrid] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     structure: list[dict[str, Any]] = field(default_factory=list)
     recipe: Recipe | None = None
@@ -149,7 +152,7 @@ class Model:
             own = self.module.parameters()
             memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in own}
         twin.module = copy.deepcopy(self.module, memo)
-        for name in ("masks", "planes", "activations", "cache", "left", "structure"):
+        for name in ("masks", "planes", "activations", "cache", "kept", "left", "structure"):
             setattr(twin, name, (copy.copy if shared else copy.deepcopy)(getattr(self, name)))
         return twin
 

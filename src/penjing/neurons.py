@@ -18,7 +18,7 @@ from torch import Tensor
 
 from penjing.linalg import damped_cholesky
 
-__all__ = ["Reader", "by_scores", "greedy_obs", "largest", "unit_scores"]
+__all__ = ["Reader", "by_scores", "greedy_obs", "largest", "removal_order", "unit_scores"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +85,24 @@ def greedy_obs(
         read what is gone.
     """
     states = [_State(reader, damping) for reader in readers]
-    count = len(readers[0].columns)
+    _, alive, found = _remove(states, len(readers[0].columns), keep)
+    if costs is not None:
+        costs.append(found)
+    return alive.tolist(), [state.weight.float() for state in states]
+
+
+def removal_order(readers: Sequence[Reader], damping: float = 0.01) -> list[int]:
+    """All units in the order in which `greedy_obs` removes them; the dearest are last."""
+    states = [_State(reader, damping) for reader in readers]
+    gone, alive, _ = _remove(states, len(readers[0].columns), 1)
+    return [*gone.tolist(), *alive.tolist()]
+
+
+def _remove(states: Sequence[_State], count: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Units in the order they go, those that stay, and what each cost that went."""
     alive = torch.ones(count, dtype=torch.bool)
+    gone = [torch.empty(0, dtype=torch.long)]
+    costs = [torch.empty(0, dtype=torch.float64)]
     # The order inside 3 % hardly matters, the time does.
     stride = max(1, count // 32)
     while int(alive.sum()) > keep:
@@ -95,12 +111,12 @@ def greedy_obs(
         several = min(stride, int(alive.sum()) - keep)
         order = torch.sort(cost, stable=True).indices[:several]
         chosen = left[order]
-        if costs is not None:
-            costs.append(cost[order])
+        costs.append(cost[order])
         for state in states:
             state.drop(chosen)
         alive[chosen] = False
-    return alive.nonzero().flatten().tolist(), [state.weight.float() for state in states]
+        gone.append(chosen)
+    return torch.cat(gone), alive.nonzero().flatten(), torch.cat(costs)
 
 
 def by_scores(scores: Sequence[Tensor], columns: Sequence[Tensor], keep: int) -> list[int]:

@@ -34,6 +34,7 @@ Kind = Literal[
     "activation",
     "cache",
     "left",
+    "keep",
 ]
 
 
@@ -121,11 +122,13 @@ class Edit:
             patch: `Patch` at the block at `path`;
             untie: None, the parameter at `path` gets a copy of its own;
             left: None, nothing changes at `path`, and `why` says why;
+            keep: bool tensor, what the next step leaves: of a parameter's shape its weights, of
+                a layer's inputs, or a single one of a block;
             fold: path of a batch norm that goes into the convolution at `path`;
             quantize: `IntegerPlanes` for the parameter;
             activation: `ActivationRange` for the input of the module at `path`;
             cache: `CacheGrid` for the keys and values of the attention at `path`.
-        path: dotted path of a parameter (mask, weight, quantize), or of a module.
+        path: dotted path of a parameter (mask, weight, quantize, keep), or of a module.
         value: see `kind`.
         why: a clause for the report.
         note: figures for the report, e.g. the relative error of the layer.

@@ -118,6 +118,22 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
             "gram, activation, bn-scale, fisher, fpgm, l2, taylor, magnitude, random, wanda",
         ),
         (("cut", "{w}", "--data", "{w}", "-o", "{d}/o"), "either --layers"),
+        (
+            ("prune", "{w}", "--sparsity", "0.5", "--learn", "gates", "-o", "{d}/o.npy"),
+            "--learn is for networks",
+        ),
+        (
+            ("prune", "{d}", "--pattern", "2:4", "--learn", "gates", "-o", "{d}/o"),
+            "--pattern with --learn",
+        ),
+        (
+            ("cut", "{w}", "--layers", "1", "--weights-lr", "1e-4", "--data", "{w}", "-o", "{d}/o"),
+            "--weights-lr goes with --learn",
+        ),
+        (
+            ("shrink", "{w}", "--ratio", "0.5", "--learn", "l9", "--data", "{w}", "-o", "{d}/o"),
+            "gates, growing, hard-concrete, l1, l2, lasso",
+        ),
         (("cut", "{w}", "--layers", "1", "--patch", "x", "--data", "{w}", "-o", "{d}/o"), "linear"),
     ],
 )
@@ -134,3 +150,34 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     status, _, error = invoke("apply", tmp_path, "/no/recipe.toml", "-o", tmp_path / "o")
     assert status == 1
     assert "no such recipe" in error
+
+
+def test_what_is_learned_is_in_the_artifact(tmp_path: Path) -> None:
+    """A network, its data, and the recipe that was made of the options."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "net")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
+    (tmp_path / "net" / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "net" / "vocab.txt")).save_pretrained(
+        tmp_path / "net"
+    )
+    lines = [json.dumps({"text": " ".join(f"w{(i * j) % 35}" for j in range(9))}) for i in range(9)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines))
+    status, out, error = invoke(
+        "shrink", tmp_path / "net", "--ratio", "25%", "--of", "parameters", "--learn", "lasso",
+        "--steps", 3, "--weights-lr", "1e-4", "--data", data, "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert status == 0, error
+    found = json.loads(out)
+    gone = 1 - found["parameters"] / found["parameters_before"]
+    assert abs(gone - 0.25) < 0.01
+    recipe = (tmp_path / "out" / "recipe.toml").read_text()
+    assert 'do = "constrain"' in recipe
+    assert 'method = "lasso"' in recipe
+    assert 'criterion = "learned"' in recipe

@@ -22,6 +22,8 @@ __all__ = [
     "data_option",
     "data_options",
     "json_option",
+    "learn_options",
+    "learning",
     "model_options",
     "not_yet",
     "output_options",
@@ -133,6 +135,44 @@ def data_option(
 ) -> Callable[[F], F]:
     """`--data` or the like: a path that exists."""
     return click.option(name, metavar="PATH", required=required, callback=_existing, help=help)
+
+
+learn_options = _together(
+    click.option(
+        "--learn",
+        type=Leaf("constraints"),
+        help="Learn what goes in training, by such a constraint; the criterion is its start.",
+    ),
+    click.option("--steps", type=click.IntRange(1), help="Of gradient descent.  [default: 200]"),
+    click.option(
+        "--lr",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="Learning rate of the gates.  [default: 0.05]",
+    ),
+    click.option(
+        "--weights-lr",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Learning rate of the weights; 0 leaves them as they are.  [default: 0]",
+    ),
+    click.option("--optimizer", help="adamw, sgd or file.py:function.  [default: adamw]"),
+    click.option(
+        "--loss", type=Leaf("losses", "labels"), help="Default: toward the original's outputs."
+    ),
+)
+
+
+def learning(options: dict[str, Any]) -> dict[str, Any]:
+    """What was given of `learn_options`, taken out of all options.
+
+    Raises:
+        UsageError: an option of the training without the training.
+    """
+    names = ("learn", "steps", "lr", "weights_lr", "optimizer", "loss")
+    given = {name: value for name in names if (value := options.pop(name)) is not None}
+    if given and "learn" not in given:
+        name = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--{name} goes with --learn", next="add --learn gates")
+    return given
 
 
 threads_option = click.option(

@@ -14,6 +14,8 @@ from penjing.cli.options import (
     check_model,
     data_options,
     json_option,
+    learn_options,
+    learning,
     model_options,
     output_options,
     to_option,
@@ -52,6 +54,7 @@ targets_option = click.option(
     help="Default: admm with data, magnitude without.",
 )
 @click.option("--compress", is_flag=True, help="Deflate a bare .npz, which numpy undoes itself.")
+@learn_options
 @targets_option
 @data_options()
 @output_options()
@@ -74,6 +77,7 @@ def prune(
     \b
     penjing prune ./my-model --sparsity 0.5 --data calibration.jsonl -o ./pruned
     penjing prune ./my-model --sparsity 0.5 --pattern 1x4 --data calibration.jsonl -o ./pruned
+    penjing prune ./my-model --sparsity 0.5 --learn gates --data calibration.jsonl -o ./pruned
     penjing prune params.npy --sparsity 50% --compress -o out.npz
     """
     if sparsity is None and pattern is None:
@@ -91,7 +95,12 @@ def prune(
         )
     if sparsity is not None and not 0 <= sparsity < 1:
         raise UsageError("--sparsity", got=sparsity, allowed="0 <= sparsity < 1")
+    training = learning(options)
+    if training and pattern is not None:
+        raise UsageError("--pattern with --learn", got=pattern, allowed="--sparsity")
     if is_bare(model, output):
+        if training:
+            raise UsageError("--learn is for networks", got=f"{model}, bare weights")
         check_model(model)
         from penjing.weights import prune_file
 
@@ -126,6 +135,7 @@ def prune(
         criterion=criterion,
         targets=targets or None,
         remarks=lambda before, after: pruned(asked(), before, after),
+        **training,
         **options,
     )
 
@@ -154,6 +164,7 @@ def prune(
     show_default=True,
     help="The same fraction of each group, or groups against each other.",
 )
+@learn_options
 @targets_option
 @data_options(required=True)
 @output_options()
@@ -173,6 +184,7 @@ def shrink(
     \b
     penjing shrink ./my-model --ratio 0.25 --data calibration.jsonl -o ./shrunk
     penjing shrink ./my-model --ratio 30% --of macs --data calibration.jsonl -o ./shrunk
+    penjing shrink ./my-model --ratio 30% --learn gates --data calibration.jsonl -o ./shrunk
     penjing shrink ./my-model --ratio 30% --of latency --data calibration.jsonl -o ./shrunk
     """
     if not 0 < ratio < 1:
@@ -182,6 +194,7 @@ def shrink(
             f"--ranking {ranking} of units", allowed="--of parameters, macs or latency",
             next="say what share of the network goes",
         )  # fmt: skip
+    training = learning(options)
     told: list[str] = []
     technique(
         lambda m, **more: _api().shrink(m, ratio, of=of, ranking=ranking, tell=told.append, **more),
@@ -190,9 +203,14 @@ def shrink(
         remarks=lambda before, after: [
             *told,
             # Ranked against others, a block may well stay whole.
-            *(removed(ratio if of == "units" else 0, before, after) if ranking == "layer" else ()),
+            *(
+                removed(ratio if of == "units" else 0, before, after, everywhere=not training)
+                if ranking == "layer"
+                else ()
+            ),
         ],
         targets=targets or None,
+        **training,
         **options,
     )
 
@@ -203,6 +221,7 @@ def shrink(
 @click.option("--ratio", type=RATIO, metavar="0.25", help="which fraction of them.")
 @click.option("--criterion", default="influence", show_default=True, metavar="NAME")
 @click.option("--patch", default="linear", show_default=True, help="linear or none.")
+@learn_options
 @data_options(required=True)
 @output_options()
 @to_option
@@ -220,7 +239,9 @@ def cut(
 
     \b
     penjing cut ./my-model --layers 2 --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --layers 2 --learn gates --data calibration.jsonl -o ./cut
     """
+    training = learning(options)
     if (layers is None) == (ratio is None):
         raise UsageError("how much to cut", allowed="either --layers 2 or --ratio 0.25")
     if ratio is not None and not 0 < ratio < 1:
@@ -237,6 +258,7 @@ def cut(
         output,
         criterion=criterion,
         patch=patch,
+        **training,
         **options,
     )
 

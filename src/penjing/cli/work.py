@@ -58,8 +58,12 @@ def _several(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + more
 
 
-def removed(ratio: float, before: Model, after: Model) -> Iterator[str]:
-    """Where `shrink` could not remove what was asked for: how much it did, and the whole blocks."""
+def removed(ratio: float, before: Model, after: Model, everywhere: bool = True) -> Iterator[str]:
+    """Where `shrink` could not remove what was asked for: how much it did, and the whole blocks.
+
+    Args:
+        everywhere: something was to go in every block.
+    """
     entries = [e for e in after.structure[len(before.structure) :] if e["kind"] == "slice"]
     kept = total = 0
     for entry in entries:
@@ -69,7 +73,7 @@ def removed(ratio: float, before: Model, after: Model) -> Iterator[str]:
     reached = 1 - kept / total if total else 0.0
     if reached < ratio - 0.02:
         yield f"{reached:.1%} of the units were removed, asked {ratio:.1%}: some of each must stay"
-    if whole:
+    if whole and everywhere:
         yield f"blocks left whole, nothing in them could be removed safely: {_several(whole)}"
 
 

@@ -14,6 +14,7 @@ from penjing.errors import UsageError
 from penjing.model import parent_of
 from penjing.neurons import unit_scores
 from penjing.registry import choices, constant, lookup
+from penjing.steps._select import LEARNED
 from penjing.unitcriteria._view import Reading, View
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def check(criterion: str, module: nn.Module | None = None) -> None:
         UsageError: as said.
         InputError: a `file.py:function` that cannot be loaded.
     """
+    if criterion == LEARNED:
+        return
     if ":" in str(criterion):
         lookup("criteria", criterion, "score")
         return
@@ -51,7 +54,7 @@ def check(criterion: str, module: nn.Module | None = None) -> None:
 def needs_of(criterion: str) -> frozenset[str]:
     """Statistics that it wants (`penjing.layerstats`); `gain` is a batch norm on the units."""
     plain = frozenset({"gram"})
-    if criterion == "gram":
+    if criterion in ("gram", LEARNED):
         return plain
     found: frozenset[str] = constant(_family(criterion), criterion, "needs", plain)
     return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.coupling import Units
 from penjing.linalg import ridge
+from penjing.model import Model
 from penjing.neurons import Reader, greedy_obs, largest
 from penjing.recipe import Setting, Slice
 from penjing.shapes import owners, replace_tensor
@@ -30,6 +31,7 @@ __all__ = [
     "collect",
     "consumers_of",
     "described",
+    "learned",
     "problems_of",
     "put",
     "readers_of",
@@ -68,9 +70,19 @@ def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
     return found
 
 
+def learned(model: Model, group: Units) -> list[int]:
+    """Units of a group that the step before chose to keep; all where it chose nothing of it."""
+    stays = torch.ones(group.count, dtype=torch.bool)
+    for member in group.members:
+        kept = model.kept.get(member.name.rpartition(".")[0]) if member.summed else None
+        if kept is not None:
+            stays &= kept[member.places].all(1)
+    return stays.nonzero().flatten().tolist()
+
+
 def choose(
     module: nn.Module, group: Units, consumers: list[Consumer], stats: Mapping[str, LayerStats],
-    keep: int, criterion: str,
+    keep: int | list[int], criterion: str,
 ) -> tuple[list[int], dict[str, Fit], str]:  # fmt: skip
     """Units that stay, what becomes of each consumer, and the criterion that decided.
 
@@ -78,15 +90,19 @@ def choose(
         module: the network.
         group: with whole names.
         consumers: with a Gram matrix each.
+        keep: how many, or which.
         criterion: `gram`, or a name of `penjing.unitcriteria` or `penjing.criteria`.
     """
     problems = problems_of(module, consumers, stats)
-    if criterion == "gram":
+    if criterion == "gram" and isinstance(keep, int):
         kept, weights = greedy_obs(readers_of(consumers, problems), keep)
         fits = {p: x.fit(w) for (p, x), w in zip(problems.items(), weights, strict=True)}
         return kept, fits, criterion
-    scores, used = importance(criterion, module, group, consumers, stats)
-    kept = largest(scores, keep)
+    used = criterion
+    if isinstance(keep, int):
+        scores, used = importance(criterion, module, group, consumers, stats)
+        keep = largest(scores, keep)
+    kept = keep
     return kept, {
         c.path: _solved(problems[c.path], c.columns[kept].flatten().sort().values)
         for c in consumers

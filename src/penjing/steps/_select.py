@@ -9,7 +9,10 @@ from torch import nn
 from penjing.calibrate import Unit
 from penjing.model import Model
 
-__all__ = ["canonical", "matches", "matrix_layers", "selected"]
+__all__ = ["LEARNED", "canonical", "matches", "matrix_layers", "selected"]
+
+# The criterion that takes away what the step before has learned to leave out (`steps.constrain`).
+LEARNED = "learned"
 
 
 def matches(path: str, targets: tuple[str, ...]) -> bool:

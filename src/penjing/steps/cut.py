@@ -19,6 +19,7 @@ from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.errors import InputError, UsageError
 from penjing.linalg import affine_ridge
 from penjing.recipe import Edit, Patch
+from penjing.steps._select import LEARNED
 
 __all__ = ["Cut", "fit_patch", "influence"]
 
@@ -34,7 +35,8 @@ class Cut:
         layers: how many blocks go; or
         ratio: which fraction of them goes, rounded; or
         blocks: which ones, by path.
-        criterion: `influence`, or `random` as a null baseline.
+        criterion: `influence`, `random` as a null baseline, or `learned` in place of the number:
+            what the step `constrain` before it chose.
         patch: `linear` or `none`.
         strength: of the patch's ridge toward the identity.
         seed: for `random`.
@@ -53,14 +55,16 @@ class Cut:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.layers is not None) + (self.ratio is not None) + bool(self.blocks) != 1:
-            raise UsageError("cut", allowed="exactly one of layers, ratio and blocks")
+        ways = (self.layers is not None) + (self.ratio is not None) + bool(self.blocks)
+        if ways + (self.criterion == LEARNED) != 1:
+            raise UsageError("cut", allowed="one of layers, ratio, blocks, criterion learned")
         if self.layers is not None and self.layers < 1:
             raise UsageError("layers", got=self.layers, allowed="1 or more")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise UsageError("ratio", got=self.ratio, allowed="0 < ratio < 1")
-        if self.criterion not in ("influence", "random"):
-            raise UsageError("unknown criterion", got=self.criterion, allowed="influence, random")
+        known = ("influence", "random", LEARNED)
+        if self.criterion not in known:
+            raise UsageError("unknown criterion", got=self.criterion, allowed=", ".join(known))
         if self.patch not in ("linear", "none"):
             raise UsageError("unknown patch", got=self.patch, allowed="linear, none")
 
@@ -85,6 +89,11 @@ class Cut:
             if len(gone) == len(blocks):
                 raise InputError("all blocks are to be cut", allowed="leave at least one")
             return gone, dict.fromkeys(gone, "asked for by name")
+        if self.criterion == LEARNED:
+            gone = {i for i, b in enumerate(blocks) if not unit.model.kept.get(b, True)}
+            if not gone:
+                raise UsageError("no block was learned to go", next="put constrain before cut")
+            return gone, dict.fromkeys(gone, "learned in training")
         count = self.layers or max(1, round((self.ratio or 0) * len(blocks)))
         scores = influence(Stream(unit.model, unit.batches))
         if count > min(len(scores), len(blocks) - 1):

@@ -7,19 +7,20 @@ n:m: all but the n best of every m inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Unit
 from penjing.errors import UsageError
+from penjing.linalg import masked_least_squares
 from penjing.masks import Pattern
 from penjing.recipe import Edit
 from penjing.registry import choices, constant, lookup
 from penjing.steps._problem import Problem
-from penjing.steps._select import canonical, matrix_layers
+from penjing.steps._select import LEARNED, canonical, matrix_layers, selected
 
 __all__ = ["Prune"]
 
@@ -31,7 +32,8 @@ class Prune:
     Attributes:
         sparsity: fraction of each layer's weights that go, 0 to 1.
         criterion: a name of `penjing.pruners` or `penjing.criteria`, or `file.py:function`, a
-            criterion of one's own.
+            criterion of one's own; `learned` in place of `sparsity`: the mask that the step
+            `constrain` before it chose, and what stays fitted to it.
         pattern: `n:m` keeps n of every m inputs and overrides `sparsity`; `RxC` removes whole
             blocks of R outputs by C inputs.
         alpha: how far a pruner's target goes toward what the layer gave in the network before, 0
@@ -56,7 +58,7 @@ class Prune:
         if not 0 <= self.alpha <= 1:
             raise UsageError("alpha", got=self.alpha, allowed="0 to 1")
         _ = self._pattern  # refuses what is none
-        known = (*choices("criteria"), *choices("pruners"))
+        known = (*choices("criteria"), *choices("pruners"), LEARNED)
         if ":" not in self.criterion and self.criterion not in known:
             raise UsageError(
                 "unknown name in criteria", got=repr(self.criterion), allowed=", ".join(known)
@@ -69,7 +71,7 @@ class Prune:
 
     @property
     def _fits(self) -> bool:
-        return ":" not in self.criterion and self.criterion in choices("pruners")
+        return self.criterion == LEARNED or self.criterion in choices("pruners")
 
     @property
     def staged(self) -> bool:
@@ -86,6 +88,9 @@ class Prune:
 
     def layers(self, unit: Unit) -> dict[str, nn.Module]:
         """The layers of a unit that are pruned, by path."""
+        if self.criterion == LEARNED:
+            return {n: m for n, m in selected(unit, self.targets).items()
+                    if canonical(unit.model, f"{n}.weight") in unit.model.kept}  # fmt: skip
         return matrix_layers(unit, self.targets)
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
@@ -106,26 +111,38 @@ class Prune:
                 continue  # a grouped convolution has no one input vector
             if "gradient" in self.needs and (own is None or own.gradient is None):
                 continue  # the loss does not depend on it
+            name = canonical(unit.model, f"{path}.weight")
             fitted = None
             if self._fits:
                 assert own is not None
                 problem = Problem.of(layer, matrix, own, self.alpha, means=self.bias)
-                fit = lookup("pruners", self.criterion, "fit")
+                fit = self._pruner(unit.model.kept.get(name))
                 made, mask = fit(problem.weight, pattern, replace(own, gram=problem.gram))
                 fitted = problem.fit(made)
             else:
                 scores = lookup("criteria", self.criterion, "score")(matrix, own)
                 # Wanda compares the weights of one output only (Sun et al., section 3).
                 mask = pattern.mask(scores, per_row=self.criterion == "wanda")
-            name = canonical(unit.model, f"{path}.weight")
             gone = 1 - float(mask.float().mean())
-            yield Edit(
-                "mask", name, mask.reshape(weight.shape),
-                f"{pattern} of the connections, least important by {self.criterion}",
-                {"sparsity": gone},
-            )  # fmt: skip
+            why = f"{pattern} of the connections, least important by {self.criterion}"
+            if self.criterion == LEARNED:
+                why = f"{gone:.0%} of the connections, learned in training"
+            yield Edit("mask", name, mask.reshape(weight.shape), why, {"sparsity": gone})
             if fitted is not None:
                 why = "fitted to the output"
                 yield Edit("weight", name, fitted.weight.reshape(weight.shape), why)
                 if fitted.bias is not None:
                     yield Edit("weight", f"{path}.bias", fitted.bias, why)
+
+    def _pruner(self, kept: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What fits a weight to a mask of its own making, or to one that is given."""
+        if self.criterion != LEARNED:
+            return lookup("pruners", self.criterion, "fit")  # type: ignore[no-any-return]
+
+        def fit(weight: Tensor, _: Pattern, stats: LayerStats) -> tuple[Tensor, Tensor]:
+            assert kept is not None
+            assert stats.gram is not None
+            mask = kept.reshape(weight.shape)
+            return masked_least_squares(weight, stats.gram, mask, weight), mask
+
+        return fit

@@ -33,13 +33,14 @@ from penjing.steps._neurons import (
     collect,
     consumers_of,
     described,
+    learned,
     put,
     refit,
     silenced,
 )
 from penjing.steps._problem import Fit
 from penjing.steps._ranking import OF, RANKINGS, ladder_of
-from penjing.steps._select import matches, matrix_layers
+from penjing.steps._select import LEARNED, matches, matrix_layers
 
 __all__ = ["OF", "RANKINGS", "Shrink", "groups_of"]
 
@@ -52,7 +53,8 @@ class Shrink:
         ratio: fraction of the units of every group that go, 0 to 1.
         heads: fraction of the heads or key-value groups that go; None means `ratio`.
         criterion: `gram` (greedy optimal brain surgeon) or a name of `penjing.unitcriteria` or
-            `penjing.criteria`.
+            `penjing.criteria`; `learned` in place of the ratios: what the step `constrain` before
+            it chose.
         repair: refit what reads them by ridge least squares.
         multiple: kept units are a multiple of this, which kernels want; of heads any number.
         targets: globs of the layers that read the units, e.g. `*.output.dense`.
@@ -138,7 +140,7 @@ class Shrink:
         if unit.index is None or not chosen.layers:
             return
         waiting = [_Waiting(free, _placed(free.group, unit.name)) for free in groups_of(unit).free]
-        waiting = [one for one in waiting if self._chosen(one, unit.model.module, chosen.layers)]
+        waiting = [one for one in waiting if self._chosen(one, unit.model, chosen.layers)]
         known: dict[str, LayerStats] = {}
         slices, left = [], Remaining(unit.model.module)
         for _, found in unit.stream.staged(chosen, self.needs, unit.reference):
@@ -149,10 +151,11 @@ class Shrink:
                 readers = [c for c in one.readers if known[c.path].gram is not None]
                 if not readers:
                     continue
-                group, keep = one.free.group, self.keep(one.group)
-                module = unit.model.module
-                kept, fits, used = choose(module, one.group, readers, known, keep, self.criterion)
-                settings = one.free.settings(keep)
+                group, module = one.free.group, unit.model.module
+                kept, fits, used = choose(
+                    module, one.group, readers, known, one.keep, self.criterion
+                )
+                settings = one.free.settings(len(kept))
                 block = module.get_submodule(unit.name)
                 error = _proof(block, unit, group, kept, settings)
                 if error > PROOF:
@@ -168,11 +171,16 @@ class Shrink:
             unit.stream.outputs = None
         yield from slices
 
-    def _chosen(self, one: _Waiting, module: nn.Module, layers: dict[str, nn.Module]) -> bool:
-        """Whether units of a group go; what reads them is noted."""
-        one.readers = consumers_of(module, one.group)
+    def _chosen(self, one: _Waiting, model: Model, layers: dict[str, nn.Module]) -> bool:
+        """Whether units of a group go; what reads them, and what stays, is noted."""
+        one.readers = consumers_of(model.module, one.group)
+        one.keep = self.staying(model, one.group)
         every = all(reader.path in layers for reader in one.readers)
-        return every and bool(one.readers) and self.keep(one.group) < one.group.count
+        return every and bool(one.readers) and _number(one.keep) < one.group.count
+
+    def staying(self, model: Model, group: Units) -> int | list[int]:
+        """How many units of a group stay, or which."""
+        return learned(model, group) if self.criterion == LEARNED else self.keep(group)
 
     def keep(self, group: Units) -> int:
         """Units of a group that stay."""
@@ -194,6 +202,7 @@ class _Waiting:
     free: Free
     group: Units
     readers: list[Consumer] = field(default_factory=list)
+    keep: int | list[int] = 0
 
 
 @dataclass(frozen=True)
@@ -236,13 +245,13 @@ class _Shared:
             consumers = consumers_of(twin.module, free.group)
             found = collect(stream, {c.path: layers[c.path] for c in consumers}, needs)
             consumers = [c for c in consumers if found[c.path].gram is not None]
-            keep = step.keep(free.group)
-            if keep == free.group.count or not consumers:
+            keep = step.staying(model, free.group)
+            if _number(keep) == free.group.count or not consumers:
                 continue
             kept, fits, used = choose(
                 twin.module, free.group, consumers, found, keep, step.criterion
             )
-            settings = free.settings(keep)
+            settings = free.settings(len(kept))
             error = _whole_proof(model, free.group, kept, settings)
             if error > PROOF:
                 continue
@@ -270,6 +279,10 @@ class _Shared:
             return False
         readers = [m.name.rpartition(".")[0] for m in free.group.members if m.summed]
         return all(matches(path, self.step.targets) for path in readers)
+
+
+def _number(keep: int | list[int]) -> int:
+    return keep if isinstance(keep, int) else len(keep)
 
 
 def groups_of(unit: Unit) -> ChannelMap:
@@ -311,14 +324,15 @@ def _edit(
     settings: list[Setting], error: float,
 ) -> Edit:  # fmt: skip
     what = "heads" if group.is_heads else "hidden units"
+    how = "learned in training" if criterion == LEARNED else f"least important by {criterion}"
     slices = left.slices(group, kept)
     # By the first of them the report counts.
     slices.sort(key=lambda s: (s.path, s.dim) != (f"{first.path}.weight", 1))
     value: tuple[Slice | Setting, ...] = (*slices, *settings)
     return Edit(
         "slice", first.path, value,
-        f"{group.count - len(kept)} of {group.count} {what}, least important by "
-        f"{criterion}; masked equals small within {error:.0e}",
+        f"{group.count - len(kept)} of {group.count} {what}, {how}; "
+        f"masked equals small within {error:.0e}",
         {"kept": float(len(kept)), "of": float(group.count)},
     )  # fmt: skip
 
