@@ -57,7 +57,9 @@ class Cut:
     def __post_init__(self) -> None:
         ways = (self.layers is not None) + (self.ratio is not None) + bool(self.blocks)
         if ways + (self.criterion == LEARNED) != 1:
-            raise UsageError("cut", allowed="one of layers, ratio, blocks, criterion learned")
+            raise UsageError(
+                "cut", allowed="exactly one of layers, ratio, blocks and criterion learned"
+            )
         if self.layers is not None and self.layers < 1:
             raise UsageError("layers", got=self.layers, allowed="1 or more")
         if self.ratio is not None and not 0 < self.ratio < 1:
