@@ -37,7 +37,7 @@ from penjing.steps.prune import Prune
 from penjing.steps.shrink import Shrink
 
 STORE = HERE / "results" / "pruning-minilm.json"
-MLP = ("encoder.layer.*.output.dense",)
+MLP = ("encoder.layer.[0-9].output.dense",)
 # Of all parameters, those that the hidden units of the MLPs have.
 UNITS = 6 * 1536 * (2 * 384 + 1) / 22_565_376
 
