@@ -2,12 +2,12 @@
 
     |g|_0  ~  sum of (1 + sigma^2) g^2 / (g^2 + sigma^2),   sigma falling from 1 to 0.1
 
-Whatever sigma is, a gate of 0 counts 0 and one of 1 counts 1. At first the count draws on all gates
-alike, as an L1 norm does; as sigma falls it lets go of those that the loss holds up, which may leave
-1 to make up for others, and draws the harder on those that are small. It meets the budget by an
-augmented Lagrangian. Without noise, what was trained is what is left (after Deterministic
-Differentiable Pruning, arXiv 2603.08065, which has a count of its own; an annealed one: Mohimani et
-al., IEEE Transactions on Signal Processing 57, 2009).
+Whatever sigma is, a gate of 0 counts 0 and one of 1 counts 1. At first the count draws on all
+gates alike, as an L1 norm does; as sigma falls it lets go of those that the loss holds up, which
+may leave 1 to make up for others, and draws the harder on those that are small. It meets the
+budget by an augmented Lagrangian. Without noise, what was trained is what is left (after
+Deterministic Differentiable Pruning, arXiv 2603.08065, which has a count of its own; an annealed
+one: Mohimani et al., IEEE Transactions on Signal Processing 57, 2009).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Gates:
         """Smooth, [n]."""
         fallen = min(1.0, max(0.0, (done - _FROM) / (_TO - _FROM)))
         power, width = variable.square(), (_WIDE * (_NARROW / _WIDE) ** fallen) ** 2
-        return (1 + width) * power / (power + width)
+        counts: Tensor = (1 + width) * power / (power + width)
+        return counts
 
     def after(self, variable: Tensor, strength: Tensor, done: float) -> None:
         """Nothing."""
