@@ -285,6 +285,7 @@ def test_every_option_of_a_step_is_explained() -> None:
 @pytest.mark.parametrize(
     ("family", "page"),
     [("criteria", "docs/steps.md"), ("unitcriteria", "docs/steps.md"),
+     ("constraints", "docs/steps.md"),
      ("quantizers", "docs/steps.md"), ("losses", "docs/steps.md"), ("tasks", "docs/data.md")],
 )  # fmt: skip
 def test_every_leaf_is_explained(family: str, page: str) -> None:
