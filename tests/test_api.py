@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def weights(model: Model) -> dict[str, torch.Tensor]:
         (lambda m, d: api.prune(m, 0.5, criterion="no"), UsageError,
          ["got 'no'", "magnitude, random"]),
         (lambda m, d: api.prune(m, pattern="2:x"), UsageError, ["2:x"]),
+        (lambda m, d: api.shrink(replace(m, interface="weights"), 0.5, data=d), UsageError,
+         ["shrink is for networks", "bare weights"]),
         (lambda m, d: api.shrink(m, 0.5), UsageError, ["shrink needs data", "next: give --data"]),
         (lambda m, d: api.shrink(m, 1.5, data=d), UsageError, ["ratio", "got 1.5", "allowed"]),
         (lambda m, d: api.shrink(m, 0.5, data=d, of="watts"), UsageError,

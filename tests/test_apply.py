@@ -399,11 +399,12 @@ def test_blocks_are_calibrated_on_the_edited_front() -> None:
     assert not torch.equal(found, gptq.fit(weight, Scheme(2), rows["old"]).codes)
 
 
-def test_targets_that_match_nothing_are_said() -> None:
+def test_targets_that_match_nothing_are_said(tmp_path: Path) -> None:
     model = net.bert(2)
     step = Quantize(4, method="rtn", targets=("nope*",))
     with pytest.raises(InputError, match=r"targets of quantize match no layer; got nope\*"):
-        apply(model, Recipe((step,)))
+        apply(model, Recipe((step,)), journal=tmp_path / "journal")
+    assert not (tmp_path / "journal").exists()
     # One glob that matches is enough: a recipe may serve several networks.
     either = Quantize(4, method="rtn", targets=("nope*", "encoder.layer.1.*"))
     assert apply(model, Recipe((either,))).model.planes

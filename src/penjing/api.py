@@ -233,6 +233,7 @@ def shrink(
     criterion: str = "gram",
     ranking: str = "layer",
     heads: float | None = None,
+    multiple: int = 8,
     learn: str | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
@@ -246,10 +247,12 @@ def shrink(
             those of the whole network. Latency is measured, see `penjing.sizing`.
         ranking: `layer`, the same fraction of every group; `global` or `measured`, groups against
             each other.
+        multiple: units that stay are a multiple of it, which kernels want; of heads any number.
         learn: learn what goes in training, all groups together, see `prune`.
         tell: gets a line about what was measured.
     """
     _need(data, "shrink")
+    loaded = _network(model, "shrink")
     if of not in (*OF, "latency"):
         raise UsageError("of", got=repr(of), allowed=", ".join((*OF, "latency")))
     chosen = tuple(targets or ())
@@ -262,11 +265,11 @@ def shrink(
         if timed:
             raise UsageError("latency, of a constraint that is learned", allowed=", ".join(OF))
         recipe = learning(learn, "neurons", ratio, Shrink(criterion=LEARNED), seed, options,
-                          measure=of, criterion=criterion, targets=chosen)  # fmt: skip
-        return apply(model, recipe, data, **options)
-    step = Shrink(ratio, heads, criterion, targets=chosen,
+                          measure=of, criterion=criterion, targets=chosen,
+                          multiple=multiple)  # fmt: skip
+        return apply(loaded, recipe, data, **options)
+    step = Shrink(ratio, heads, criterion, targets=chosen, multiple=multiple,
                   of="macs" if timed else of, ranking=ranking)  # fmt: skip
-    loaded = _model(model)
     if timed:
         samples, length = options.get("samples", 128), options.get("length", 128)
         slopes = "gradient" in step.needs
@@ -402,6 +405,14 @@ def recover(
         raise UsageError("nothing to recover: the model is not edited", next="edit it first")
     step = Recover(seconds=seconds, lr=lr, loss=loss, seed=seed)
     return apply(loaded, Recipe((step,), seed), data, **{"samples": 512, **options})
+
+
+def _network(model: Model | Place, verb: str) -> Model:
+    loaded = _model(model)
+    if loaded.interface == "weights":
+        raise UsageError(f"{verb} is for networks", got="bare weights",
+                         next="give the network, or prune or quantize the file")  # fmt: skip
+    return loaded
 
 
 def _need(data: object, verb: str) -> None:

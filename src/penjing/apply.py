@@ -83,6 +83,10 @@ def apply(
     own = rebatched(model, batches) if batches else []
     steps = [one for step in recipe.steps for one in _parts(step)]
     given = batches if any(step.scope == "model" for step in steps) else own
+    for step in recipe.steps:  # before the journal; after a cut paths are others
+        if step.name == "cut":
+            break
+        _check_targets(step.name, getattr(step, "targets", ()), result.model)
     with _journal(journal, model, original or model, recipe, given) as log:
         for number, step in enumerate(_settled(recipe, result.model, own)):
             if step.scope == "model":

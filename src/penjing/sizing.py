@@ -60,7 +60,7 @@ class Sized:
     def describe(self) -> str:
         """One line for people."""
         return (
-            f"latency {self.latency:.1%} and MACs {self.macs:.1%} of the whole network's, by "
+            f"left: latency {self.latency:.1%} and MACs {self.macs:.1%} of the whole network's, by "
             f"{self.measured} networks measured in {_RUNTIME} (batch 1, threads {self.threads})"
         )
 

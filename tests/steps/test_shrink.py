@@ -293,6 +293,31 @@ def test_a_quantized_network_is_not_shrunk() -> None:
         apply(model, Recipe((Shrink(0.5),)), net.arrays(1))
 
 
+class Twice(nn.Module):
+    """What reads the hidden units reads them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 24), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x))
+        return self.down(torch.cat([hidden, hidden.flip(0)], -1))
+
+
+def test_a_layer_that_reads_units_twice_loses_both_columns() -> None:
+    torch.manual_seed(0)
+    model = net.wrap(Twice(), "tensor", {"x": torch.randn(64, 5)})
+    small = apply(model, Recipe((Shrink(0.5, multiple=1),)), [model.example]).model
+    assert small.module.up.weight.shape == (12, 5)
+    assert small.module.down.weight.shape == (3, 24)
+    plain = apply(model, Recipe((Shrink(0.5, multiple=1, repair=False),)), [model.example]).model
+    with torch.no_grad():
+        wanted = model.run(model.example)
+        off = [float((m.run(model.example) - wanted).square().mean()) for m in (small, plain)]
+    assert off[0] < off[1]
+
+
 def test_options_and_data() -> None:
     with pytest.raises(UsageError, match="ratio"):
         Shrink(1.0)

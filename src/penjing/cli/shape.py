@@ -162,7 +162,14 @@ def prune(
     type=click.Choice(["layer", "global", "measured"]),
     default="layer",
     show_default=True,
-    help="The same fraction of each group, or groups against each other.",
+    help="The same fraction of each group, or groups against each other (not of units).",
+)
+@click.option(
+    "--multiple",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Units that stay are a multiple, which kernels want; of heads any number.",
 )
 @learn_options
 @targets_option

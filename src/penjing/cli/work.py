@@ -59,7 +59,7 @@ def _several(names: Sequence[str]) -> str:
 
 
 def removed(ratio: float, before: Model, after: Model, everywhere: bool = True) -> Iterator[str]:
-    """Where `shrink` could not remove what was asked for: how much it did, and the whole blocks.
+    """Where `shrink` removed other than was asked for: how much it did, and the whole blocks.
 
     Args:
         everywhere: something was to go in every block.
@@ -71,8 +71,11 @@ def removed(ratio: float, before: Model, after: Model, everywhere: bool = True) 
         kept, total = kept + len(index), total + before.module.get_parameter(path).shape[dim]
     whole = [b for b in before.blocks if not any(e["path"].startswith(f"{b}.") for e in entries)]
     reached = 1 - kept / total if total else 0.0
-    if reached < ratio - 0.02:
-        yield f"{reached:.1%} of the units were removed, asked {ratio:.1%}: some of each must stay"
+    if ratio and abs(reached - ratio) > 0.02:
+        yield (
+            f"{reached:.1%} of the units were removed, asked {ratio:.1%}: what stays is a "
+            "multiple (--multiple), and some of each must"
+        )
     if whole and everywhere:
         yield f"blocks left whole, nothing in them could be removed safely: {_several(whole)}"
 

@@ -57,8 +57,11 @@ class Consumer:
 
 
 def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
-    """The linear layers and plain convolutions that read the units."""
-    found = []
+    """The linear layers and plain convolutions that read the units.
+
+    One that reads them twice (both directions of a recurrent layer) has the columns of both.
+    """
+    found: dict[str, Tensor] = {}
     for member in group.members:
         path, _, name = member.name.rpartition(".")
         layer = module.get_submodule(path)
@@ -66,8 +69,9 @@ def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
         if member.summed and plain and name == "weight" and member.dim == 1:
             each = layer.weight[0, 0].numel()  # type: ignore[index]
             columns = member.places.unsqueeze(-1) * each + torch.arange(each)
-            found.append(Consumer(path, columns.flatten(1)))
-    return found
+            own = columns.flatten(1)
+            found[path] = torch.cat((found[path], own), 1) if path in found else own
+    return [Consumer(path, columns) for path, columns in found.items()]
 
 
 def learned(model: Model, group: Units) -> list[int]:

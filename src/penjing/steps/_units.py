@@ -54,7 +54,7 @@ class Neurons:
         self._groups, self._readers = [], []
         for free in channel_map(model).free:
             readers = consumers_of(model.module, free.group)
-            plain = len(readers) == sum(member.summed for member in free.group.members)
+            plain = len(readers) == len({m.name for m in free.group.members if m.summed})
             if readers and plain and all(matches(reader.path, targets) for reader in readers):
                 self._groups.append(free)
                 self._readers.append(readers)

@@ -108,7 +108,9 @@ class Prune:
             matrix = weight.reshape(len(weight), -1).float()  # [out, in]
             own = stats.get(path)
             if "gram" in self.needs and (own is None or own.norm is None):
-                continue  # a grouped convolution has no one input vector
+                why = "its outputs have no one vector of inputs: magnitude and taylor can prune it"
+                yield Edit("left", path, None, why)
+                continue
             if "gradient" in self.needs and (own is None or own.gradient is None):
                 continue  # the loss does not depend on it
             name = canonical(unit.model, f"{path}.weight")
