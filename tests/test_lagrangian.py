@@ -30,7 +30,7 @@ def test_the_slope_is_the_multiplier_to_come() -> None:
 
 
 def test_the_multiplier_goes_where_the_excess_says_and_is_never_negative() -> None:
-    limit = AugmentedLagrangian()
+    limit = AugmentedLagrangian(mu=2.0, rate=0.5)
     seen = []
     for excess in (0.1, 0.1, -0.05, -1.0):
         limit.update(excess)

@@ -251,7 +251,11 @@ def test_rotated_layers_rotate_their_input_once(tmp_path: Path) -> None:
         # Other than zero error, and yet the weight and not its rotation.
         assert 0 < float((planes.dequantize() - weight).abs().max()) < 0.1
         quantize(model, f"{name}.weight", planes)
-    got, want, _ = written(model, tmp_path)
+    _, want, _ = written(model, tmp_path)
+    # On some processors the runtime rounds the inputs of such layers to 8 bits; not here.
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    graph = ov.Core().read_model(tmp_path / "model.xml")
+    got = ov.Core().compile_model(graph, "CPU", exact)([model.example["x"].numpy()])[0]
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
-    kinds = [op.get_type_name() for op in ov.Core().read_model(tmp_path / "model.xml").get_ops()]
+    kinds = [op.get_type_name() for op in graph.get_ops()]
     assert kinds.count("MatMul") == 4
