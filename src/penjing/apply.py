@@ -86,6 +86,8 @@ def apply(
     for step in recipe.steps:  # before the journal; after a cut paths are others
         if step.name == "cut":
             break
+        if step.scope == "model":  # its targets are its own to read
+            continue
         _check_targets(step.name, getattr(step, "targets", ()), result.model)
     with _journal(journal, model, original or model, recipe, given) as log:
         for number, step in enumerate(_settled(recipe, result.model, own)):
