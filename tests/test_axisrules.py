@@ -70,6 +70,12 @@ RULES: dict[str, tuple[Forward, dict[str, nn.Module], Tensor, int]] = {
     "the end first": (lambda m, x: m.b(m.a(x).flip(-1)), _ab(), FLAT, 8),
     "rolled places": (lambda m, x: m.b(m.a(x).roll(2, 1)), _ab(), FLAT, 8),
     "chosen places": (lambda m, x: m.b(m.a(x)[:, torch.tensor([3, 0])]), _ab(), FLAT, 8),
+    "parts chosen by the code": (
+        lambda m, x: m.b(
+            (m.a(x).view(2, 5, 2, -1)[:, :, [0]] * m.a(x).view(2, 5, 2, -1)[:, :, [1]]).flatten(2)
+        ),
+        _ab(4), FLAT, 4,
+    ),
     "channels chosen by the input": (
         lambda m, x: torch.cat([m.b(m.a(x)), m.a(x)[..., x[0, 0].argsort()[:1]]], -1),
         _ab(), FLAT, 0,

@@ -112,6 +112,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, tensor in saved.items():  # of a tied one the first name
             self._stored.setdefault(id(tensor), name)
         self._seen: Any = WeakTensorKeyDictionary()
+        self._own = {id(x) for x in (*module.parameters(), *module.buffers())}
+        self._fixed: Any = WeakTensorKeyDictionary()
 
     def seen(self, tensor: Tensor) -> Seen:
         """What is known of a tensor."""
@@ -123,6 +125,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 known = self._new(name, tensor)
             self._seen[tensor] = known
         return known
+
+    def fixed(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the same with all inputs."""
+        return id(tensor) in self._own or tensor in self._fixed
 
     def _new(self, name: str, tensor: Tensor) -> Seen:
         fields = []
@@ -166,6 +172,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = [self.seen(x) for x in given]
         result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        # A number written in the code comes in by `lift_fresh`.
+        if func.overloadpacket.__name__ == "lift_fresh" or all(map(self.fixed, given)):
+            self._fixed.update((x, True) for x in made)
+        else:  # one that was fixed may have been written into
+            for x in made:
+                self._fixed.pop(x, None)
         if any(one.fields for one in before):
             self._rule_of(func)(Call(self, func, args, kwargs, given, before, made))
         else:

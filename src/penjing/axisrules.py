@@ -140,7 +140,7 @@ def _move(call: Call) -> None:
                 _note_split(call, args[0].unflatten(1, (call.argument("groups"), -1)))
         if call.name in _PARTING:
             _note_parts(call, result)
-    if call.name in _CHOOSING:
+    if call.name in _CHOOSING and not all(map(call.watch.fixed, call.given[1:])):
         _freeze_left(call, made[id(call.made[0])])
     for tensor in call.made:
         call.keep(*made[id(tensor)], tensor=tensor)
@@ -153,7 +153,7 @@ def _freeze_left(call: Call, chosen: list[Tensor]) -> None:
     found = torch.cat([torch.full((1,), -1), *(own.roots(x).reshape(-1) for x in kept)])
     for one in (one for seen in call.before for one in seen.fields):
         roots = own.roots(one)
-        own.freeze(roots[~torch.isin(roots, found)], "some of them are chosen by number")
+        own.freeze(roots[~torch.isin(roots, found)], "the input says which of them are taken")
 
 
 def _held(call: Call) -> tuple[set[int], str]:
