@@ -189,3 +189,17 @@ def same(first: Model, second: Model) -> bool:
         == {n: r.key for n, r in second.activations.items()}
         and first.structure == second.structure
     )
+
+
+def masked_columns(original: Model, small: Model) -> Model:
+    """The original with the removed inputs of each consumer at zero, from the slices made."""
+    masked = original.copy()
+    for entry in small.structure:
+        assert entry["kind"] == "slice"
+        for path, dim, kept in entry["slices"]:
+            if dim == 1:
+                weight = masked.module.get_parameter(path)
+                gone = [i for i in range(weight.shape[1]) if i not in set(kept)]
+                with torch.no_grad():
+                    weight[:, gone] = 0
+    return masked

@@ -100,14 +100,7 @@ def test_the_small_network_is_the_gated_one(make: Callable[[], Model]) -> None:
     model = make()
     batches = TEXTS if "input_ids" in model.example else [model.example]
     small = _learned(model, batches, 0.4, "neurons", repair=False).model
-    masked = model.copy()
-    for entry in small.structure:
-        for path, dim, kept in entry["slices"]:
-            if dim == 1:
-                weight = masked.module.get_parameter(path)
-                gone = [i for i in range(weight.shape[1]) if i not in set(kept)]
-                with torch.no_grad():
-                    weight[:, gone] = 0
+    masked = net.masked_columns(model, small)
     with torch.no_grad():
         found, wanted, was = (m.run(batches[0]) for m in (small, masked, model))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -37,27 +37,13 @@ def _batches(name: str, model: Model) -> list[Batch]:
     return [model.example] if name == "vit" else TEXTS
 
 
-def _masked_columns(original: Model, small: Model) -> Model:
-    """The original with the removed inputs of each consumer at zero, from the slices made."""
-    masked = original.copy()
-    for entry in small.structure:
-        assert entry["kind"] == "slice"
-        for path, dim, kept in entry["slices"]:
-            if dim == 1:
-                weight = masked.module.get_parameter(path)
-                gone = [i for i in range(weight.shape[1]) if i not in set(kept)]
-                with torch.no_grad():
-                    weight[:, gone] = 0
-    return masked
-
-
 @pytest.mark.parametrize(("name", "make"), BLOCKS, ids=[n for n, _ in BLOCKS])
 def test_the_small_network_is_the_masked_one(name: str, make: Callable[[], Model]) -> None:
     original = make()
     step = Shrink(0.5, repair=False, multiple=4)
     small = apply(original, Recipe((step,)), _batches(name, original)).model
     assert len(small.structure) == 2 * len(original.blocks)  # heads and hidden units
-    masked = _masked_columns(original, small)
+    masked = net.masked_columns(original, small)
     for one in (masked, small):
         one.module.double()
         one.example = {n: v.double() if v.is_floating_point() else v

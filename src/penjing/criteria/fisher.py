@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from penjing.errors import InputError
+from penjing.criteria._gradient import gradient_of
 
 __all__ = ["needs", "score"]
 
@@ -28,11 +28,5 @@ def score(weight: Tensor, stats: Any = None) -> Tensor:
     Raises:
         InputError: there is none.
     """
-    gradient = getattr(stats, "gradient", None)
-    if gradient is None:
-        raise InputError(
-            "the criterion fisher needs gradients on calibration data", got="none",
-            next="pass --data, or use --criterion magnitude",
-        )  # fmt: skip
-    square: Tensor = gradient.square
+    square: Tensor = gradient_of(stats, "fisher").square
     return weight.detach().square() * square.to(weight) / 2

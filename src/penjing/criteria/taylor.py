@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from penjing.errors import InputError
+from penjing.criteria._gradient import gradient_of
 
 __all__ = ["needs", "score"]
 
@@ -27,11 +27,5 @@ def score(weight: Tensor, stats: Any = None) -> Tensor:
     Raises:
         InputError: there is none.
     """
-    gradient = getattr(stats, "gradient", None)
-    if gradient is None:
-        raise InputError(
-            "the criterion taylor needs gradients on calibration data", got="none",
-            next="pass --data, or use --criterion magnitude",
-        )  # fmt: skip
-    size: Tensor = gradient.size
+    size: Tensor = gradient_of(stats, "taylor").size
     return weight.detach().abs() * size.to(weight)

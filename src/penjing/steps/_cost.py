@@ -66,6 +66,7 @@ class Cost:
         self._model, self._groups, self._of = model, groups, of
         ends = torch.tensor([0, *(free.group.count for free in groups)]).cumsum(0).tolist()
         self.slices = [slice(a, b) for a, b in pairwise(ends)]
+        self._macs = COSTS["macs"](model) if of == "macs" else 0.0
         self._sized = self._units() if of == "units" else self._tensors()
         self._whole = float(self._total(torch.ones(ends[-1], dtype=torch.float64)))
 
@@ -85,7 +86,7 @@ class Cost:
                 settings += free.settings(len(stays))
         twin = self._model.copy(shared=True)
         remove(twin.module, plans, settings)
-        return COSTS["macs"](twin) / COSTS["macs"](self._model)
+        return COSTS["macs"](twin) / self._macs
 
     def _total(self, counts: Tensor) -> Tensor:
         return torch.stack([sized.left(counts) for sized in self._sized]).sum()

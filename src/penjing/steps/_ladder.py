@@ -7,7 +7,7 @@ transformer's MLPs a third: how much goes is counted on the network without the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penjing.channelmap import Free
 from penjing.coupling import remove
@@ -42,6 +42,7 @@ class Forms:
 
     model: Model
     groups: Sequence[Free]
+    _whole: dict[str, float] = field(default_factory=dict)
 
     def form(self, kept: Kept) -> Model:
         """The network with so many units, any of them, of the groups named; others are whole."""
@@ -55,7 +56,9 @@ class Forms:
 
     def share(self, kept: Kept, of: str) -> float:
         """What it costs then, of the whole one: `of` is a name of `COSTS`."""
-        return COSTS[of](self.form(kept)) / COSTS[of](self.model)
+        if of not in self._whole:
+            self._whole[of] = COSTS[of](self.model)
+        return COSTS[of](self.form(kept)) / self._whole[of]
 
 
 @dataclass(frozen=True, eq=False)
