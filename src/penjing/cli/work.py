@@ -123,6 +123,15 @@ def tables_in_floats(before: Model, after: Model, asked: bool) -> Iterator[str]:
         )
 
 
+def _alone(model: Model, steps: set[str]) -> Iterator[str]:
+    """What stayed as it was because its kind has no such step; `shrink` knows every kind."""
+    from penjing.inspect import left_alone
+
+    names = " and ".join(sorted(steps & {"prune", "quantize"}))
+    if names and (alone := left_alone(model)):
+        yield f"left as they are, {names} cannot handle their kind: {_several(alone)}"
+
+
 def _check_targets(model: Model, to: Sequence[str]) -> None:
     """Say before the work what a writer could not write of this network whatever is done to it.
 
@@ -169,10 +178,6 @@ def technique(
     loaded = api.load(model, weights=weights, allow_pickle=allow_pickle)
     parameters = loaded.parameter_count
     _check_targets(loaded, to)
-    from penjing.inspect import left_alone
-
-    if alone := left_alone(loaded):
-        note(f"left as they are, no step handles their kind: {_several(alone)}")
     try:
         done = work(loaded, journal=kept, **options)
         api.save(done, output, to=to, overwrite=overwrite)
@@ -186,6 +191,9 @@ def technique(
     if journal is None:
         shutil.rmtree(kept, ignore_errors=True)
     steps = done.recipe.steps if done.recipe else ()
+    known = len(loaded.recipe.steps) if loaded.recipe else 0
+    for line in _alone(loaded, {step.name for step in steps[known:]}):
+        note(line)
     if skipped := [path for step in steps for path in getattr(step, "skip", ())]:
         note(f"left in floats: {_several(skipped)}")
     reasons: dict[str, list[str]] = {}
