@@ -336,10 +336,7 @@ def test_labels_that_are_the_networks_classes_lead_the_slopes(place: Path) -> No
     model = api.load(f"{place}/net.py:net", weights="own")
     with np.load(place / "data.npz") as stored:
         x, label = stored["x"], stored["label"]
-    files = {
-        "with": {"x": x, "label": label}, "without": {"x": x},
-        "beyond": {"x": x, "label": label + 7},
-    }  # fmt: skip
+    files = {"with": {"x": x, "label": label}, "without": {"x": x}}
     masks = {}
     for name, arrays in files.items():
         np.savez(place / f"{name}.npz", **arrays)
@@ -353,4 +350,15 @@ def test_labels_that_are_the_networks_classes_lead_the_slopes(place: Path) -> No
         score += (g * weight).detach().abs()
     assert torch.equal(masks["with"].flatten(), score.flatten() > score.median())
     assert not torch.equal(masks["with"], masks["without"])
-    assert torch.equal(masks["beyond"], masks["without"])
+
+
+def test_labels_beyond_the_classes_are_refused(place: Path) -> None:
+    model = api.load(f"{place}/net.py:net", weights="own")
+    with np.load(place / "data.npz") as stored:
+        x, label = stored["x"], stored["label"]
+    np.savez(place / "beyond.npz", x=x, label=np.where(np.arange(len(label)) == 3, 99, label))
+    for criterion in ("taylor", "fisher"):
+        with pytest.raises(InputError, match=r"got label 99 on 1 samples.*allowed: 0 to.*or leave"):
+            api.prune(model, 0.5, criterion=criterion, data=place / "beyond.npz")
+    # No criterion of the others looks at them.
+    assert api.prune(model, 0.5, criterion="wanda", data=place / "beyond.npz").masks

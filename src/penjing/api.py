@@ -59,6 +59,7 @@ from penjing.steps.recover import Recover
 from penjing.steps.rotate import Rotate
 from penjing.steps.shrink import OF, Shrink
 from penjing.tasks import find
+from penjing.tasks.classification import classes_of
 from penjing.verify import verify
 from penjing.writers.artifact import extend
 from penjing.writers.artifact import save as _save
@@ -112,8 +113,9 @@ def _batches(
     length, given = model.at_most(length), _dataset(data)
     if needed and model.interface != "causal":
         find("classification", given, model).check(given, model)
+    classes = (labels or needed) and _has_classes(model, given)
     dataset = prepare(given, model, length).spread(samples)
-    known = _classes(model, dataset) if labels or needed else None
+    known = align(dataset, model).labels if classes else None
     if dataset.kind != "text":
         return _labelled(encode(dataset, model, length=length, batch=8), known)
     # Texts of one length go together, so that little of a batch is padding; the batches in
@@ -125,13 +127,22 @@ def _batches(
     return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
 
 
-def _classes(model: Model, dataset: Dataset) -> np.ndarray | None:
-    """Class numbers [n]; None where labels are not classes of the network, for none are needed."""
+def _has_classes(model: Model, dataset: Dataset) -> bool:
+    """Whether the labels are classes of the network; there may be none, or no classes.
+
+    Raises:
+        InputError: labels of a classifier that are not its classes.
+    """
+    if dataset.labels is None or dataset.labels.dtype.kind != "i" or classes_of(model) is None:
+        return False
     try:
-        lookup("tasks", "classification", "task").check(dataset, model)
-    except InputError:
-        return None
-    return align(dataset, model).labels
+        find("classification", dataset, model).check(dataset, model)
+    except InputError as error:
+        raise InputError(
+            error.what, got=error.got, allowed=error.allowed,
+            next="correct the labels, or leave them out: then the network's own are drawn",
+        ) from error  # fmt: skip
+    return True
 
 
 def _labelled(batches: Iterable[Batch], labels: np.ndarray | None) -> list[Batch]:
