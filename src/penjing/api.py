@@ -190,11 +190,15 @@ def apply(
     check_learned(recipe)
     slopes = any("gradient" in step.needs for step in recipe.steps)
     needed = any(getattr(step, "loss", None) == LABELS for step in recipe.steps)
-    batches = _batches(loaded, data, samples, length, slopes, needed)
+    return _done(loaded, recipe, _batches(loaded, data, samples, length, slopes, needed), journal)
+
+
+def _done(model: Model, recipe: Recipe, batches: list[Batch], journal: Path | None) -> Model:
+    """A copy with a recipe's edits, which its own recipe names after those before."""
     distils = any(step.name in ("recover", "constrain") for step in recipe.steps)
-    before = original(loaded) if distils and _edited(loaded) else None
-    done = _apply(loaded, recipe, batches, original=before, journal=journal).model
-    earlier = loaded.recipe.steps if loaded.recipe else ()
+    before = original(model) if distils and _edited(model) else None
+    done = _apply(model, recipe, batches, original=before, journal=journal).model
+    earlier = model.recipe.steps if model.recipe else ()
     done.recipe = Recipe((*earlier, *recipe.steps), recipe.seed)
     return done
 
@@ -282,14 +286,28 @@ def shrink(
     step = Shrink(ratio, heads, criterion, targets=chosen, multiple=multiple,
                   of="macs" if timed else of, ranking=ranking)  # fmt: skip
     if timed:
-        samples, length = options.get("samples", 128), options.get("length", 128)
-        slopes = "gradient" in step.needs
-        batches = [] if ranking == "layer" else _batches(loaded, data, samples, length, slopes)
-        step, sized = for_latency(
-            loaded, step, ratio, batches, length=length, folder=options.get("journal")
-        )
-        tell(sized.describe())
+        return _timed(loaded, step, ratio, data, seed, tell, **options)
     return apply(loaded, Recipe((step,), seed), data, **options)
+
+
+def _timed(
+    model: Model,
+    step: Shrink,
+    ratio: float,
+    data: Dataset | Place | None,
+    seed: int,
+    tell: Callable[[str], object],
+    *,
+    journal: Path | None = None,
+    samples: int = 128,
+    length: int = 128,
+) -> Model:
+    """A copy shrunk until a share of the latency is gone."""
+    batches = _batches(model, data, samples, length, "gradient" in step.needs)
+    ranked_by = [] if step.ranking == "layer" else batches
+    step, sized = for_latency(model, step, ratio, ranked_by, length=length, folder=journal)
+    tell(sized.describe())
+    return _done(model, Recipe((step,), seed), batches, journal)
 
 
 def cut(
