@@ -334,16 +334,16 @@ def cut(
     if layers is not None and layers != int(layers):
         raise UsageError("layers", got=layers, allowed="a whole number, or a ratio below 1")
     _need(data, "cut")
+    loaded = _network(model, "cut")
     count = None if layers is None else int(layers)
     if learn is not None:
-        loaded = _model(model)
         Cut(count, ratio, criterion=criterion, patch=patch)
         budget = ratio or int(count or 0) / max(1, len(loaded.blocks))
         step = Cut(criterion=LEARNED, patch="none" if options.get("weights_lr") else patch)
         recipe = learning(learn, "layers", budget, step, seed, options, criterion=criterion)
         return apply(loaded, recipe, data, **options)
     step = Cut(count, ratio, criterion=criterion, patch=patch, seed=seed)
-    return apply(model, Recipe((step,), seed), data, **options)
+    return apply(loaded, Recipe((step,), seed), data, **options)
 
 
 def quantize(

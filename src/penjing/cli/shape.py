@@ -20,7 +20,15 @@ from penjing.cli.options import (
     output_options,
     to_option,
 )
-from penjing.cli.work import is_bare, pruned, removed, show_file, tables_in_floats, technique
+from penjing.cli.work import (
+    check_bare,
+    is_bare,
+    pruned,
+    removed,
+    show_file,
+    tables_in_floats,
+    technique,
+)
 from penjing.errors import InputError, UsageError
 from penjing.registry import choices
 from penjing.scheme import FAMILIES, Scheme
@@ -99,8 +107,7 @@ def prune(
     if training and pattern is not None:
         raise UsageError("--pattern with --learn", got=pattern, allowed="--sparsity")
     if is_bare(model, output):
-        if training:
-            raise UsageError("--learn is for networks", got=f"{model}, bare weights")
+        check_bare(model, options | training)
         check_model(model)
         from penjing.weights import prune_file
 
@@ -347,6 +354,9 @@ def quantize(
         bits = int(bits)
     Scheme(bits, group, bool(symmetric), codes, int(scale_bits))
     if is_bare(model, output):
+        networks = {"activations": activations, "embeddings": embeddings, "kv_cache": kv_cache,
+                    "floats": floats, "refine": refine}  # fmt: skip
+        check_bare(model, options | networks)
         check_model(model)
         if codes != "integer" or scale_bits != "32" or rotate:
             raise UsageError(
@@ -354,11 +364,6 @@ def quantize(
                 got=f"{codes}, scales of {scale_bits} bits" + ", rotated" * rotate,
                 allowed="integer, scales of 32 bits, not rotated",
             )
-        if kv_cache or floats or refine:
-            raise UsageError(
-                "--kv-cache, --floats and --refine are for networks", got=f"{model}, bare weights",
-                next="leave them out",
-            )  # fmt: skip
         if method == "awq":
             raise UsageError("method awq of a bare weight file", next="use the method clip")
         from penjing.weights import quantize_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from penjing.model import Model
 
 __all__ = [
-    "is_bare", "note", "pruned", "removed", "show_file", "tables_in_floats", "technique",
+    "check_bare", "is_bare", "note", "pruned", "removed", "show_file", "tables_in_floats",
+    "technique",
 ]  # fmt: skip
 
 BARE = (".npy", ".npz", ".safetensors", ".pth", ".pt")
@@ -37,6 +38,21 @@ def is_bare(model: str, output: Path) -> bool:
             allowed=f"-o with the ending {', '.join(BARE)}",
         )
     return True
+
+
+def check_bare(model: str, options: Mapping[str, Any]) -> None:
+    """Refuse what only a network can have: there is nothing to run data through, or to export.
+
+    Raises:
+        UsageError: options that were given, by name.
+    """
+    names = ("data", "to", "journal", "weights", "learn", "activations", "embeddings", "kv_cache",
+             "floats", "refine")  # fmt: skip
+    if given := [f"--{name.replace('_', '-')}" for name in names if options.get(name)]:
+        raise UsageError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for networks",
+            got=f"{model}, bare weights", next="leave it out, or give the network",
+        )  # fmt: skip
 
 
 def show_file(found: dict[str, Any], output: Path, as_json: bool) -> None:
