@@ -268,6 +268,47 @@ def test_after_pruning_the_removed_connections_stay_removed() -> None:
         assert 0 < float(mask.float().mean()) < 1
 
 
+def test_what_is_left_of_a_pruned_layer_is_least_squares_on_its_mask() -> None:
+    """Row by row by numpy, on hidden units computed by hand."""
+    batches = net.arrays(8)
+    for criterion in ("gram", "magnitude"):
+        model = apply(net.stack(2), Recipe((Prune(0.5, "magnitude"),))).model
+        step = Shrink(0.5, criterion=criterion, targets=("*.0.down",))
+        small = apply(model, Recipe((step,)), batches).model
+        kept = next(k for _, dim, k in small.structure[0]["slices"] if dim == 1)
+        block, name = model.module.blocks[0], "blocks.0.down.weight"
+        with torch.no_grad():
+            hidden = torch.cat([torch.relu(block.up(model.module.inp(b["x"]))).flatten(0, 1)
+                                for b in batches]).double().numpy()  # fmt: skip
+        weight = block.down.weight.detach().double().numpy()
+        mean = hidden.mean(0)
+        hidden = hidden - mean  # the bias holds the mean
+        variance = (hidden**2).mean(0)
+        ridge = np.sqrt(0.01 * variance[variance > 0].mean() * len(hidden))
+        rows = np.vstack([hidden, ridge * np.eye(24)])
+        fitted = np.zeros_like(weight)
+        for row, own in enumerate(model.masks[name].numpy()):
+            there = [k for k in kept if own[k]]
+            fitted[row, there] = np.linalg.lstsq(rows[:, there], rows @ weight[row], rcond=None)[0]
+        found = small.module.get_parameter(name).detach().numpy()
+        np.testing.assert_allclose(found, fitted[:, kept], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            small.module.blocks[0].down.bias.detach().numpy(),
+            weight @ mean + block.down.bias.detach().numpy() - fitted @ mean, rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+        assert torch.equal(small.masks[name], model.masks[name][:, kept])
+
+
+def test_channels_shared_by_blocks_keep_their_masks() -> None:
+    model = apply(net.resnet(), Recipe((Prune(0.5, "magnitude"),))).model
+    small = apply(model, Recipe((Shrink(0.5, multiple=2),)), [model.example]).model
+    for name, mask in small.masks.items():
+        weight = small.module.get_parameter(name)
+        assert mask.shape == weight.shape
+        assert not weight[~mask].any()
+    assert small.masks.keys() == model.masks.keys()
+
+
 def test_a_quantized_network_is_not_shrunk() -> None:
     model = net.stack()
     planes = IntegerPlanes(

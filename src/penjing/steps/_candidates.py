@@ -21,6 +21,7 @@ from penjing.model import Batch, Model
 from penjing.recipe import Edit
 from penjing.registry import lookup
 from penjing.steps._gates import Gates
+from penjing.steps._importance import needs_of
 from penjing.steps._select import canonical, matches
 from penjing.steps.cut import influence
 
@@ -165,7 +166,8 @@ class Weights:
         score = lookup("criteria", self._criterion, "score")
         layers = {path: self._model.module.get_submodule(path) for path in self._layers.values()}
         found: dict[str, Tensor] = {}
-        for stats in statistics(self._model, self._batches, layers):
+        needs = needs_of(self._criterion) | {"gram"}
+        for stats in statistics(self._model, self._batches, layers, needs):
             for path, own in stats.items():
                 matrix = layers[path].weight.detach().float().flatten(1)  # type: ignore[operator]
                 found[path] = ranks(score(matrix, own).flatten())

@@ -199,7 +199,7 @@ class _Probe:
         """Of its outputs from those of the whole."""
         twin = self.model.copy(shared=True)
         kept, fits, _ = choose(
-            twin.module, group.units, group.readers, stats, group.half, self.step.criterion
+            twin, group.units, group.readers, stats, group.half, self.step.criterion
         )
         silence(twin.module, [(group.units, kept)])
         for path, fit in fits.items() if self.step.repair else ():

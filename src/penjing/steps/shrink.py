@@ -34,6 +34,7 @@ from penjing.steps._neurons import (
     consumers_of,
     described,
     learned,
+    mask_of,
     put,
     refit,
     silenced,
@@ -153,7 +154,7 @@ class Shrink:
                     continue
                 group, module = one.free.group, unit.model.module
                 kept, fits, used = choose(
-                    module, one.group, readers, known, one.keep, self.criterion
+                    unit.model, one.group, readers, known, one.keep, self.criterion
                 )
                 settings = one.free.settings(len(kept))
                 block = module.get_submodule(unit.name)
@@ -248,9 +249,7 @@ class _Shared:
             keep = step.staying(model, free.group)
             if _number(keep) == free.group.count or not consumers:
                 continue
-            kept, fits, used = choose(
-                twin.module, free.group, consumers, found, keep, step.criterion
-            )
+            kept, fits, used = choose(twin, free.group, consumers, found, keep, step.criterion)
             settings = free.settings(len(kept))
             error = _whole_proof(model, free.group, kept, settings)
             if error > PROOF:
@@ -268,7 +267,7 @@ class _Shared:
             weight: Tensor = was.weight.detach().float().flatten(1)  # type: ignore[operator]
             now: Tensor = touched[path].weight.detach().flatten(1)
             stays = (now != 0).any(0).nonzero().flatten()
-            fit = refit(was, weight, found[path], stays)
+            fit = refit(was, weight, found[path], stays, mask_of(model, path))
             put(twin.module, touched[path], fit)
             yield from _refitted(model.module, path, fit)
         yield from edits
