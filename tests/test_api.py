@@ -378,5 +378,8 @@ def test_labels_beyond_the_classes_are_refused(place: Path) -> None:
             api.prune(model, 0.5, criterion=criterion, data=place / "beyond.npz")
     with pytest.raises(InputError, match="got label 99"):
         api.prune(model, 0.5, learn="gates", loss="labels", data=place / "beyond.npz", steps=1)
+    for verb in (api.prune, api.shrink):  # the order that gates start from
+        with pytest.raises(InputError, match="got label 99"):
+            verb(model, 0.5, learn="gates", criterion="taylor", data=place / "beyond.npz", steps=1)
     # No criterion of the others looks at them.
     assert api.prune(model, 0.5, criterion="wanda", data=place / "beyond.npz").masks
