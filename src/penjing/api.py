@@ -83,6 +83,12 @@ def _quiet(_: str) -> None:
 
 
 def _model(model: Model | Place) -> Model:
+    if isinstance(model, torch.nn.Module):
+        raise UsageError(
+            "a torch module alone", got=type(model).__name__,
+            allowed="a path that penjing.load takes, or what it gave",
+            next="write a function that returns the module, and give file.py:function",
+        )  # fmt: skip
     return model if isinstance(model, Model) else load(os.fspath(model))
 
 
