@@ -225,13 +225,15 @@ def _vectors(layer: nn.Module, x: Tensor) -> Tensor | None:
     """Input as rows that the weight matrix [out, in] multiplies; None for grouped convolutions."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])  # [tokens, in]
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1:
+        kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+        padding = (0,) * len(kernel) if isinstance(layer.padding, str) else layer.padding
+        if isinstance(layer, nn.Conv1d):  # as an image of one row
+            x = x.unsqueeze(-2)
+            kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
+            padding = (0, *padding)
         patches = torch.nn.functional.unfold(
-            x,
-            layer.kernel_size,
-            layer.dilation,
-            0 if isinstance(layer.padding, str) else layer.padding,
-            layer.stride,
+            x, kernel, dilation, padding, stride
         )  # [batch, in * h * w, places]
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
         return rows[:: max(1, len(rows) // 4096)]

@@ -258,6 +258,42 @@ def test_repair_helps_convolutions() -> None:
     assert errors[True] < 0.7 * errors[False]
 
 
+class Sound(nn.Module):
+    """[batch, channels, length]: a block of 1-D convolutions, one of them strided."""
+
+    def __init__(self, inputs: int = 12) -> None:
+        super().__init__()
+        self.up = nn.Conv1d(inputs, 24, 5, padding=2)
+        self.mid = nn.Conv1d(24, 24, 3, stride=2, dilation=2, padding=2)
+        self.down = nn.Conv1d(24, inputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.mid(torch.relu(self.up(x)))))
+
+
+def test_one_dimensional_convolutions_lose_channels() -> None:
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([nn.Sequential(Sound(), nn.Tanh()) for _ in range(2)])
+    model = net.wrap(nn.Sequential(*blocks), "tensor", {"x": torch.randn(2, 12, 40)})
+    model.blocks = ("0", "1")
+    batches = [{"x": torch.randn(32, 12, 40)} for _ in range(2)]
+    made = {}
+    for repair in (True, False):
+        step = Shrink(0.5, repair=repair, multiple=1)
+        made[repair] = apply(model, Recipe((step,)), batches).model
+    # Those between the blocks too; what comes in and what goes out stays.
+    shapes = [[tuple(p.shape) for p in block.parameters() if p.ndim > 1]
+              for block in made[True].module]  # fmt: skip
+    assert shapes[0] == [(12, 12, 5), (12, 12, 3), (6, 12, 1)]
+    assert shapes[1] == [(12, 6, 5), (12, 12, 3), (12, 12, 1)]
+    masked = net.masked_columns(model, made[False])
+    with torch.no_grad():
+        wanted, was = masked.run(batches[0]), model.run(batches[0])
+        torch.testing.assert_close(made[False].run(batches[0]), wanted, rtol=1e-4, atol=1e-5)
+        off = {r: float((m.run(batches[0]) - was).norm()) for r, m in made.items()}
+    assert off[True] < 0.9 * off[False]
+
+
 def test_after_pruning_the_removed_connections_stay_removed() -> None:
     model = apply(net.stack(), Recipe((Prune(0.5, "magnitude"), Shrink(0.5))), net.arrays(4)).model
     assert model.masks

@@ -1,7 +1,7 @@
 """Choosing units of a group by what reads them, and refitting that: for `shrink`.
 
-The matrix of a convolution is its kernel as [out, in * h * w]; a channel is as many columns of it
-as the kernel has places.
+The matrix of a convolution, of pictures or of sound, is its kernel as [out, in * places]; a channel
+is as many columns of it as the kernel has places.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
     for member in group.members:
         path, _, name = member.name.rpartition(".")
         layer = module.get_submodule(path)
-        plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        plain = isinstance(layer, nn.Linear) or (
+            isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
+        )
         if member.summed and plain and name == "weight" and member.dim == 1:
             each = layer.weight[0, 0].numel()  # type: ignore[index]
             columns = member.places.unsqueeze(-1) * each + torch.arange(each)

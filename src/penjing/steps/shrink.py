@@ -9,6 +9,7 @@ same output as the small one. Units of a block go with its turn; those that seve
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Stream, Unit
+from penjing.calls import Call
 from penjing.channelmap import ChannelMap, Free, channel_map, map_of
 from penjing.coupling import Member, Units, silence
 from penjing.errors import InputError, UsageError
@@ -293,14 +295,21 @@ def groups_of(unit: Unit) -> ChannelMap:
     known: dict[Any, ChannelMap] = vars(unit.model).setdefault("_groups", {})
     if signature not in known:
         call = unit.stream.sample()
-        short = call.first(batch=1, length=4) if call.hidden.ndim == 3 else call.samples(slice(1))
-
-        def run(one: nn.Module, dtype: torch.dtype) -> Tensor:
-            given = short.double() if dtype == torch.float64 else short
-            return given.run(one, given.hidden)
-
-        known[signature] = map_of(block, run)
+        if call.hidden.ndim == 3:
+            # [batch, length, width] in most networks; [batch, channels, length] cannot be cut so.
+            with contextlib.suppress(RuntimeError):
+                known[signature] = _followed(block, call.first(batch=1, length=4))
+        if signature not in known:
+            known[signature] = _followed(block, call.samples(slice(1)))
     return known[signature]
+
+
+def _followed(block: nn.Module, call: Call) -> ChannelMap:
+    def run(one: nn.Module, dtype: torch.dtype) -> Tensor:
+        given = call.double() if dtype == torch.float64 else call
+        return given.run(one, given.hidden)
+
+    return map_of(block, run)
 
 
 def _placed(group: Units, path: str) -> Units:
