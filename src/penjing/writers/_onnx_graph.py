@@ -27,9 +27,20 @@ from torch import Tensor, nn
 from penjing.errors import ExportError, UsageError
 from penjing.model import Model, Source
 
-__all__ = ["OPSET", "float_graph"]
+__all__ = ["OPSET", "float_graph", "projected"]
 
 OPSET = 23
+
+
+def projected(model: Model) -> list[str]:
+    """LSTMs with a projection, a line each: the operator has none.
+
+    torch's exporter writes a graph all the same, which does not run.
+    """
+    return [
+        f"{path}: an LSTM with proj_size" for path, layer in model.module.named_modules()
+        if isinstance(layer, nn.LSTM) and layer.proj_size
+    ]  # fmt: skip
 
 
 class _Flat(nn.Module):
