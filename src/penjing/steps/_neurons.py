@@ -99,7 +99,7 @@ def choose(
     """
     problems = problems_of(module, consumers, stats)
     if criterion == "gram" and isinstance(keep, int):
-        kept, weights = greedy_obs(readers_of(consumers, problems), keep)
+        kept, weights = greedy_obs(readers_of(consumers, problems, stats), keep)
         fits = {p: x.fit(w) for (p, x), w in zip(problems.items(), weights, strict=True)}
         return kept, fits, criterion
     used = criterion
@@ -124,9 +124,12 @@ def problems_of(
     }
 
 
-def readers_of(consumers: list[Consumer], problems: Mapping[str, Problem]) -> list[Reader]:
+def readers_of(
+    consumers: list[Consumer], problems: Mapping[str, Problem], stats: Mapping[str, LayerStats]
+) -> list[Reader]:
     """What greedy optimal brain surgeon takes."""
-    return [Reader(problems[c.path].weight, problems[c.path].gram, c.columns) for c in consumers]
+    made = [(c, problems[c.path], stats[c.path].fisher) for c in consumers]
+    return [Reader(own.weight, own.gram, c.columns, fisher) for c, own, fisher in made]
 
 
 def refit(layer: nn.Module, weight: Tensor, stats: LayerStats, kept: Tensor) -> Fit:
