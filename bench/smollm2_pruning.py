@@ -65,6 +65,8 @@ def rows(tp: Any) -> dict[str, Callable[[Model, list[Batch]], nn.Module]]:
     made["neurons, taylor"] = shrunk(Shrink(criterion="taylor", repair=False, targets=MIDDLE))
     made["neurons, gram, no repair"] = shrunk(Shrink(repair=False))
     made["neurons, gram"] = shrunk(Shrink())
+    made["neurons, gram, global"] = shrunk(Shrink(ranking="global"))
+    made["neurons, gram, measured"] = shrunk(Shrink(ranking="measured"))
     if tp is not None:
         made["neurons, torch-pruning"] = lambda model, _: theirs(model, tp)
     return made
@@ -86,6 +88,7 @@ def theirs(model: Model, tp: Any) -> nn.Module:
         middle = (low + high) / 2
         module = copy.deepcopy(model.module).requires_grad_(True)
         module.config.use_cache = False
+        module.set_attn_implementation("eager")  # else it does not see that heads share keys
         heads: dict[nn.Module, int] = {}
         for layer in module.model.layers:
             own = layer.self_attn

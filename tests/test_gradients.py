@@ -12,7 +12,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
 from penjing.errors import InputError
-from penjing.gradients import LABELS, gradients
+from penjing.gradients import LABELS, fisher, gradients, loss_of
 from penjing.model import Batch, Model
 
 
@@ -154,3 +154,60 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
     batch["x"][4] = float("inf")
     with pytest.raises(InputError, match="loss on the calibration data is not finite"):
         gradients(model, [batch])
+
+
+@pytest.mark.parametrize("path", ["conv", "up", "out"])
+def test_information_of_outputs_is_the_sum_over_places_of_their_slopes(path: str) -> None:
+    """Slopes by differences: the output of one layer is moved, one number at a time."""
+    model, batch = classifier()
+    found = fisher(model, [batch])[path]
+    twin = model.copy().module.double()
+    layer, moved = twin.get_submodule(path), [torch.zeros(())]
+    layer.register_forward_hook(lambda m, a, y: y + moved[0])
+    with torch.no_grad():
+        shape = twin.get_submodule("conv")(batch["x"].double()).shape[1:] if path == "conv" else (
+            len(layer.weight),
+        )  # fmt: skip
+        slopes = torch.zeros(6, *shape, dtype=torch.float64)
+        for place in torch.ones(shape).nonzero():
+            sides = []
+            for step in (1e-5, -1e-5):
+                moved[0] = torch.zeros(shape, dtype=torch.float64)
+                moved[0][tuple(place)] = step
+                logits = twin(batch["x"].double())
+                sides.append(nn.functional.cross_entropy(logits, batch[LABELS], reduction="none"))
+            slopes[(slice(None), *place)] = (sides[0] - sides[1]) / 2e-5
+    rows = slopes.flatten(2).transpose(1, 2).flatten(0, 1) if path == "conv" else slopes
+    torch.testing.assert_close(found, rows.T @ rows / 6, rtol=1e-4, atol=1e-6)
+
+
+def test_information_needs_no_parameter_that_learns() -> None:
+    model, batch = classifier()
+    wanted = [p.requires_grad for p in model.module.parameters()]
+    found = fisher(
+        model, [{n: x[:4] for n, x in batch.items()}, {n: x[4:] for n, x in batch.items()}]
+    )
+    assert set(found) == {"conv", "up", "out"}
+    assert [p.requires_grad for p in model.module.parameters()] == wanted
+    assert all(not m._forward_hooks for m in model.module.modules())
+
+
+@pytest.mark.parametrize("kind", ["llama", "labels"])
+def test_a_batch_loses_what_its_samples_do(kind: str) -> None:
+    if kind == "llama":
+        model, batch = net.llama(1), net.text_batch(samples=3)
+    else:
+        model, batch = classifier()
+    generator = torch.Generator().manual_seed(0)
+    rows = range(len(next(iter(batch.values()))))
+    singles = [{n: x[row : row + 1] for n, x in batch.items()} for row in rows]
+    if "attention_mask" in batch:
+        cut = [int(one["attention_mask"].sum()) for one in singles]
+        singles = [
+            {n: x[:, :k] for n, x in one.items()} for one, k in zip(singles, cut, strict=True)
+        ]
+    with torch.no_grad():
+        each = [float(loss_of(model, one, generator) or 0) for one in singles]
+        whole = loss_of(model, batch, generator)
+    assert whole is not None
+    assert float(whole) == pytest.approx(sum(each), rel=1e-4)

@@ -152,3 +152,34 @@ def test_two_readers_lose_the_unit_of_least_shares(seed: int) -> None:
     np.testing.assert_allclose(
         fitted[1][:, inputs].numpy(), _refit(*problems[1], inputs)[0], rtol=2e-5, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_information_the_unit_of_least_loss_goes(seed: int) -> None:
+    """tr(F D H D^T) / 2 of the best refit, F and H damped; among two readers the sum counts."""
+    problems = [_problem(8, seed=seed), _problem(8, out=3, seed=seed + 100)]
+    columns = torch.arange(8).unsqueeze(1)
+    slopes = [torch.randn(50, 5).double(), torch.randn(50, 3).double() * 4]
+    shapes = [s.T @ s / 50 for s in slopes]
+    readers = [
+        Reader(w, g, columns, f) for (w, g), f in zip(problems, shapes, strict=True)
+    ]  # fmt: skip
+    costs: list[Tensor] = []
+    kept, fitted = greedy_obs(readers, 7, DAMPING, costs)
+
+    def cost(gone: int) -> float:
+        total = 0.0
+        for (w, g), f in zip(problems, shapes, strict=True):
+            left = [i for i in range(8) if i != gone]
+            off = -w.double().clone()
+            off[:, left] += torch.from_numpy(_refit(w, g, left)[0])
+            h = g + DAMPING * g.diagonal().mean() * torch.eye(8)
+            metric = f + 0.1 * f.diagonal().mean() * torch.eye(len(f))
+            total += float(torch.trace(metric @ off @ h @ off.T)) / 2
+        return total
+
+    assert set(range(8)) - set(kept) == {min(range(8), key=cost)}
+    assert float(costs[0]) == pytest.approx(min(map(cost, range(8))), rel=1e-5)
+    np.testing.assert_allclose(
+        fitted[1][:, kept].numpy(), _refit(*problems[1], kept)[0], rtol=2e-5, atol=2e-5
+    )

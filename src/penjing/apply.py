@@ -29,7 +29,7 @@ from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import pack, perform, unpack
 from penjing.errors import InputError
 from penjing.files import sync
-from penjing.gradients import gradients
+from penjing.gradients import slopes
 from penjing.graph import is_weighted
 from penjing.model import Batch, Model
 from penjing.progress import track
@@ -97,8 +97,8 @@ def apply(
                     log.write(number, "whole", edits)
                 _make(result, step.name, edits)
                 continue
-            slopes = gradients(result.model, own) if own and "gradient" in step.needs else {}
-            stream = Stream(result.model, own, slopes) if own and step.needs else None
+            found = slopes(result.model, own, step.needs) if own else None
+            stream = Stream(result.model, own, found) if own and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
                 reference = stream.twin(result.model.copy(shared=True))
@@ -129,7 +129,7 @@ def apply(
                     log.write(number, unit.name, edits)
                 if edits and unit.name == "front" and stream is not None:
                     # What enters the first block has changed.
-                    stream = Stream(result.model, own, slopes)
+                    stream = Stream(result.model, own, found)
                     for later in units:
                         later.stream = stream
     given_numbers = {p.data_ptr() for p in model.module.parameters()}

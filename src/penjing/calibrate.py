@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from penjing.calls import Call, record
 from penjing.errors import InputError
+from penjing.gradients import SLOPES, Slopes
 from penjing.graph import given, is_weighted
-from penjing.layerstats import Collector, Gradient, LayerStats, unpadded
+from penjing.layerstats import Collector, LayerStats, unpadded
 from penjing.linalg import state
 from penjing.model import Batch, Model
 from penjing.pausing import paused
@@ -78,7 +79,7 @@ class Stream:
     Args:
         model: the network; edits made to it are seen at once.
         batches: calibration batches.
-        gradients: of layers, by path; they become part of the statistics of those.
+        slopes: of layers, by path; they become part of the statistics of those.
 
     Attributes:
         outputs: what the entered block gives, one a batch, where it is known; who changes the
@@ -87,11 +88,11 @@ class Stream:
 
     def __init__(
         self, model: Model, batches: Sequence[Batch],
-        gradients: Mapping[str, Gradient] | None = None,
+        slopes: Slopes | None = None,
     ) -> None:  # fmt: skip
         if not batches:
             raise InputError("no calibration data", next="give --data with at least one sample")
-        self.model, self.batches, self.gradients = model, list(batches), gradients or {}
+        self.model, self.batches, self.slopes = model, list(batches), slopes or Slopes()
         self.front: list[str] = []
         self.chained = False
         self._calls: list[list[Call]] = []  # [batch][block]; hidden only of the entered block
@@ -352,14 +353,14 @@ class Stream:
 
         Args:
             unit: the entered block, or what stands outside the blocks.
-            needs: any of `gram`, `range`, `cross`, `size`; `gradient` is there already.
+            needs: any of `gram`, `range`, `cross`, `size`; slopes are there already.
             reference: the same batches on their way through the network before the edits; a
                 layer whose input has another width there has no `cross`.
 
         Raises:
             InputError: an activation is NaN or infinite.
         """
-        if not needs - {"gradient"}:
+        if not needs - SLOPES:
             return self._finished(Collector(unit.layers, needs, {}))
         other = reference if "cross" in needs else None
         found = Collector(unit.layers, needs, _modules(other))
@@ -396,7 +397,8 @@ class Stream:
     def _finished(self, found: Collector) -> dict[str, LayerStats]:
         stats = found.stats()
         for path, own in stats.items():
-            own.gradient = self.gradients.get(path)
+            own.gradient = self.slopes.weights.get(path)
+            own.fisher = self.slopes.outputs.get(path)
         return stats
 
     def staged(

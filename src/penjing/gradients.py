@@ -1,4 +1,4 @@
-"""Slopes of the loss of the whole network by the weights of its layers, sample by sample.
+"""Slopes of the loss of the whole network by its layers' weights and outputs, sample by sample.
 
     next token     mean over a sample's tokens of -log p(token | those before)
     logits         -log p(label); without labels one is drawn from the network's own p
@@ -9,11 +9,18 @@ With drawn labels the mean of g g^T is the Fisher information, and w^2 E[g^2] / 
 order the Kullback-Leibler divergence, in nats, of the network without w; with the data's own
 labels it is the empirical one (Kunstner et al., arXiv 1905.12558). A trained network's own loss is
 flat on its training data; the drawn labels ask instead how far its outputs move, and need none.
+
+Of a layer's outputs the information is F = E[sum over places of s s^T], s the slope by the outputs
+at a place: with H the mean outer product of its inputs, tr(F D H D^T) / 2 is what a change D of its
+weight costs, in nats a sample, where places are independent and inputs are of slopes (K-FAC,
+Martens and Grosse, arXiv 1503.05671, section 3; of convolutions arXiv 1602.01407).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +32,37 @@ from penjing.layerstats import Gradient
 from penjing.model import Batch, Model
 from penjing.progress import track
 
-__all__ = ["LABELS", "gradients", "loss_of"]
+__all__ = ["LABELS", "SLOPES", "Slopes", "fisher", "gradients", "loss_of", "slopes"]
+
+SLOPES = frozenset({"gradient", "fisher"})
+"""Statistics that need the loss of the whole network."""
+
+# Samples that F is the mean over. MiniLM's neurons chosen with 128 lose 1 % more than with 512.
+_SAMPLES = 512
 
 LABELS = "labels"
 """Name of a batch's class numbers, int64 [batch], beside the network's inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """What the loss says of layers, by path.
+
+    Attributes:
+        weights: by `gradients`.
+        outputs: by `fisher`.
+    """
+
+    weights: Mapping[str, Gradient] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def slopes(model: Model, batches: Sequence[Batch], needs: frozenset[str]) -> Slopes:
+    """Those that are needed: `gradient`, `fisher`; arguments and errors as of `gradients`."""
+    return Slopes(
+        gradients(model, batches) if "gradient" in needs else {},
+        fisher(model, batches) if "fisher" in needs else {},
+    )
 
 
 def gradients(model: Model, batches: Sequence[Batch]) -> dict[str, Gradient]:
@@ -52,19 +86,9 @@ def gradients(model: Model, batches: Sequence[Batch]) -> dict[str, Gradient]:
     weights: list[Tensor] = [m.weight.requires_grad_() for m in layers.values()]
     sums = [torch.zeros(2, len(w), w[0].numel()) for w in weights]  # [2, out, in]
     effects: list[list[Tensor]] = [[] for _ in weights]
-    generator = torch.Generator().manual_seed(0)
     count = 0
     samples = [sample for batch in batches for sample in _singles(batch)]
-    for sample in track(samples, "gradients"):
-        with torch.enable_grad():
-            loss = loss_of(twin, sample, generator)
-        if loss is None or not loss.requires_grad:
-            continue
-        if not bool(torch.isfinite(loss)):
-            raise InputError(
-                "the loss on the calibration data is not finite", got=float(loss.detach()),
-                next="check the data and the model's weights",
-            )  # fmt: skip
+    for _, loss in _losses(twin, samples):
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         for slope, weight, total, own in zip(found, weights, sums, effects, strict=True):
             g = (torch.zeros_like(weight) if slope is None else slope).float().flatten(1).cpu()
@@ -80,6 +104,72 @@ def gradients(model: Model, batches: Sequence[Batch]) -> dict[str, Gradient]:
     }
 
 
+def fisher(model: Model, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """F of every layer, tables aside, that the loss depends on, by path: [out, out] float64.
+
+    Args:
+        model: stays as it is.
+        batches: calibration batches; of more than 512 samples about as many, evenly spread.
+
+    Raises:
+        InputError: a loss that is NaN or infinite.
+    """
+    twin = model.copy(shared=True)
+    twin.module.requires_grad_(False)
+    layers = {
+        n: m for n, m in twin.module.named_modules()
+        if is_weighted(m) and not isinstance(m, nn.Embedding)
+    }  # fmt: skip
+    sums: dict[str, Tensor] = {}
+    anchor = torch.ones((), requires_grad=True, device=twin.device)  # no parameter asks for slopes
+
+    def add(slope: Tensor, path: str, axis: int) -> None:
+        rows = slope.movedim(axis, -1).flatten(0, -2).float()  # [places, out]
+        sums[path] = sums.get(path, 0) + (rows.T @ rows).double().cpu()
+
+    def watch(layer: nn.Module, _: object, output: Tensor, path: str) -> Tensor:
+        output = output if output.requires_grad else output * anchor
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        output.register_hook(functools.partial(add, path=path, axis=axis))  # type: ignore[no-untyped-call]
+        return output
+
+    handles = [m.register_forward_hook(functools.partial(watch, path=n)) for n, m in layers.items()]
+    # Logits of a vocabulary are large; other samples are quicker together.
+    parts = [one for batch in batches for one in _singles(batch)] if twin.interface == "causal" \
+        else list(batches)  # fmt: skip
+    every = sum(_size(part) for part in parts)
+    parts = parts[:: max(1, -(-every // _SAMPLES))]
+    count = 0
+    try:
+        for part, loss in _losses(twin, parts):
+            loss.backward()  # type: ignore[no-untyped-call]
+            count += _size(part)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: total / count for path, total in sums.items()}
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _losses(twin: Model, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Of every batch that has one."""
+    generator = torch.Generator().manual_seed(0)
+    for batch in track(batches, "gradients"):
+        with torch.enable_grad():
+            loss = loss_of(twin, batch, generator)
+        if loss is None or not loss.requires_grad:
+            continue
+        if not bool(torch.isfinite(loss)):
+            raise InputError(
+                "the loss on the calibration data is not finite", got=float(loss.detach()),
+                next="check the data and the model's weights",
+            )  # fmt: skip
+        yield batch, loss
+
+
 def _singles(batch: Batch) -> Iterator[Batch]:
     """Samples as batches of one, without padding."""
     mask = "attention_mask" if "input_ids" in batch and "attention_mask" in batch else None
@@ -87,24 +177,26 @@ def _singles(batch: Batch) -> Iterator[Batch]:
         yield {name: x.unsqueeze(0) for name, x in sample.items()}
 
 
-def loss_of(model: Model, sample: Batch, generator: torch.Generator) -> Tensor | None:
-    """Scalar, as above, of a batch of one; None where a text has no next token.
+def loss_of(model: Model, batch: Batch, generator: torch.Generator) -> Tensor | None:
+    """Scalar, as above, summed over the samples of a batch; None where no text has a next token.
 
     Args:
         generator: draws labels.
     """
-    output = model.run(sample)
+    output = model.run(batch)
     if model.interface == "causal":
-        scores = output[:, :-1].log_softmax(-1)  # [1, length - 1, vocabulary]
-        token = sample["input_ids"][:, 1:].unsqueeze(-1)
-        return -scores.gather(-1, token).mean() if token.numel() else None
-    if LABELS in sample or model.interface in ("classifier", "image"):
-        scores = output.log_softmax(-1)  # [1, classes]
-        label = sample.get(LABELS)
+        scores = output[:, :-1].log_softmax(-1)  # [batch, length - 1, vocabulary]
+        token = batch["input_ids"][:, 1:]  # [batch, length - 1]
+        shown = batch["attention_mask"][:, 1:].bool() if "attention_mask" in batch else token >= 0
+        each = -scores.gather(-1, token.unsqueeze(-1))[..., 0] * shown
+        return (each.sum(1) / shown.sum(1).clamp_min(1)).sum() if bool(shown.any()) else None
+    if LABELS in batch or model.interface in ("classifier", "image"):
+        scores = output.log_softmax(-1)  # [batch, classes]
+        label = batch.get(LABELS)
         if label is None:
             chances = scores.detach().exp().cpu()
             label = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        return -scores[:, label.long()].mean()
+        return -scores.gather(1, label.long().to(scores.device).unsqueeze(1)).sum()
     if model.interface == "embedding":
         output = nn.functional.normalize(output, dim=-1)
     drawn = torch.randn(output.shape, generator=generator)

@@ -45,6 +45,8 @@ class LayerStats:
         norm: [in] root mean square of each input.
         size: [in] mean absolute value of each input, with `size`.
         gradient: of the layer's weight in the network before the step, with `gradient`.
+        fisher: [out, out] Fisher information of the layer's outputs there, with `fisher`
+            (`penjing.gradients`).
         grams: of a grouped convolution in place of `gram`: [groups, row, row], row = in / groups
             * h * w, mean outer product of the patches of each group.
         mean: [in] mean of each input, float64, with `gram`; with `grams` [groups, row].
@@ -61,6 +63,7 @@ class LayerStats:
     norm: Tensor | None = None
     size: Tensor | None = None
     gradient: Gradient | None = None
+    fisher: Tensor | None = None
     cross: Tensor | None = None
     mean: Tensor | None = None
     was: Tensor | None = None

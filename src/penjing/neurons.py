@@ -4,8 +4,10 @@ Removing inputs g of a consumer W with Gram matrix H, and refitting the rest, co
     trace(W_g ([H^-1]_gg)^-1 W_g^T)
 (Hassibi and Stork 1993, for groups: ZipLM, Kurtic et al., NeurIPS 2023, section 3). The
 cheapest group goes, W and H^-1 are updated, and so on; the updated W is the least-squares
-refit. Of many units a thirtieth go at a time. Where several layers read them, each counts by the
-share of its output that is lost.
+refit. Of many units a thirtieth go at a time. With the Fisher information F of a consumer's
+outputs (`penjing.gradients`) W counts as F^(1/2) W, and half of the cost is what the loss of the
+whole network rises by, in nats. Without it, where several layers read the units, each counts by
+the share of its output that is lost.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from torch import Tensor
 
 from penjing.linalg import damped_cholesky
 
+# Added to F, of its mean diagonal: it is the mean over a sample.
+_NOISE = 0.1
+
 __all__ = ["Reader", "by_scores", "greedy_obs", "largest", "removal_order", "unit_scores"]
 
 
@@ -29,23 +34,45 @@ class Reader:
         weight: [out, in].
         gram: [in, in] of its inputs.
         columns: int64 [units, size], inputs of each unit.
+        fisher: [out, out] of its outputs.
     """
 
     weight: Tensor
     gram: Tensor
     columns: Tensor
+    fisher: Tensor | None = None
 
 
 class _State:
-    """A reader while units go."""
+    """A reader while units go.
 
-    def __init__(self, reader: Reader, damping: float) -> None:
+    Args:
+        reader: the layer.
+        damping: of its Gram matrix.
+        nats: costs are of the loss; else shares of its output.
+    """
+
+    def __init__(self, reader: Reader, damping: float, *, nats: bool) -> None:
         gram = reader.gram.double()
         self.inverse = torch.cholesky_inverse(damped_cholesky(gram, damping))  # [in, in]
         self.weight = reader.weight.double().clone()
         self.columns = reader.columns
-        whole = float(((self.weight @ gram) * self.weight).sum())
-        self.unit = whole if whole > 0 else 1.0
+        self.root: Tensor | None = None
+        if nats:
+            assert reader.fisher is not None
+            self.root = damped_cholesky(reader.fisher.double(), _NOISE).T
+            self.weight, self.unit = self.root @ self.weight, 2.0
+        else:
+            whole = float(((self.weight @ gram) * self.weight).sum())
+            self.unit = whole if whole > 0 else 1.0
+
+    @property
+    def fitted(self) -> Tensor:
+        """Its weight, float32 [out, in]."""
+        made = self.weight
+        if self.root is not None:
+            made = torch.linalg.solve_triangular(self.root, made, upper=True)
+        return made.float()
 
     def cost(self, left: Tensor) -> Tensor:
         """Of each unit that is left, [left]."""
@@ -78,24 +105,30 @@ def greedy_obs(
     Args:
         readers: at least one; all of the same number of units.
         keep: units that stay, at least 1.
-        costs: gets that of each unit that goes, in their order, when it goes.
+        costs: gets that of each unit that goes, in their order, when it goes; in nats where all
+            readers have their Fisher information, else in shares.
 
     Returns:
         Kept unit numbers, ascending, and each reader's refitted weight [out, in], zero where it
         read what is gone.
     """
-    states = [_State(reader, damping) for reader in readers]
+    states = _states(readers, damping)
     _, alive, found = _remove(states, len(readers[0].columns), keep)
     if costs is not None:
         costs.append(found)
-    return alive.tolist(), [state.weight.float() for state in states]
+    return alive.tolist(), [state.fitted for state in states]
 
 
 def removal_order(readers: Sequence[Reader], damping: float = 0.01) -> list[int]:
     """All units in the order in which `greedy_obs` removes them; the dearest are last."""
-    states = [_State(reader, damping) for reader in readers]
+    states = _states(readers, damping)
     gone, alive, _ = _remove(states, len(readers[0].columns), 1)
     return [*gone.tolist(), *alive.tolist()]
+
+
+def _states(readers: Sequence[Reader], damping: float) -> list[_State]:
+    nats = all(reader.fisher is not None for reader in readers)
+    return [_State(reader, damping, nats=nats) for reader in readers]
 
 
 def _remove(states: Sequence[_State], count: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,13 +100,17 @@ def test_a_block_that_does_nothing_goes_first() -> None:
         model.module.blocks[1].down.weight *= 1e-3
     one, gone = 8 + 1 + 8, 0.2 * model.parameter_count
     kept = {}
-    for ranking in ("global", "measured"):
-        step = Shrink(0.2, of="parameters", ranking=ranking, multiple=1, targets=("blocks.*.down",))
+    for ranking, criterion in (("global", "gram"), ("measured", "gram"), ("global", "wanda")):
+        step = Shrink(
+            0.2, of="parameters", ranking=ranking, criterion=criterion, multiple=1,
+            targets=("blocks.*.down",),
+        )  # fmt: skip
         settled = step.settled(model, batches)
-        kept[ranking] = [settled.kept[f"blocks.{i}.up.weight"] for i in range(3)]
-    assert kept["measured"] == [24, 24 - int(np.ceil(gone / one)), 24]
+        kept[ranking, criterion] = [settled.kept[f"blocks.{i}.up.weight"] for i in range(3)]
+    wanted = [24, 24 - int(np.ceil(gone / one)), 24]
+    assert kept["global", "gram"] == kept["measured", "gram"] == wanted
     # What its own reader gives is as large a share of itself as in any other block.
-    assert kept["global"][1] > kept["measured"][1]
+    assert kept["global", "wanda"][1] > wanted[1]
 
 
 def test_measured_harm_is_what_half_of_a_group_alone_does() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from penjing.calibrate import LayerStats, Stream, Unit, units_of
 from penjing.errors import InputError
 from penjing.gating import Extent
-from penjing.gradients import gradients
+from penjing.gradients import slopes
 from penjing.graph import is_weighted
 from penjing.model import Batch, Model
 from penjing.recipe import Edit
@@ -96,8 +96,7 @@ def statistics(
     needs: frozenset[str] = frozenset({"gram"}),
 ) -> Iterator[dict[str, LayerStats]]:  # fmt: skip
     """Of what layers read, by path, a block at a time."""
-    slopes = gradients(model, batches) if "gradient" in needs else {}
-    stream = Stream(model, batches, slopes)
+    stream = Stream(model, batches, slopes(model, batches, needs))
     for unit in list(units_of(model, stream)):
         if own := {n: m for n, m in unit.layers.items() if n in layers}:
             if unit.index is not None:

@@ -54,7 +54,9 @@ def check(criterion: str, module: nn.Module | None = None) -> None:
 def needs_of(criterion: str) -> frozenset[str]:
     """Statistics that it wants (`penjing.layerstats`); `gain` is a batch norm on the units."""
     plain = frozenset({"gram"})
-    if criterion in ("gram", LEARNED):
+    if criterion == "gram":
+        return plain | {"fisher"}
+    if criterion == LEARNED:
         return plain
     found: frozenset[str] = constant(_family(criterion), criterion, "needs", plain)
     return found

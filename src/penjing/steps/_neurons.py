@@ -108,7 +108,7 @@ def choose(
     fits: dict[str, Fit] = {}
     used = criterion
     if criterion == "gram" and isinstance(keep, int):
-        keep, weights = greedy_obs(readers_of(consumers, problems), keep)
+        keep, weights = greedy_obs(readers_of(consumers, problems, stats), keep)
         fits = {p: x.fit(w) for (p, x), w in zip(problems.items(), weights, strict=True)
                 if masks[p] is None}  # fmt: skip
     elif isinstance(keep, int):
@@ -138,9 +138,12 @@ def problems_of(
     }
 
 
-def readers_of(consumers: list[Consumer], problems: Mapping[str, Problem]) -> list[Reader]:
+def readers_of(
+    consumers: list[Consumer], problems: Mapping[str, Problem], stats: Mapping[str, LayerStats]
+) -> list[Reader]:
     """What greedy optimal brain surgeon takes."""
-    return [Reader(problems[c.path].weight, problems[c.path].gram, c.columns) for c in consumers]
+    made = [(c, problems[c.path], stats[c.path].fisher) for c in consumers]
+    return [Reader(own.weight, own.gram, c.columns, fisher) for c, own, fisher in made]
 
 
 def refit(

@@ -4,10 +4,11 @@
     global     units with the least harm for what they cost, wherever they are
     measured   likewise, the harm of a group scaled to a measured one
 
-Harm of a unit that goes: with the criterion `gram` the share of its readers' outputs that is lost
-when it does, the others refitted; else its score, over the mean of its group's scores unless the
-criterion's are in units of the loss. Cost: the part of the target (parameters or MACs) that a unit
-of its group takes, by halving the group. So many go at a time as kernels want.
+Harm of a unit that goes: with the criterion `gram` what the loss of the whole network rises by when
+it does and what reads it is refitted, in nats (`penjing.neurons`); else its score, over the mean of
+its group's scores unless the criterion's are in units of the loss. Cost: the part of the target
+(parameters or MACs) that a unit of its group takes, by halving the group. So many go at a time as
+kernels want.
 
 For `measured` each group alone loses half of its units, is repaired, and the network is run on
 samples that the repair has not seen: the divergence of its outputs (`penjing.divergence`) over the
@@ -31,7 +32,7 @@ from penjing.channelmap import Free, channel_map
 from penjing.coupling import Units, silence
 from penjing.divergence import divergence
 from penjing.errors import UsageError
-from penjing.gradients import gradients
+from penjing.gradients import slopes
 from penjing.model import Batch, Model
 from penjing.neurons import greedy_obs
 from penjing.progress import track
@@ -159,8 +160,7 @@ def harms(
         if len(batches) > 1:
             number = max(1, round(_HELD * len(batches)))
             batches, held = batches[:-number], batches[-number:]
-    slopes = gradients(model, batches) if "gradient" in needs else {}
-    stream = Stream(model, batches, slopes)
+    stream = Stream(model, batches, slopes(model, batches, needs))
     probe = _Probe(model, step, held or batches) if step.ranking == "measured" else None
     for some in _bundles(model, groups):
         paths = {one.path: model.module.get_submodule(one.path) for g in some for one in g.readers}
@@ -180,7 +180,7 @@ def _harm(model: Model, criterion: str, group: Group, stats: dict[str, LayerStat
     if criterion == "gram":
         costs: list[Tensor] = []
         problems = problems_of(model.module, group.readers, stats)
-        greedy_obs(readers_of(group.readers, problems), 1, costs=costs)
+        greedy_obs(readers_of(group.readers, problems, stats), 1, costs=costs)
         return torch.cat(costs)
     scores, used = importance(criterion, model.module, group.units, group.readers, stats)
     scores = scores.double().sort().values

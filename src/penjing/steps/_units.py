@@ -131,7 +131,7 @@ class Neurons:
         module = self._model.module
         if self._criterion != "gram":
             return importance(self._criterion, module, group, seen, known)[0]
-        order = removal_order(readers_of(seen, problems_of(module, seen, known)))
+        order = removal_order(readers_of(seen, problems_of(module, seen, known), known))
         made = torch.empty(len(order))
         made[order] = torch.arange(len(order), dtype=made.dtype)
         return made

@@ -23,7 +23,7 @@ from penjing.calls import Call
 from penjing.channelmap import ChannelMap, Free, channel_map, map_of
 from penjing.coupling import Member, Units, silence
 from penjing.errors import InputError, UsageError
-from penjing.gradients import gradients
+from penjing.gradients import slopes
 from penjing.model import Batch, Model
 from penjing.proof import PROOF, prove
 from penjing.recipe import Edit, Setting, Slice
@@ -240,8 +240,7 @@ class _Shared:
         twin = model.copy(shared=True)
         layers = {n: m for n, m in twin.module.named_modules() if hasattr(m, "weight")}
         needs = needs_of(step.criterion) | {"gram"}
-        slopes = gradients(model, unit.batches) if "gradient" in needs else {}
-        stream = Stream(twin, unit.batches, slopes)
+        stream = Stream(twin, unit.batches, slopes(model, unit.batches, needs))
         left = Remaining(model.module)
         edits, touched = [], {}
         for free in groups:
