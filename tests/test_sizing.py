@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
-from penjing import api, sizing
+from penjing import api, given, sizing
 from penjing.apply import apply
 from penjing.errors import InputError
 from penjing.export import export
@@ -123,8 +123,8 @@ def test_data_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return Shrink(kept=kept), Sized(kept, 1 - share, 0.5, 1, 1)
 
     monkeypatch.setattr(api, "for_latency", fixed)
-    encode = api.encode
-    monkeypatch.setattr(api, "encode", lambda *a, **o: encoded.append(1) or encode(*a, **o))
+    encode = given.encode
+    monkeypatch.setattr(given, "encode", lambda *a, **o: encoded.append(1) or encode(*a, **o))
     done = api.shrink(
         model, 0.5, data=tmp_path / "data.npz", of="latency", ranking="global", criterion="l2"
     )
