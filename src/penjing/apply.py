@@ -105,7 +105,8 @@ def apply(
                 continue
             _check_targets(step.name, getattr(step, "targets", ()), result.model)
             seen = own[:: _stride(own, getattr(step, "portion", 1.0))]
-            found = slopes(result.model, seen, step.needs) if own else None
+            about = step.informed(result.model) if hasattr(step, "informed") else None
+            found = slopes(result.model, seen, step.needs, about) if own else None
             stream = Stream(result.model, seen, found) if own and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
