@@ -26,7 +26,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,11 +61,11 @@ def rows(tp: Any) -> dict[str, Callable[[Model, list[Batch]], nn.Module]]:
         )
         for name in ("fast", "admm"):
             made[f"{about}, {name}"] = applied(Prune(criterion=name, **given))
-    made["neurons, taylor"] = shrunk(Shrink(criterion="taylor", repair=False, targets=MIDDLE))
-    made["neurons, gram, no repair"] = shrunk(Shrink(repair=False))
-    made["neurons, gram"] = shrunk(Shrink())
-    made["neurons, gram, global"] = shrunk(Shrink(ranking="global"))
-    made["neurons, gram, measured"] = shrunk(Shrink(ranking="measured"))
+    made["neurons, taylor"] = shrunk(criterion="taylor", repair=False, targets=MIDDLE)
+    made["neurons, gram, no repair"] = shrunk(repair=False)
+    made["neurons, gram"] = shrunk()
+    made["neurons, gram, global"] = shrunk(ranking="global")
+    made["neurons, gram, measured"] = shrunk(ranking="measured")
     if tp is not None:
         made["neurons, torch-pruning"] = lambda model, _: theirs(model, tp)
     return made
@@ -76,9 +75,8 @@ def applied(*steps: Step) -> Callable[[Model, list[Batch]], nn.Module]:
     return lambda model, batches: apply(model, Recipe(steps), batches).model.module
 
 
-def shrunk(step: Shrink) -> Callable[[Model, list[Batch]], nn.Module]:
-    whole = replace(step, ratio=SHARE, of="parameters")
-    return applied(whole)
+def shrunk(**options: Any) -> Callable[[Model, list[Batch]], nn.Module]:
+    return applied(Shrink(ratio=SHARE, of="parameters", **options))
 
 
 def theirs(model: Model, tp: Any) -> nn.Module:

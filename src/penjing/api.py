@@ -118,6 +118,7 @@ def prune(
     *,
     pattern: str | None = None,
     criterion: str | None = None,
+    ranking: str | None = None,
     learn: str | None = None,
     data: Dataset | Place | None = None,
     targets: Sequence[str] | None = None,
@@ -130,6 +131,8 @@ def prune(
         pattern: `2:4` keeps two of every four inputs, whatever `sparsity` is; with `1x4` blocks of
             one output and four inputs stay or go whole.
         criterion: without one `admm` with data, `magnitude` without.
+        ranking: `layer`, the same fraction of every layer, or `global`, layers against each other;
+            without one `global` for `admm` without a pattern.
         learn: learn what goes in training, by a name of `penjing.constraints` (see
             `penjing.steps.constrain`, whose options `steps`, `lr`, `weights_lr`, `optimizer` and
             `loss` may follow); the criterion is then where it starts.
@@ -137,12 +140,16 @@ def prune(
     if learn is not None:
         if pattern is not None:
             raise UsageError("a pattern that is learned", got=pattern, next="give a sparsity")
+        if ranking is not None:
+            raise UsageError("a ranking of what is learned", got=ranking, next="leave it out")
         need(data, "a constraint that is learned")
         recipe = learning(learn, "weights", sparsity, Prune(sparsity, LEARNED), seed, options,
                           criterion=criterion, targets=tuple(targets or ()))  # fmt: skip
         return apply(model, recipe, data, **options)
     chosen = criterion or ("admm" if data is not None else "magnitude")
-    step = Prune(sparsity, chosen, pattern, targets=tuple(targets or ()))
+    if ranking is None:
+        ranking = "global" if chosen == "admm" and pattern is None else "layer"
+    step = Prune(sparsity, chosen, pattern, targets=tuple(targets or ()), ranking=ranking)
     if step.needs and data is None:
         raise UsageError(f"criterion {chosen} needs data", next="give --data, or use magnitude")
     return apply(model, Recipe((step,), seed), data, **options)

@@ -35,6 +35,9 @@ from penjing.model import Batch, Model
 from penjing.progress import track
 from penjing.recipe import Edit, Recipe
 
+# Batches that no step does without.
+_FEW = 8
+
 __all__ = ["Applied", "Done", "Journal", "apply"]
 
 
@@ -97,8 +100,10 @@ def apply(
                     log.write(number, "whole", edits)
                 _make(result, step.name, edits)
                 continue
-            found = slopes(result.model, own, step.needs) if own else None
-            stream = Stream(result.model, own, found) if own and step.needs else None
+            seen = own[:: _stride(own, getattr(step, "portion", 1.0))]
+            about = step.informed(result.model) if hasattr(step, "informed") else None
+            found = slopes(result.model, seen, step.needs, about) if own else None
+            stream = Stream(result.model, seen, found) if own and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
                 reference = stream.twin(result.model.copy(shared=True))
@@ -129,7 +134,7 @@ def apply(
                     log.write(number, unit.name, edits)
                 if edits and unit.name == "front" and stream is not None:
                     # What enters the first block has changed.
-                    stream = Stream(result.model, own, found)
+                    stream = Stream(result.model, seen, found)
                     for later in units:
                         later.stream = stream
     given_numbers = {p.data_ptr() for p in model.module.parameters()}
@@ -137,6 +142,11 @@ def apply(
         if parameter.data_ptr() in given_numbers:  # no edit replaced them
             parameter.data = parameter.data.clone()
     return result
+
+
+def _stride(batches: Sequence[Batch], portion: float) -> int:
+    """Of many batches a portion; of few not less than there are."""
+    return max(1, min(round(1 / portion), len(batches) // _FEW))
 
 
 def _parts(step: Any) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class LayerStats:
         size: [in] mean absolute value of each input, with `size`.
         gradient: of the layer's weight in the network before the step, with `gradient`.
         fisher: [out, out] Fisher information of the layer's outputs there, with `fisher`
-            (`penjing.gradients`).
+            (`penjing.gradients`); [out] with `fisher-diagonal`.
         grams: of a grouped convolution in place of `gram`: [groups, row, row], row = in / groups
             * h * w, mean outer product of the patches of each group.
         mean: [in] mean of each input, float64, with `gram`; with `grams` [groups, row].

@@ -44,6 +44,11 @@ _NEURONS = ("gram", *sorted({*choices("unitcriteria"), *choices("criteria")}))
     type=Leaf("criteria", *choices("pruners")),
     help="Default: admm with data, magnitude without.",
 )
+@click.option(
+    "--ranking",
+    type=click.Choice(["layer", "global"]),
+    help="The same fraction of each layer, or layers against each other (default with admm).",
+)
 @click.option("--compress", is_flag=True, help="Deflate a bare .npz, which numpy undoes itself.")
 @learn_options
 @targets_option
@@ -56,6 +61,7 @@ def prune(
     sparsity: float | None,
     pattern: str | None,
     criterion: str | None,
+    ranking: str | None,
     compress: bool,
     output: Path,
     overwrite: bool,
@@ -89,8 +95,12 @@ def prune(
     training = learning(options)
     if training and pattern is not None:
         raise UsageError("--pattern with --learn", got=pattern, allowed="--sparsity")
+    if ranking and training:
+        raise UsageError("--ranking with --learn", got=ranking, next="leave it out")
     if is_bare(model, output):
         check_bare(model, options | training)
+        if ranking == "global":
+            raise UsageError("--ranking global is for networks", got=f"{model}, bare weights")
         check_model(model)
         from penjing.weights import prune_file
 
@@ -123,6 +133,7 @@ def prune(
         as_json=as_json,
         pattern=pattern,
         criterion=criterion,
+        ranking=ranking,
         targets=targets or None,
         remarks=lambda before, after: pruned(asked(), before, after),
         **training,

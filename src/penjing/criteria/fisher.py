@@ -13,8 +13,9 @@ from torch import Tensor
 
 from penjing.criteria._gradient import gradient_of
 
-__all__ = ["needs", "score"]
+__all__ = ["absolute", "needs", "score"]
 
+absolute = True
 needs = frozenset({"gradient"})
 
 

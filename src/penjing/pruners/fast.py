@@ -1,7 +1,8 @@
 """Wanda's mask, then the least squares that it leaves room for.
 
 The mask compares |w| |x| within each row (Wanda, Sun et al., arXiv 2306.11695); what stays is
-fitted to the layer's output by a few conjugate gradient steps.
+fitted to the layer's output by a few conjugate gradient steps, which need fewer samples than an
+exact fit would.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from torch import Tensor
 from penjing.linalg import masked_least_squares
 from penjing.masks import Pattern
 
-__all__ = ["fit"]
+__all__ = ["fit", "portion"]
+
+portion = 0.2
+"""Of the calibration data what is looked at."""
 
 
 def fit(weight: Tensor, pattern: Pattern, stats: Any) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def statistics(
     needs: frozenset[str] = frozenset({"gram"}),
 ) -> Iterator[dict[str, LayerStats]]:  # fmt: skip
     """Of what layers read, by path, a block at a time."""
-    stream = Stream(model, batches, slopes(model, batches, needs))
+    stream = Stream(model, batches, slopes(model, batches, needs, layers))
     for unit in list(units_of(model, stream)):
         if own := {n: m for n, m in unit.layers.items() if n in layers}:
             if unit.index is not None:

@@ -160,7 +160,8 @@ def harms(
         if len(batches) > 1:
             number = max(1, round(_HELD * len(batches)))
             batches, held = batches[:-number], batches[-number:]
-    stream = Stream(model, batches, slopes(model, batches, needs))
+    about = {one.path for group in groups for one in group.readers}
+    stream = Stream(model, batches, slopes(model, batches, needs, about))
     probe = _Probe(model, step, held or batches) if step.ranking == "measured" else None
     for some in _bundles(model, groups):
         paths = {one.path: model.module.get_submodule(one.path) for g in some for one in g.readers}

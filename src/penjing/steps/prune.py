@@ -2,12 +2,12 @@
 
 A criterion scores each weight; the lowest go. A pruner chooses the mask and fits what stays to
 what the layer gave. Both by one fraction, of single weights or of whole blocks, or by a pattern
-n:m: all but the n best of every m inputs.
+n:m: all but the n best of every m inputs. One fraction may be of all layers together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,12 +17,16 @@ from penjing.calibrate import LayerStats, Unit
 from penjing.errors import UsageError
 from penjing.linalg import masked_least_squares
 from penjing.masks import Pattern
+from penjing.model import Batch, Model
 from penjing.recipe import Edit
 from penjing.registry import choices, constant, lookup
+from penjing.steps._allocation import check_comparable, fractions
 from penjing.steps._problem import Problem
 from penjing.steps._select import LEARNED, canonical, matrix_layers, selected
 
-__all__ = ["Prune"]
+__all__ = ["RANKINGS", "Prune"]
+
+RANKINGS = ("layer", "global")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Prune:
     """Remove connections.
 
     Attributes:
-        sparsity: fraction of each layer's weights that go, 0 to 1.
+        sparsity: fraction of the weights that go, 0 to 1.
         criterion: a name of `penjing.pruners` or `penjing.criteria`, or `file.py:function`, a
             criterion of one's own; `learned` in place of `sparsity`: the mask that the step
             `constrain` before it chose, and what stays fitted to it.
@@ -40,6 +44,10 @@ class Prune:
             to 1 (see `penjing.linalg.asymmetric_target`).
         bias: a pruner's layers hold the mean of what is lost in their biases.
         targets: globs of layer paths; without any, every layer inside the blocks.
+        ranking: `layer` for the same fraction of every layer, or `global`: of all together, layers
+            ranked against each other (`penjing.steps._allocation`); of single weights, by a
+            pruner, taylor or fisher.
+        fractions: what goes of each layer, by path, in place of `sparsity`; others stay whole.
     """
 
     name: ClassVar[str] = "prune"
@@ -51,6 +59,8 @@ class Prune:
     alpha: float = 0.5
     bias: bool = True
     targets: tuple[str, ...] = ()
+    ranking: str = "layer"
+    fractions: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -63,6 +73,31 @@ class Prune:
             raise UsageError(
                 "unknown name in criteria", got=repr(self.criterion), allowed=", ".join(known)
             )
+        if self.ranking not in RANKINGS:
+            raise UsageError("ranking", got=repr(self.ranking), allowed=", ".join(RANKINGS))
+        if self.ranking == "global":
+            if self.pattern is not None:
+                raise UsageError("a pattern with ranking global", got=self.pattern, allowed="none")
+            check_comparable(self.criterion)
+        given = {} if self.fractions is None else self.fractions
+        if not isinstance(given, Mapping) or any(not 0 <= part < 1 for part in given.values()):
+            raise UsageError("fractions", got=given, allowed="0 to 1 of each layer, by its path")
+
+    @property
+    def portion(self) -> float:
+        """Of the calibration data what is looked at."""
+        own = self.criterion in choices("pruners")
+        return float(constant("pruners", self.criterion, "portion", 1.0)) if own else 1.0
+
+    def settled(self, model: Model, batches: Sequence[Batch]) -> Prune:
+        """The same with the fraction of each layer, where that is for the network to say.
+
+        Raises:
+            UsageError: it is, and there is no data.
+        """
+        if self.fractions is not None or self.ranking == "layer":
+            return self
+        return replace(self, fractions=fractions(model, self, batches), ranking="layer")
 
     @property
     def _pattern(self) -> Pattern:
@@ -91,7 +126,10 @@ class Prune:
         if self.criterion == LEARNED:
             return {n: m for n, m in selected(unit, self.targets).items()
                     if canonical(unit.model, f"{n}.weight") in unit.model.kept}  # fmt: skip
-        return matrix_layers(unit, self.targets)
+        found = matrix_layers(unit, self.targets)
+        return found if self.fractions is None else {
+            path: layer for path, layer in found.items() if path in self.fractions
+        }  # fmt: skip
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """One mask a layer, and with a pruner a weight."""
@@ -102,8 +140,10 @@ class Prune:
             yield from self._plan(part, found)
 
     def _plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
-        pattern = self._pattern
         for path, layer in unit.layers.items():
+            pattern = self._pattern
+            if self.fractions is not None:
+                pattern = replace(pattern, sparsity=self.fractions[path])
             weight = layer.weight.detach()  # type: ignore[operator]
             matrix = weight.reshape(len(weight), -1).float()  # [out, in]
             own = stats.get(path)

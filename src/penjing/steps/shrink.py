@@ -128,6 +128,13 @@ class Shrink:
         kept = ladder.rungs(ladder.first(self.of, 1 - self.ratio))
         return replace(self, kept=kept, of="units", ranking="layer")
 
+    def informed(self, model: Model) -> set[str]:
+        """Paths of the layers whose outputs decide which units go."""
+        return {
+            one.path for free in channel_map(model).free
+            for one in consumers_of(model.module, free.group)
+        }  # fmt: skip
+
     def layers(self, unit: Unit) -> dict[str, nn.Module]:
         """The layers that may lose inputs, by path."""
         return matrix_layers(unit, self.targets) if unit.index is not None else {}
@@ -240,7 +247,8 @@ class _Shared:
         twin = model.copy(shared=True)
         layers = {n: m for n, m in twin.module.named_modules() if hasattr(m, "weight")}
         needs = needs_of(step.criterion) | {"gram"}
-        stream = Stream(twin, unit.batches, slopes(model, unit.batches, needs))
+        about = step.informed(model)
+        stream = Stream(twin, unit.batches, slopes(model, unit.batches, needs, about))
         left = Remaining(model.module)
         edits, touched = [], {}
         for free in groups:
