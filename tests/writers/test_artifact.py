@@ -208,8 +208,9 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("structure.json", lambda t: t.update(format=3), "format of .*got 3; allowed: 1 or 2"),
     (
         "structure.json",
-        lambda t: t["structure"].append({"kind": "slice", "path": "x",
-                                         "slices": [["x", 0, "0-9999999999"]]}),
+        lambda t: t["structure"].append(
+            {"kind": "slice", "path": "x", "slices": [["x", 0, "0-9999999999"]]}
+        ),
         "does not fit",
     ),
     ("manifest.json", lambda t: t.update(format=99), "format 99"),
