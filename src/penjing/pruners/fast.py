@@ -23,7 +23,7 @@ portion = 0.2
 """Of the calibration data what is looked at."""
 
 # Of what goes in all, what has gone after each round but the last; steps of each and of the last.
-_ROUNDS, _STEPS, _LAST = (0.3, 0.55, 0.75, 0.9), 3, 8
+_ROUNDS, _STEPS, _LAST = (0.3, 0.55, 0.75, 0.9), 2, 6
 
 
 def fit(weight: Tensor, pattern: Pattern, stats: Any) -> tuple[Tensor, Tensor]:
