@@ -7,6 +7,7 @@ freshly built module (also on the meta device) so that edited weights fit it.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -136,6 +137,8 @@ def _structural(edit: Edit) -> dict[str, Any]:
         entry |= _listed(edit.value)  # type: ignore[arg-type]
     elif isinstance(edit.value, Patch):
         entry |= {"position": edit.value.position, "width": edit.value.weight.shape[0]}
+        if edit.value.inner is not None:
+            entry["rank"] = len(edit.value.inner)
     elif edit.kind == "fold":
         entry["norm"] = edit.value
     return entry
@@ -163,8 +166,13 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
     elif kind == "patch":
         block, name = model.module.get_submodule(path), f"penjing_{entry['position']}"
         like = next(block.parameters())
-        block.add_module(name, nn.Linear(entry["width"], entry["width"], device=like.device))
-        if entry["position"] == "before":
+        again = hasattr(block, name)  # two of low rank became one that is not
+        kind_of = _LowRank if "rank" in entry else nn.Linear
+        size = (entry["width"], entry.get("rank", entry["width"]))
+        block.add_module(name, kind_of(*size, device=like.device))
+        if again:
+            pass
+        elif entry["position"] == "before":
             block.register_forward_pre_hook(_patch_before, with_kwargs=True)
         else:
             block.register_forward_hook(_patch_after)
@@ -256,18 +264,40 @@ def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
 
 def _patch(model: Model, edit: Edit, patch: Patch) -> None:
     block, name = model.module.get_submodule(edit.path), f"penjing_{patch.position}"
-    weight, bias = patch.weight, patch.bias
-    if isinstance(old := getattr(block, name, None), nn.Linear):
-        first, second = ((weight, bias), (old.weight.data, old.bias.data))
-        if patch.position == "after":
-            first, second = second, first
-        weight, bias = second[0] @ first[0], second[0] @ first[1] + second[1]
-    else:
-        _restructure(model, _structural(edit))
-    linear = block.get_submodule(name)
+    old = getattr(block, name, None)
+    if old is not None:  # one map in place of two
+        there = _placed(old, patch.position)
+        first, second = (patch, there) if patch.position == "before" else (there, patch)
+        bias = second.full @ first.bias + second.bias
+        patch = Patch(second.full @ first.full, bias, patch.position)
+    if not isinstance(old, nn.Linear):
+        _restructure(model, _structural(replace(edit, value=patch)))
+    made = block.get_submodule(name)
+    inner, outer = (None, made) if isinstance(made, nn.Linear) else (made.inner, made.up)
     with torch.no_grad():
-        _set(linear.weight, weight)  # type: ignore[arg-type]
-        _set(linear.bias, bias)  # type: ignore[arg-type]
+        _set(outer.weight, patch.weight)  # type: ignore[arg-type, union-attr]
+        _set(outer.bias, patch.bias)  # type: ignore[arg-type, union-attr]
+        if inner is not None and patch.inner is not None:
+            _set(inner.weight, patch.inner)  # type: ignore[arg-type, union-attr]
+
+
+def _placed(patch: Any, position: Any) -> Patch:
+    """The patch that is there."""
+    if isinstance(patch, nn.Linear):
+        return Patch(patch.weight.data, patch.bias.data, position)
+    return Patch(patch.up.weight.data, patch.up.bias.data, position, patch.inner.weight.data)
+
+
+class _LowRank(nn.Module):
+    """y = x + up inner x + bias."""
+
+    def __init__(self, width: int, rank: int, device: torch.device) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, rank, bias=False, device=device)
+        self.up = nn.Linear(rank, width, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.inner(x))  # type: ignore[no-any-return]
 
 
 def _patch_before(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -325,6 +355,8 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
             entry["position"] = value.position
             tensors[f"{number}.weight"] = value.weight.contiguous()
             tensors[f"{number}.bias"] = value.bias.contiguous()
+            if value.inner is not None:
+                tensors[f"{number}.inner"] = value.inner.contiguous()
         elif isinstance(value, ActivationRange):
             entry["range"] = [value.scale, value.zero_point]
             if value.channels is not None:
@@ -359,7 +391,7 @@ def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
         if "planes" in entry:
             value = IntegerPlanes.from_tensors(own, entry["planes"])
         elif "position" in entry:
-            value = Patch(own["weight"], own["bias"], entry["position"])
+            value = Patch(own["weight"], own["bias"], entry["position"], own.get("inner"))
         elif "range" in entry:
             scale, zero = entry["range"]
             value = ActivationRange(scale, zero, own.get("channels"))

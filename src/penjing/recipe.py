@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import tomli_w
+import torch
 from torch import Tensor
 
 from penjing.cache import CacheGrid
@@ -68,17 +69,34 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A linear map on the hidden state, y = x @ weight.T + bias.
+    """A linear map on the hidden state.
+
+        y = x @ weight.T + bias,   of low rank   y = x + (x @ inner.T) @ weight.T + bias
 
     Attributes:
-        weight: [width, width].
+        weight: [width, width], of low rank [width, rank].
         bias: [width].
         position: on the input (`before`) or the output (`after`) of the block at the edit's path.
+        inner: None, or [rank, width].
     """
 
     weight: Tensor
     bias: Tensor
     position: Literal["before", "after"]
+    inner: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of a hidden state [..., width]."""
+        if self.inner is None:
+            return x @ self.weight.T + self.bias
+        return x + (x @ self.inner.T) @ self.weight.T + self.bias
+
+    @property
+    def full(self) -> Tensor:
+        """[width, width], whatever the rank."""
+        if self.inner is None:
+            return self.weight
+        return torch.eye(len(self.weight)).to(self.weight) + self.weight @ self.inner
 
 
 @dataclass(frozen=True, eq=False)
