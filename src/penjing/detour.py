@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,9 +59,7 @@ class Detours:
                 handles.append(block.register_forward_pre_hook(
                     lambda m, a, k, i=index: enter(a, k, i), with_kwargs=True, prepend=True
                 ))  # fmt: skip
-            handles.append(
-                block.register_forward_hook(lambda m, a, o, i=index: leave(m, a, o, i))
-            )
+            handles.append(block.register_forward_hook(lambda m, a, o, i=index: leave(m, a, o, i)))
         try:
             yield
         finally:
@@ -69,7 +67,8 @@ class Detours:
                 handle.remove()
 
     def run(
-        self, batch: Batch, ways: Mapping[int, Way], passed: Passed | None = None
+        self, batch: Batch, ways: Mapping[int, Way], passed: Passed | None = None,
+        silent: Iterable[str] = (),
     ) -> Tensor:  # fmt: skip
         """The network's output where blocks give `ways` of what comes.
 
@@ -77,7 +76,9 @@ class Detours:
             batch: as `Model.run` takes it.
             ways: by index of a block; its own hooks do not run.
             passed: gets the hidden states of this run.
+            silent: paths of layers that give zeros.
         """
+
         def enter(args: Any, kwargs: Any, index: int) -> None:
             if passed is not None:
                 passed.entered[index] = _hidden(args, kwargs)
@@ -90,6 +91,9 @@ class Detours:
             for index, way in ways.items():
                 stack.enter_context(self._instead(index, way))
             stack.enter_context(self._hooks(leave, enter))
+            for path in silent:
+                layer = self.model.module.get_submodule(path)
+                stack.callback(layer.register_forward_hook(_zeros).remove)
             return self.model.run(batch)
 
     @contextlib.contextmanager
@@ -120,3 +124,7 @@ class Detours:
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:
     return given(args, {}) if args else kwargs["hidden_states"]
+
+
+def _zeros(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return torch.zeros_like(output)

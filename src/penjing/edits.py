@@ -18,7 +18,7 @@ from penjing.errors import InputError
 from penjing.graph import given
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
-from penjing.recipe import ActivationRange, Edit, Patch, Setting, Slice
+from penjing.recipe import ActivationRange, Edit, Nothing, Patch, Setting, Slice
 from penjing.shapes import fresh, repair, resize
 
 __all__ = ["pack", "perform", "replay", "unpack"]
@@ -139,6 +139,8 @@ def _structural(edit: Edit) -> dict[str, Any]:
         entry |= {"position": edit.value.position, "width": edit.value.weight.shape[0]}
         if edit.value.inner is not None:
             entry["rank"] = len(edit.value.inner)
+    elif isinstance(edit.value, Nothing):
+        entry |= {"width": edit.value.width, "more": edit.value.more}
     elif edit.kind == "fold":
         entry["norm"] = edit.value
     return entry
@@ -176,6 +178,8 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
             block.register_forward_pre_hook(_patch_before, with_kwargs=True)
         else:
             block.register_forward_hook(_patch_after)
+    elif kind == "drop" and "width" in entry:
+        _empty(model, path, Nothing(entry["width"], entry["more"]))
     elif kind == "drop":
         _drop(model, path)
     elif kind == "untie":
@@ -221,6 +225,49 @@ def _drop(model: Model, path: str) -> None:
         table.clear()
         table.update(kept)  # type: ignore[arg-type]
     model.blocks = tuple(new for b in model.blocks if (new := moved(b)) is not None)
+
+
+class _Zeros(nn.Module):
+    """Gives zeros for whatever comes, see `Nothing`."""
+
+    def __init__(self, nothing: Nothing) -> None:
+        super().__init__()
+        self.width, self.more = nothing.width, nothing.more
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        return zeros if self.more is None else (zeros, *[None] * self.more)
+
+
+def _empty(model: Model, path: str, nothing: Nothing) -> None:
+    """A part of a block gives zeros; the caches of attentions behind one that went move up."""
+    holder, name = parent_of(model.module, path)
+    inside = [getattr(m, "layer_idx", None) for m in getattr(holder, name).modules()]
+    places = [place for place in inside if isinstance(place, int)]
+    if places:
+        _refuse_mixed(model.module, path)
+    setattr(holder, name, _Zeros(nothing))
+    if places:
+        for other, part in model.module.named_modules():
+            place = getattr(part, "layer_idx", None)
+            if path.startswith(f"{other}.") and place is not None:
+                part.layer_idx = None
+            elif isinstance(place, int) and place > places[0]:
+                part.layer_idx = place - 1
+    tables = (model.masks, model.planes, model.activations, model.cache, model.kept)
+    for table in tables:
+        for key in [k for k in table if k == path or k.startswith(f"{path}.")]:
+            del table[key]
+
+
+def _refuse_mixed(module: nn.Module, path: str) -> None:
+    for config in (getattr(m, "config", None) for m in module.modules()):
+        if len(set(getattr(config, "layer_types", None) or ())) > 1:
+            raise InputError(
+                f"attention {path} of a network whose layers keep caches of several kinds",
+                next="cut whole blocks or MLPs",
+            )  # fmt: skip
 
 
 def _untie(module: nn.Module, path: str) -> None:
@@ -368,6 +415,8 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
             entry |= _listed(value)
         elif isinstance(value, str):
             entry["norm"] = value
+        elif isinstance(value, Nothing):
+            entry["nothing"] = [value.width, value.more]
         table.append(entry)
     return _separate(tensors), json.dumps(table)
 
@@ -402,5 +451,7 @@ def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
             value = (*slices, *(Setting(*one) for one in entry["set"]))
         elif "norm" in entry:
             value = entry["norm"]
+        elif "nothing" in entry:
+            value = Nothing(*entry["nothing"])
         edits.append(Edit(entry["kind"], entry["path"], value, entry["why"], entry["note"]))
     return edits

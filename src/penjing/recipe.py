@@ -21,7 +21,17 @@ from penjing.errors import InputError
 if TYPE_CHECKING:
     from penjing.planes import IntegerPlanes
 
-__all__ = ["ActivationRange", "Edit", "Kind", "Patch", "Recipe", "Setting", "Slice", "Step"]
+__all__ = [
+    "ActivationRange",
+    "Edit",
+    "Kind",
+    "Nothing",
+    "Patch",
+    "Recipe",
+    "Setting",
+    "Slice",
+    "Step",
+]
 
 Kind = Literal[
     "mask",
@@ -99,6 +109,19 @@ class Patch:
         return torch.eye(len(self.weight)).to(self.weight) + self.weight @ self.inner
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """What is left of a half of a block that went: a module that gives zeros.
+
+    Attributes:
+        width: of the zeros [..., width].
+        more: None, or how many None it gives behind them, in a tuple.
+    """
+
+    width: int
+    more: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class ActivationRange:
     """8-bit unsigned activations: q = clip(round(x / channels / scale) + zero_point, 0, 255).
@@ -136,7 +159,8 @@ class Edit:
             weight: new values of the parameter, same shape;
             slice: tuple of `Slice`, every parameter coupled to the removed neurons, and of
                 `Setting`, every attribute that counts them;
-            drop: None, the block at `path` goes away;
+            drop: None, the block at `path` goes away; or `Nothing`, which takes the place of a
+                part of a block;
             patch: `Patch` at the block at `path`;
             untie: None, the parameter at `path` gets a copy of its own;
             left: None, nothing changes at `path`, and `why` says why;
@@ -158,6 +182,7 @@ class Edit:
         Tensor
         | tuple[Slice | Setting, ...]
         | Patch
+        | Nothing
         | IntegerPlanes
         | ActivationRange
         | CacheGrid

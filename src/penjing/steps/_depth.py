@@ -13,21 +13,23 @@ What is cut so far need not be run again: a candidate begins with the hidden sta
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from penjing.batching import samples_of
 from penjing.calibrate import Stream
 from penjing.detour import Detours, Passed, Way
 from penjing.divergence import divergence
 from penjing.model import Batch, Model
 from penjing.progress import track
 
-__all__ = ["Trials", "angles", "evolution", "greedy", "influence", "judges"]
+__all__ = [
+    "Trials", "angles", "evolution", "greedy", "half_influence", "influence", "judges", "runs",
+]  # fmt: skip
 
 # Elements of a batch to judge by, with its outputs, and tokens.
 _MOST, _TOKENS = 64 * 2**20, 1024
@@ -50,6 +52,25 @@ def influence(stream: Stream) -> dict[int, float]:
         for number, (call, output) in enumerate(zip(calls, outputs, strict=True)):
             cosine = _cosine(stream, number, call.hidden, output)
             total, count = total + float(cosine.sum()), count + len(cosine)
+        scores[index] = 1 - total / count
+    return scores
+
+
+def half_influence(stream: Stream, silent: Mapping[int, str]) -> dict[int, float]:
+    """1 - mean cosine of what a block gives with and without the layer that ends its half."""
+    scores: dict[int, float] = {}
+    for index, block, calls, outputs in stream.walk():
+        if index not in silent:
+            continue
+        layer = stream.model.module.get_submodule(silent[index])
+        handle = layer.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
+        total, count = 0.0, 0
+        try:
+            for number, (call, output) in enumerate(zip(calls, outputs, strict=True)):
+                cosine = _cosine(stream, number, call.run(block, call.hidden), output)
+                total, count = total + float(cosine.sum()), count + len(cosine)
+        finally:
+            handle.remove()
         scores[index] = 1 - total / count
     return scores
 
@@ -115,6 +136,7 @@ class Trials:
         batches: to judge by.
         patcher: of a run of blocks that are gone.
         score: how far outputs are from the whole network's; by default `penjing.divergence`.
+        silent: of blocks of which a half may go, the layer that ends it; None to cut whole blocks.
 
     Attributes:
         able: blocks that may go, as they keep the shape of the hidden state.
@@ -124,10 +146,10 @@ class Trials:
     def __init__(
         self, model: Model, batches: Sequence[Batch], patcher: Patcher,
         score: Callable[[Sequence[Tensor]], float] | None = None,
+        silent: Mapping[int, str] | None = None,
     ) -> None:  # fmt: skip
-        self._batches, self._patcher = list(batches), patcher
+        self._batches, self._patcher, self._silent = list(batches), patcher, silent
         self._detours = Detours(model, batches[0])
-        self._layers = len(model.blocks)
         self.count = 0
         self._base: frozenset[int] = frozenset()
         self._states = [Passed() for _ in batches]
@@ -136,9 +158,10 @@ class Trials:
             lambda found: divergence(model.interface, self._batches, whole, found)
         )
         first = self._states[0]
-        self.able = [
-            i for i in range(self._layers) if first.entered[i].shape == first.left[i].shape
-        ]
+        self.able = list(silent) if silent is not None else [
+            i for i in range(len(model.blocks))
+            if first.entered[i].shape == first.left[i].shape
+        ]  # fmt: skip
 
     def __call__(self, gone: frozenset[int]) -> float:
         """How far the outputs without these blocks are from the whole network's."""
@@ -155,10 +178,14 @@ class Trials:
 
     def _run(self, gone: frozenset[int], states: list[Passed] | None) -> list[Tensor]:
         start = min(gone ^ self._base, default=0)
-        while start - 1 in gone:  # the patch is of the whole run of blocks
-            start -= 1
         ways: dict[int, Way] = {}
-        for first, last in runs(gone):
+        silent: list[str] = []
+        if self._silent is not None:
+            silent = [self._silent[i] for i in gone if i >= start]
+        else:
+            while start - 1 in gone:  # the patch is of the whole run of blocks
+                start -= 1
+        for first, last in runs(gone if self._silent is None else frozenset()):
             if first >= start:
                 ways |= dict.fromkeys(range(first, last))
                 ways[last] = self._patcher(first, last)
@@ -167,12 +194,16 @@ class Trials:
             skipped: dict[int, Way] = dict.fromkeys(range(start))
             if start:  # a copy: what comes next may work in place
                 known = self._states[number].left[start - 1]
-                skipped[start - 1] = lambda _, known=known: known.clone()
+                skipped[start - 1] = functools.partial(_instead, known)
             passed = None if states is None else states[number]
-            outputs.append(self._detours.run(batch, skipped | ways, passed))
+            outputs.append(self._detours.run(batch, skipped | ways, passed, silent))
             if passed is not None:
                 passed.left = {i: h for i, h in passed.left.items() if i >= start}
         return outputs
+
+
+def _instead(known: Tensor, _: Tensor) -> Tensor:
+    return known.clone()
 
 
 def runs(gone: frozenset[int]) -> list[tuple[int, int]]:
@@ -217,4 +248,4 @@ def evolution(trials: Trials, count: int, rounds: int, seed: int) -> dict[int, s
                 known[made] = trials(made)
         parents = sorted(known, key=lambda s: (known[s], sorted(s)))[:_PARENTS]
     why = f"best of {len(known)} sets by evolution; outputs off by {known[parents[0]]:.4g}"
-    return {i: why for i in sorted(parents[0])}
+    return dict.fromkeys(sorted(parents[0]), why)

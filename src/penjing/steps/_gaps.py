@@ -130,7 +130,7 @@ def low_rank(weight: Tensor, inputs: Sequence[Tensor], rank: int) -> tuple[Tenso
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     values = values.clamp_min(1e-9 * float(values.max())).sqrt()
     change = weight.double() - torch.eye(len(weight), dtype=torch.float64)
-    left, sizes, _ = torch.linalg.svd(change @ (vectors * values), full_matrices=False)
+    left, *_ = torch.linalg.svd(change @ (vectors * values), full_matrices=False)
     left = left[:, :rank]  # the outputs that matter most; projecting on them is optimal
     return left.float().contiguous(), (left.T @ change).float().contiguous()
 
@@ -157,8 +157,10 @@ def writers_of(block: nn.Module, call: Call) -> list[Writer]:
         return []
     call = call.first(*_PROBE)
     width = call.hidden.shape[-1]
-    layers = {n: m for n, m in block.named_modules()
-              if isinstance(m, nn.Linear) and m.out_features == width and "penjing_" not in n}  # fmt: skip
+    layers = {
+        n: m for n, m in block.named_modules()
+        if isinstance(m, nn.Linear) and m.out_features == width and "penjing_" not in n
+    }  # fmt: skip
     sites = [n for n, m in block.named_modules() if n and gain_of(m) is not None]
     before = _seen(block, call, sites)
     size = float(call.hidden.std())
@@ -244,4 +246,5 @@ def refit(
         wanted = run(whole, call, call.hidden)[2]
         goal = made + (wanted - total)
         found.append((rows(number, x), rows(number, goal), rows(number, made)))
-    return fit_map(found, layer.weight.detach(), _HOLD, layer.bias is not None)
+    weight, bias = layer.get_parameter("weight").detach(), getattr(layer, "bias", None)
+    return fit_map(found, weight, _HOLD, bias is not None)

@@ -1,6 +1,6 @@
-"""Cut: whole blocks go away, and what is left makes up for them.
+"""Cut: whole blocks or halves of them go away, and what is left makes up for them.
 
-Which blocks: see `_depth`. What stands in for them: see `_gaps`.
+Which blocks: see `_depth`. What stands in for them: see `_gaps`. Halves: see `_halves`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ from penjing.detour import Detours, Passed, Way
 from penjing.errors import InputError, UsageError
 from penjing.layerstats import unpadded
 from penjing.recipe import Edit, Patch
-from penjing.steps._depth import Trials, angles, evolution, greedy, influence, judges, runs
+from penjing.steps._depth import (
+    Trials,
+    angles,
+    evolution,
+    greedy,
+    half_influence,
+    influence,
+    judges,
+)
 from penjing.steps._gaps import Fit, fit_map, low_rank, refit, writers_of
+from penjing.steps._halves import Half, halves_of
 from penjing.steps._select import LEARNED
 
-__all__ = ["CRITERIA", "PATCHES", "Cut", "fit_patch", "influence"]
+__all__ = ["CRITERIA", "PARTS", "PATCHES", "Cut", "fit_patch", "influence"]
 
+PARTS = ("block", "attention", "mlp")
 CRITERIA = ("influence", "angular", "greedy", "evolution", "random")
 PATCHES = ("linear", "low-rank", "none")
 # Of a low-rank patch, of the width.
@@ -42,7 +52,8 @@ class Cut:
         criterion: `influence`, `angular`, `greedy` or `evolution` (see `penjing.steps._depth`),
             `random` as a null baseline, or `learned` in place of the number: what the step
             `constrain` before it chose.
-        patch: `linear`, `low-rank` (an eighth of the width) or `none`.
+        part: of a block that goes: `block` for all of it, `attention`, `mlp`.
+        patch: `linear`, `low-rank` (an eighth of the width) or `none`; of whole blocks.
         refit: the layers that write the hidden state behind a gap take up what it leaves.
         strength: of the patch's ridge toward the identity.
         rounds: of `evolution`.
@@ -56,6 +67,7 @@ class Cut:
     layers: int | None = None
     ratio: float | None = None
     blocks: tuple[str, ...] = ()
+    part: str = "block"
     criterion: str = "influence"
     patch: str = "linear"
     refit: bool = False
@@ -75,6 +87,13 @@ class Cut:
             raise UsageError("ratio", got=self.ratio, allowed="0 < ratio < 1")
         if self.rounds < 1:
             raise UsageError("rounds", got=self.rounds, allowed="1 or more")
+        if self.part not in PARTS:
+            raise UsageError("unknown part", got=self.part, allowed=", ".join(PARTS))
+        if self.part != "block" and self.criterion in ("angular", LEARNED):
+            raise UsageError(
+                f"criterion {self.criterion} of halves of blocks",
+                allowed=", ".join(c for c in CRITERIA if c != "angular"),
+            )
         known = (*CRITERIA, LEARNED)
         if self.criterion not in known:
             raise UsageError("unknown criterion", got=self.criterion, allowed=", ".join(known))
@@ -82,25 +101,49 @@ class Cut:
             raise UsageError("unknown patch", got=self.patch, allowed=", ".join(PATCHES))
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
-        """Patches and weights first, in the old numbering, then drops from the last to the first."""
+        """Patches and weights first, in the old numbering, then drops, the last first."""
         if not unit.batches:
             raise UsageError("cut needs data", next="give --data")
         blocks = unit.model.blocks
         if len(blocks) < 2:
             raise InputError("no repeated blocks to cut", got=len(blocks), allowed="2 or more")
-        why = self._choose(unit, blocks)
+        halves = self._halves(unit) if self.part != "block" else None
+        why = self._choose(unit, blocks, halves)
         if self.patch != "none" or self.refit:
-            yield from self._repair(Stream(unit.model, unit.batches), set(why))
+            yield from self._repair(Stream(unit.model, unit.batches), set(why), halves)
         for index in sorted(why, reverse=True):
-            yield Edit("drop", blocks[index], None, why[index])
+            if halves is None:
+                yield Edit("drop", blocks[index], None, why[index])
+                continue
+            for path, left in halves[index].parts:
+                yield Edit("drop", f"{blocks[index]}.{path}", left, why[index])
 
-    def _choose(self, unit: Unit, blocks: tuple[str, ...]) -> dict[int, str]:
-        """Blocks that go, and why."""
+    def _halves(self, unit: Unit) -> dict[int, Half]:
+        """Of every block that has such a half."""
+        found = {}
+        stream = Stream(unit.model, [{n: x[:1] for n, x in unit.batches[0].items()}])
+        for index, block, calls, _ in stream.walk():
+            if (half := halves_of(block, calls[0]).get(self.part)) is not None:  # type: ignore[call-overload]
+                found[index] = half
+        if not found:
+            raise InputError(
+                f"no {self.part} found in the blocks",
+                allowed="a part that ends in one linear layer whose output is added to its input",
+                next="cut whole blocks",
+            )
+        return found
+
+    def _choose(
+        self, unit: Unit, blocks: tuple[str, ...], halves: dict[int, Half] | None
+    ) -> dict[int, str]:
+        """Blocks that go, or lose a half, and why."""
         if self.blocks:
             if unknown := sorted(set(self.blocks) - set(blocks)):
                 raise InputError("no such block", got=unknown[0], allowed=", ".join(blocks))
             gone = {blocks.index(b) for b in self.blocks}
-            if len(gone) == len(blocks):
+            if halves is not None and (bare := sorted(gone - set(halves))):
+                raise InputError(f"no {self.part} to cut", got=blocks[bare[0]])
+            if halves is None and len(gone) == len(blocks):
                 raise InputError("all blocks are to be cut", allowed="leave at least one")
             return dict.fromkeys(gone, "asked for by name")
         if self.criterion == LEARNED:
@@ -109,13 +152,18 @@ class Cut:
                 raise UsageError("no block was learned to go", next="put constrain before cut")
             return dict.fromkeys(gone, "learned in training")
         count = self.layers or max(1, round((self.ratio or 0) * len(blocks)))
+        silent = None
+        if halves is not None:
+            silent = {i: f"{blocks[i]}.{half.writer.path}" for i, half in halves.items()}
         if self.criterion in ("greedy", "evolution"):
-            trials = Trials(unit.model, judges(unit.model, unit.batches), self._patcher(unit))
+            judging = judges(unit.model, unit.batches)
+            trials = Trials(unit.model, judging, self._patcher(unit), silent=silent)
             _enough(count, len(trials.able), len(blocks))
             if self.criterion == "greedy":
                 return greedy(trials, count)
             return evolution(trials, count, self.rounds, self.seed)
-        scores = influence(Stream(unit.model, unit.batches))
+        stream = Stream(unit.model, unit.batches)
+        scores = influence(stream) if silent is None else half_influence(stream, silent)
         _enough(count, len(scores), len(blocks))
         if self.criterion == "angular":
             found = angles(Stream(unit.model, unit.batches), count)
@@ -137,18 +185,26 @@ class Cut:
 
     def _patcher(self, unit: Unit) -> _Patcher:
         count = len(unit.batches)
+        patched = self.patch != "none" and self.part == "block"
         train = unit.batches[: count - max(1, count // 4)] if count > 1 else unit.batches
-        return _Patcher(unit, train if self.patch != "none" else (), self.strength)
+        return _Patcher(unit, train if patched else (), self.strength)
 
-    def _repair(self, stream: Stream, gone: set[int]) -> Iterator[Edit]:
+    def _repair(
+        self, stream: Stream, gone: set[int], halves: dict[int, Half] | None
+    ) -> Iterator[Edit]:
         paths = stream.model.blocks
         hidden: list[Tensor] = []  # of the cut network, one a batch
         for index, block, calls, outputs in stream.walk():
             hidden = hidden or [call.hidden for call in calls]
-            if index not in gone:
-                if self.refit and index > min(gone):
+            if index not in gone or halves is not None:
+                without = ""
+                if index >= min(gone) and (self.refit or index in gone):
                     block = copy.deepcopy(block)
-                    yield from self._refit(stream, index, block, calls, hidden)
+                if halves is not None and index in gone:
+                    without = halves[index].writer.path
+                    block.get_submodule(without).register_forward_hook(_nothing)
+                if self.refit and index >= min(gone):
+                    yield from self._refit(stream, index, block, calls, hidden, without)
                 hidden = [c.run(block, h) for c, h in zip(calls, hidden, strict=True)]
                 continue
             if index + 1 in gone:
@@ -178,16 +234,20 @@ class Cut:
         return Patch(weight, fit.bias, "after" if last else "before", inner)
 
     def _refit(
-        self, stream: Stream, index: int, block: nn.Module, calls: list[Call], hidden: list[Tensor]
-    ) -> Iterator[Edit]:
+        self, stream: Stream, index: int, block: nn.Module, calls: list[Call],
+        hidden: list[Tensor], without: str,
+    ) -> Iterator[Edit]:  # fmt: skip
         path = stream.model.blocks[index]
         whole = stream.model.module.get_submodule(path)
         for writer in writers_of(whole, calls[0]):
+            if writer.path == without:
+                continue
             fit = refit(whole, block, writer, calls, hidden, stream.rows)
             if fit is None:
                 continue
             layer = block.get_submodule(writer.path)
-            why = f"takes up what the cut leaves; held-out error {fit.before:.3f} to {fit.after:.3f}"
+            why = "takes up what the cut leaves; held-out error "
+            why += f"{fit.before:.3f} to {fit.after:.3f}"
             for name, value in (("weight", fit.weight), ("bias", fit.bias)):
                 if isinstance(old := getattr(layer, name, None), nn.Parameter):
                     old.data = value.to(old)
@@ -234,6 +294,10 @@ def _mapped(rows: Sequence[tuple[Tensor, ...]], strength: float) -> Fit | None:
     return fit_map([(x, y, x) for x, y in rows], torch.eye(rows[0][0].shape[1]), strength)
 
 
+def _nothing(_: nn.Module, args: object, output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
 def _enough(count: int, able: int, blocks: int) -> None:
-    if count > (most := min(able, blocks - 1)):
+    if count > (most := min(able, blocks - 1)):  # one stays whole
         raise InputError("too many blocks to cut", got=count, allowed=f"at most {most}")
