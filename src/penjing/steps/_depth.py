@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Elements of a batch to judge by, with its outputs, and tokens.
-_MOST, _TOKENS = 64 * 2**20, 1024
+_MOST, _TOKENS = 64 * 2**20, 512
 # After the first, a round of `greedy` tries the better half and this many at least.
 _FEW = 4
 # Of `evolution`: sets that are kept, sets that each round makes of them.

@@ -18,7 +18,7 @@ addition s is what enters the norm.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from penjing.calls import Call
 from penjing.linalg import affine_ridge, ridge
 from penjing.norms import gain_of
 
-__all__ = ["Fit", "Writer", "fit_map", "low_rank", "refit", "writers_of"]
+__all__ = ["Fit", "Writer", "fit_map", "low_rank", "refit", "sums", "writers_of"]
 
 # A token whose norm is this many times the median is an attention sink, not a sample.
 _MASSIVE = 10.0
@@ -219,32 +219,38 @@ def _watching(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, tupl
 
 
 def refit(
-    whole: nn.Module, block: nn.Module, writer: Writer, calls: Sequence[Call],
-    hidden: Sequence[Tensor], rows: Any,
+    block: nn.Module, writer: Writer, calls: Sequence[Call], hidden: Sequence[Tensor],
+    wanted: Iterable[Tensor], rows: Any,
 ) -> Fit | None:  # fmt: skip
-    """A writer's new weights, so that the sum it is added to is as in the whole network.
+    """A writer's new weights, so that the sum it is added to is what is wanted.
 
     Args:
-        whole: the block of the whole network.
-        block: the same of the cut one, with what was refitted before.
-        calls: of the whole network's block, one a batch.
-        hidden: what enters the cut one, likewise.
+        block: of the cut network, with what was refitted before.
+        calls: one a batch.
+        hidden: what enters the block, likewise.
+        wanted: the sums, likewise, see `sums`.
         rows: (number of a batch, [batch, length, width]) -> [tokens, width].
     """
     layer = block.get_submodule(writer.path)
-    paths = [writer.path, *([writer.site] if writer.site else [])]
-
-    def run(module: nn.Module, call: Call, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with _watching(module, paths) as seen:
-            output = call.run(module, given)
-        total = seen[writer.site][0] if writer.site else output
-        return (*seen[writer.path], total)
-
     found = []
-    for number, (call, given) in enumerate(zip(calls, hidden, strict=True)):
-        x, made, total = run(block, call, given)
-        wanted = run(whole, call, call.hidden)[2]
-        goal = made + (wanted - total)
-        found.append((rows(number, x), rows(number, goal), rows(number, made)))
+    for number, (call, given, goal) in enumerate(zip(calls, hidden, wanted, strict=True)):
+        x, made, total = _at(block, writer, call, given)
+        found.append((rows(number, x), rows(number, made + (goal - total)), rows(number, made)))
     weight, bias = layer.get_parameter("weight").detach(), getattr(layer, "bias", None)
     return fit_map(found, weight, _HOLD, bias is not None)
+
+
+def sums(block: nn.Module, writer: Writer, calls: Sequence[Call]) -> Iterator[Tensor]:
+    """What a writer's output adds up to in the whole network's block, one a call."""
+    for call in calls:
+        yield _at(block, writer, call, call.hidden)[2]
+
+
+def _at(
+    block: nn.Module, writer: Writer, call: Call, given: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A writer's input, its output, and the sum it goes into."""
+    paths = [writer.path, *([writer.site] if writer.site else [])]
+    with _watching(block, paths) as seen:
+        output = call.run(block, given)
+    return (*seen[writer.path], seen[writer.site][0] if writer.site else output)

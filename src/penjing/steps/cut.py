@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -28,7 +28,7 @@ from penjing.steps._depth import (
     influence,
     judges,
 )
-from penjing.steps._gaps import Fit, fit_map, low_rank, refit, writers_of
+from penjing.steps._gaps import Fit, Writer, fit_map, low_rank, refit, sums, writers_of
 from penjing.steps._halves import Half, halves_of
 from penjing.steps._select import LEARNED
 
@@ -36,7 +36,7 @@ __all__ = ["CRITERIA", "PARTS", "PATCHES", "Cut", "fit_patch", "influence"]
 
 PARTS = ("block", "attention", "mlp")
 CRITERIA = ("influence", "angular", "greedy", "evolution", "random")
-PATCHES = ("linear", "low-rank", "none")
+PATCHES = ("linear", "low-rank", "fused", "none")
 # Of a low-rank patch, of the width.
 _RANK = 8
 
@@ -53,8 +53,10 @@ class Cut:
             `random` as a null baseline, or `learned` in place of the number: what the step
             `constrain` before it chose.
         part: of a block that goes: `block` for all of it, `attention`, `mlp`.
-        patch: `linear`, `low-rank` (an eighth of the width) or `none`; of whole blocks.
-        refit: the layers that write the hidden state behind a gap take up what it leaves.
+        patch: `linear`, `low-rank` (an eighth of the width), `fused`, which costs nothing at run
+            time, or `none`; of whole blocks.
+        refit: the layers that write the hidden state behind a gap take up what it leaves; with
+            `fused` they do in any case.
         strength: of the patch's ridge toward the identity.
         rounds: of `evolution`.
         seed: for `random` and `evolution`.
@@ -192,39 +194,52 @@ class Cut:
     def _repair(
         self, stream: Stream, gone: set[int], halves: dict[int, Half] | None
     ) -> Iterator[Edit]:
-        paths = stream.model.blocks
+        refits = self.refit or (self.patch == "fused" and halves is None)
         hidden: list[Tensor] = []  # of the cut network, one a batch
+        near: tuple[int, nn.Module, list[Call], list[Tensor]] | None = None  # before a gap
         for index, block, calls, outputs in stream.walk():
             hidden = hidden or [call.hidden for call in calls]
             if index not in gone or halves is not None:
                 without = ""
-                if index >= min(gone) and (self.refit or index in gone):
+                if refits or index in gone:
                     block = copy.deepcopy(block)
                 if halves is not None and index in gone:
                     without = halves[index].writer.path
                     block.get_submodule(without).register_forward_hook(_nothing)
-                if self.refit and index >= min(gone):
+                if refits and index >= min(gone):
                     yield from self._refit(stream, index, block, calls, hidden, without)
+                near = (index, block, calls, hidden)
                 hidden = [c.run(block, h) for c, h in zip(calls, hidden, strict=True)]
                 continue
             if index + 1 in gone:
                 continue
-            if self.patch != "none" and outputs[0].ndim == 3:
+            if self.patch == "fused" and near is not None:
+                yield from self._fused(stream, near, outputs)
+                _, block, calls, hidden = near
+                hidden = [c.run(block, h) for c, h in zip(calls, hidden, strict=True)]
+            elif self.patch in ("linear", "low-rank") and outputs[0].ndim == 3:
                 fit = fit_patch(stream, hidden, outputs, self.strength)
                 if fit is not None:
-                    patch = self._shaped(fit, stream, hidden, index + 1 == len(paths))
+                    last = index + 1 == len(stream.model.blocks)
+                    patch = self._shaped(fit, stream, hidden, last)
                     hidden = [patch(h) for h in hidden]
-                    near = index + 1
-                    if patch.position == "after":
-                        near = max(i for i in range(index) if i not in gone)
-                    yield Edit(
-                        "patch", paths[near], patch,
-                        "stands in for the cut; held-out error "
-                        f"{fit.before:.3f} to {fit.after:.3f}",
-                        {"before": fit.before, "after": fit.after},
-                    )  # fmt: skip
-            if index == max(gone) and not self.refit:
+                    at = max(i for i in range(index) if i not in gone) if last else index + 1
+                    why = "stands in for the cut" + _told(fit)
+                    note = {"before": fit.before, "after": fit.after}
+                    yield Edit("patch", stream.model.blocks[at], patch, why, note)
+            if index == max(gone) and not refits:
                 return
+
+    def _fused(
+        self, stream: Stream, near: tuple[int, nn.Module, list[Call], list[Tensor]],
+        outputs: list[Tensor],
+    ) -> Iterator[Edit]:  # fmt: skip
+        """The last writer in front of a gap gives what the whole network has behind it."""
+        index, block, calls, hidden = near
+        for writer in writers_of(block, replace(calls[0], hidden=hidden[0]))[-1:]:
+            if writer.site == "":
+                fit = refit(block, writer, calls, hidden, outputs, stream.rows)
+                yield from _weights(stream.model.blocks[index], block, writer, fit)
 
     def _shaped(self, fit: Fit, stream: Stream, hidden: Sequence[Tensor], last: bool) -> Patch:
         inner, weight = None, fit.weight
@@ -237,21 +252,30 @@ class Cut:
         self, stream: Stream, index: int, block: nn.Module, calls: list[Call],
         hidden: list[Tensor], without: str,
     ) -> Iterator[Edit]:  # fmt: skip
+        """The writers of a block, one after the other; but for one that is gone."""
         path = stream.model.blocks[index]
         whole = stream.model.module.get_submodule(path)
         for writer in writers_of(whole, calls[0]):
-            if writer.path == without:
-                continue
-            fit = refit(whole, block, writer, calls, hidden, stream.rows)
-            if fit is None:
-                continue
-            layer = block.get_submodule(writer.path)
-            why = "takes up what the cut leaves; held-out error "
-            why += f"{fit.before:.3f} to {fit.after:.3f}"
-            for name, value in (("weight", fit.weight), ("bias", fit.bias)):
-                if isinstance(old := getattr(layer, name, None), nn.Parameter):
-                    old.data = value.to(old)
-                    yield Edit("weight", f"{path}.{writer.path}.{name}", value, why)
+            if writer.path != without:
+                wanted = sums(whole, writer, calls)
+                fit = refit(block, writer, calls, hidden, wanted, stream.rows)
+                yield from _weights(path, block, writer, fit)
+
+
+def _weights(path: str, block: nn.Module, writer: Writer, fit: Fit | None) -> Iterator[Edit]:
+    """A writer's new weights, which `block` gets at once."""
+    if fit is None:
+        return
+    layer = block.get_submodule(writer.path)
+    for name, value in (("weight", fit.weight), ("bias", fit.bias)):
+        if isinstance(old := getattr(layer, name, None), nn.Parameter):
+            old.data = value.to(old)
+            why = "takes up what the cut leaves" + _told(fit)
+            yield Edit("weight", f"{path}.{writer.path}.{name}", value, why)
+
+
+def _told(fit: Fit) -> str:
+    return f"; held-out error {fit.before:.3f} to {fit.after:.3f}"
 
 
 class _Patcher:
