@@ -21,7 +21,7 @@ LAYERS = [
     ["model"],
     ["linalg", "grids", "masks", "meter", "statistics", "progress", "histogram", "migration",
      "equalize", "norms", "divergence", "patches", "tensorsets", "labels", "shapes",
-     "lagrangian", "gating"],
+     "lagrangian", "gating", "substitutes"],
     ["criteria", "unitcriteria", "pruners", "quantizers", "losses", "observers", "neurons",
      "kernels", "constraints"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],

@@ -20,6 +20,7 @@ from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange, Edit, Nothing, Patch, Setting, Slice
 from penjing.shapes import fresh, repair, resize
+from penjing.substitutes import LowRank, Zeros, patch_after, patch_before, placed
 
 __all__ = ["pack", "perform", "replay", "unpack"]
 
@@ -169,15 +170,15 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
         block, name = model.module.get_submodule(path), f"penjing_{entry['position']}"
         like = next(block.parameters())
         again = hasattr(block, name)  # two of low rank became one that is not
-        kind_of = _LowRank if "rank" in entry else nn.Linear
+        kind_of = LowRank if "rank" in entry else nn.Linear
         size = (entry["width"], entry.get("rank", entry["width"]))
         block.add_module(name, kind_of(*size, device=like.device))
         if again:
             pass
         elif entry["position"] == "before":
-            block.register_forward_pre_hook(_patch_before, with_kwargs=True)
+            block.register_forward_pre_hook(patch_before, with_kwargs=True)
         else:
-            block.register_forward_hook(_patch_after)
+            block.register_forward_hook(patch_after)
     elif kind == "drop" and "width" in entry:
         _empty(model, path, Nothing(entry["width"], entry["more"]))
     elif kind == "drop":
@@ -227,19 +228,6 @@ def _drop(model: Model, path: str) -> None:
     model.blocks = tuple(new for b in model.blocks if (new := moved(b)) is not None)
 
 
-class _Zeros(nn.Module):
-    """Gives zeros for whatever comes, see `Nothing`."""
-
-    def __init__(self, nothing: Nothing) -> None:
-        super().__init__()
-        self.width, self.more = nothing.width, nothing.more
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        zeros = x.new_zeros(*x.shape[:-1], self.width)
-        return zeros if self.more is None else (zeros, *[None] * self.more)
-
-
 def _empty(model: Model, path: str, nothing: Nothing) -> None:
     """A part of a block gives zeros; the caches of attentions behind one that went move up."""
     holder, name = parent_of(model.module, path)
@@ -247,7 +235,7 @@ def _empty(model: Model, path: str, nothing: Nothing) -> None:
     places = [place for place in inside if isinstance(place, int)]
     if places:
         _refuse_mixed(model.module, path)
-    setattr(holder, name, _Zeros(nothing))
+    setattr(holder, name, Zeros(nothing))
     if places:
         for other, part in model.module.named_modules():
             place = getattr(part, "layer_idx", None)
@@ -313,7 +301,7 @@ def _patch(model: Model, edit: Edit, patch: Patch) -> None:
     block, name = model.module.get_submodule(edit.path), f"penjing_{patch.position}"
     old = getattr(block, name, None)
     if old is not None:  # one map in place of two
-        there = _placed(old, patch.position)
+        there = placed(old, patch.position)
         first, second = (patch, there) if patch.position == "before" else (there, patch)
         bias = second.full @ first.bias + second.bias
         patch = Patch(second.full @ first.full, bias, patch.position)
@@ -326,39 +314,6 @@ def _patch(model: Model, edit: Edit, patch: Patch) -> None:
         _set(outer.bias, patch.bias)  # type: ignore[arg-type, union-attr]
         if inner is not None and patch.inner is not None:
             _set(inner.weight, patch.inner)  # type: ignore[arg-type, union-attr]
-
-
-def _placed(patch: Any, position: Any) -> Patch:
-    """The patch that is there."""
-    if isinstance(patch, nn.Linear):
-        return Patch(patch.weight.data, patch.bias.data, position)
-    return Patch(patch.up.weight.data, patch.up.bias.data, position, patch.inner.weight.data)
-
-
-class _LowRank(nn.Module):
-    """y = x + up inner x + bias."""
-
-    def __init__(self, width: int, rank: int, device: torch.device) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, rank, bias=False, device=device)
-        self.up = nn.Linear(rank, width, device=device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(self.inner(x))  # type: ignore[no-any-return]
-
-
-def _patch_before(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    patch: nn.Module = block.penjing_before  # type: ignore[assignment]
-    if args:
-        return (patch(args[0]), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": patch(kwargs["hidden_states"])}
-
-
-def _patch_after(block: nn.Module, args: Any, output: Any) -> Any:
-    patch: nn.Module = block.penjing_after  # type: ignore[assignment]
-    if isinstance(output, tuple):
-        return (patch(output[0]), *output[1:])
-    return patch(output)
 
 
 def _quantize_input(
