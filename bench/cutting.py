@@ -6,8 +6,7 @@ MiniLM: calibration and evaluation as in bench/pruning.py, 1,200 sentences to ju
 cosine to the embedding of the whole network, mean over the sentences with its 95 % interval.
 SmolLM2: calibration and evaluation as in bench/smollm2_pruning.py, 208 windows of 128 tokens;
 increase: mean negative log-likelihood of the next token above the whole network's, in nats, with
-the 95 % interval of a bootstrap over the windows. No training but in rows with `recover` (that
-step, 100 gradient steps).
+the 95 % interval of a bootstrap over the windows. No training.
 
 `influence, none` is ShortGPT (arXiv 2403.03853), the plain drop. `sleb` is as SLEB chooses (arXiv
 2402.09025): one block after the other, that whose loss raises the perplexity of the calibration
@@ -44,7 +43,6 @@ from penjing.recipe import Recipe
 from penjing.statistics import paired_bootstrap
 from penjing.steps._depth import Trials, judges
 from penjing.steps.cut import Cut
-from penjing.steps.recover import Recover
 
 STORE = HERE / "results" / "cutting.json"
 COUNTS = {"minilm": (1, 2, 3), "smollm2": (3, 6)}
@@ -66,9 +64,9 @@ def rows() -> dict[str, tuple[str, int, str]]:
     made = {}
     for network, counts in COUNTS.items():
         for count in counts:
-            ways = [*WAYS, "greedy, linear, refit, recover"]
+            ways = [*WAYS]
             if network == "smollm2":
-                ways = ["influence, none", "sleb", *ways[1:-2]]
+                ways = ["influence, none", "sleb", *ways[1:-1]]
             for way in ways:
                 made[f"{network} -{count}, {way}"] = (network, count, way)
     return made
@@ -81,7 +79,7 @@ def cut(
     if way == "sleb":
         criterion, patch, refit = "sleb", "none", False
     else:
-        criterion, patch, refit = WAYS[way.removesuffix(", recover")]
+        criterion, patch, refit = WAYS[way]
     options: dict[str, Any] = {"patch": patch, "refit": refit}
     seconds = 0.0
     if criterion in ("greedy", "sleb"):
@@ -98,10 +96,7 @@ def cut(
         step = Cut(blocks=tuple(blocks[:count]), **options)
     else:
         step = Cut(count, criterion=criterion, **options)
-    steps: tuple[Any, ...] = (step,)
-    if way.endswith("recover"):
-        steps += (Recover(seconds=0, steps=100, lr=3e-5),)
-    return apply(model, Recipe(steps), data), seconds
+    return apply(model, Recipe((step,)), data), seconds
 
 
 def searched(model: Model, data: list[Batch], count: int, patch: str) -> list[str]:

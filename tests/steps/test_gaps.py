@@ -124,6 +124,25 @@ def test_a_map_that_does_not_help_is_refused() -> None:
     assert fit_map([(x, x + 1, x) for x, _, _ in rows], torch.eye(30), 1e-6) is not None
 
 
+def test_attention_sinks_come_through_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.eye(16) + 0.2 * torch.randn(16, 16, generator=generator)
+    direction = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+    rows = []
+    for _ in range(8):
+        x = torch.randn(4000, 16, generator=generator)
+        y = x @ mix.T
+        x[0] = y[0] = 1e4 * direction
+        rows.append((x, y, x))
+    fit = fit_map(rows, torch.eye(16), 1e-6, bias=False)
+    assert fit is not None
+    sink = 1e4 * direction
+    assert float((fit.weight @ sink - sink).norm()) < 1e-4 * 1e4
+    # Across their direction it is the map of all others.
+    across = torch.eye(16) - torch.outer(direction, direction)
+    torch.testing.assert_close(fit.weight @ across, mix @ across, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("ranks", [(None, 2), (2, None), (2, 2), (None, None)])
 @pytest.mark.parametrize("position", ["before", "after"])
 def test_two_patches_at_one_place_are_one(ranks: tuple[Any, Any], position: Any) -> None:

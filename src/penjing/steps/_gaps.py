@@ -5,6 +5,13 @@ gap to the one the uncut network had behind it (LinearPatch, arXiv 2505.24680). 
 is its reduced-rank regression (Izenman 1975): of (W - I) H^1/2, with H the covariance of what
 comes, the largest singular values. Either is kept only where it helps on held-out batches.
 
+Attention sinks, tokens with massive activations (Sun et al., arXiv 2402.17762), are no samples,
+and yet a map is applied to them: along their directions S [few, in] it stays what it is held to,
+
+    W = toward + D (I - S^T S),   D fitted to x - S^T S x
+
+or a small error of W, times their size, would undo what attention needs them for.
+
 The layers that write the hidden state behind a gap are refitted where they stand, which costs
 nothing at run time: with a the input of such a layer, d what it gives and s the sum that this is
 added to,
@@ -33,6 +40,8 @@ __all__ = ["Fit", "Writer", "fit_map", "low_rank", "refit", "sums", "writers_of"
 
 # A token whose norm is this many times the median is an attention sink, not a sample.
 _MASSIVE = 10.0
+# Of their energy, the share in the directions that are left alone, and the most of these.
+_NEARLY, _DIRECTIONS = 0.999, 8
 # Of the ridge toward a layer's own weights.
 _HOLD = 0.03
 # Samples and places of a call that is run to see how a block hangs together.
@@ -83,23 +92,32 @@ def fit_map(
         strength: of the ridge, relative to the mean variance of x.
         bias: whether the map has one; then the data are centred.
     """
-    calm = []
+    calm, sinks = [], []
     for x, y, without in rows:
-        norms = y.norm(dim=1)
-        kept = norms <= _MASSIVE * norms.median()
+        massive = _massive(x)
+        kept = ~(massive | _massive(y))
         calm.append((x[kept], y[kept], without[kept]))
+        sinks.append(x[massive])
     if len(calm) == 1:
         count = len(calm[0][0])
         border = count - count // 4
         calm = [tuple(t[part] for t in calm[0])  # type: ignore[misc]
                 for part in (slice(0, border), slice(border, count))]  # fmt: skip
     held = max(1, len(calm) // 4)
+    along = _directions(torch.cat(sinks))
     sums = _Sums()
     for x, y, _ in calm[:-held]:
-        sums.add(x, y)
+        if along is None:
+            sums.add(x, y)
+        else:
+            sums.add(x - (x @ along.T) @ along, y - x @ toward.T)
     if not sums.count:
         return None
-    weight, shift = _solved(sums, toward.double(), strength, bias)
+    if along is None:
+        weight, shift = _solved(sums, toward.double(), strength, bias)
+    else:
+        weight, shift = _solved(sums, torch.zeros_like(toward).double(), strength, bias)
+        weight = toward.double() + weight - (weight @ along.T.double()) @ along.double()
     # Contiguous, as it comes back from a journal: a layout can change the last bit of a product.
     weight, shift = weight.float().contiguous(), shift.float().contiguous()
     tests = calm[-held:]
@@ -107,6 +125,20 @@ def fit_map(
     before = sum(float((without - y).square().sum()) for _, y, without in tests)
     after = sum(float((x @ weight.T + shift - y).square().sum()) for x, y, _ in tests)
     return Fit(weight, shift, before / total, after / total) if after < before else None
+
+
+def _massive(x: Tensor) -> Tensor:
+    norms = x.norm(dim=1)
+    return norms > _MASSIVE * norms.median()
+
+
+def _directions(sinks: Tensor) -> Tensor | None:
+    """Orthonormal [few, in], nearly all that attention sinks are made of."""
+    if not len(sinks):
+        return None
+    _, sizes, directions = torch.linalg.svd(sinks, full_matrices=False)
+    shares = sizes.square().cumsum(0) / sizes.square().sum()
+    return directions[: min(int((shares < _NEARLY).sum()) + 1, _DIRECTIONS)].contiguous()
 
 
 def _solved(sums: _Sums, toward: Tensor, strength: float, bias: bool) -> tuple[Tensor, Tensor]:
