@@ -128,8 +128,9 @@ def fit_map(
 
 
 def _massive(x: Tensor) -> Tensor:
-    norms = x.norm(dim=1)
-    return norms > _MASSIVE * norms.median()
+    norms: Tensor = x.norm(dim=1)
+    found: Tensor = norms > _MASSIVE * norms.median()
+    return found
 
 
 def _directions(sinks: Tensor) -> Tensor | None:
@@ -138,7 +139,8 @@ def _directions(sinks: Tensor) -> Tensor | None:
         return None
     _, sizes, directions = torch.linalg.svd(sinks, full_matrices=False)
     shares = sizes.square().cumsum(0) / sizes.square().sum()
-    return directions[: min(int((shares < _NEARLY).sum()) + 1, _DIRECTIONS)].contiguous()
+    few: Tensor = directions[: min(int((shares < _NEARLY).sum()) + 1, _DIRECTIONS)]
+    return few.contiguous()
 
 
 def _solved(sums: _Sums, toward: Tensor, strength: float, bias: bool) -> tuple[Tensor, Tensor]:
