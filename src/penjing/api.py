@@ -232,8 +232,10 @@ def cut(
     *,
     ratio: float | None = None,
     data: Dataset | Place | None = None,
+    part: str = "block",
     criterion: str = "influence",
     patch: str = "linear",
+    refit: bool = False,
     learn: str | None = None,
     seed: int = 0,
     **options: Any,
@@ -242,6 +244,7 @@ def cut(
 
     Args:
         layers: how many blocks go; a fraction below 1 is a ratio.
+        part, criterion, patch, refit: as in the step.
         learn: learn what goes in training, see `prune`. Where the weights are trained along there
             is no patch: they have made up for what is gone.
     """
@@ -253,12 +256,17 @@ def cut(
     loaded = network_of(model, "cut")
     count = None if layers is None else int(layers)
     if learn is not None:
+        if part != "block":
+            raise UsageError("part with learn", got=part, allowed="block")
         Cut(count, ratio, criterion=criterion, patch=patch)
         budget = ratio or int(count or 0) / max(1, len(loaded.blocks))
-        step = Cut(criterion=LEARNED, patch="none" if options.get("weights_lr") else patch)
+        trained = bool(options.get("weights_lr"))
+        step = Cut(
+            criterion=LEARNED, patch="none" if trained else patch, refit=refit and not trained
+        )
         recipe = learning(learn, "layers", budget, step, seed, options, criterion=criterion)
         return apply(loaded, recipe, data, **options)
-    step = Cut(count, ratio, criterion=criterion, patch=patch, seed=seed)
+    step = Cut(count, ratio, part=part, criterion=criterion, patch=patch, refit=refit, seed=seed)
     return apply(loaded, Recipe((step,), seed), data, **options)
 
 

@@ -191,3 +191,11 @@ def test_what_is_learned_is_in_the_artifact(tmp_path: Path) -> None:
     assert 'do = "constrain"' in recipe
     assert 'method = "lasso"' in recipe
     assert 'criterion = "learned"' in recipe
+
+
+def test_the_choices_of_cut_are_those_of_the_step() -> None:
+    from penjing.cli.shape import cut
+    from penjing.steps.cut import CRITERIA, PARTS, PATCHES
+
+    shown = {p.name: tuple(getattr(p.type, "choices", ())) for p in cut.params}
+    assert (shown["criterion"], shown["part"], shown["patch"]) == (CRITERIA, PARTS, PATCHES)

@@ -227,8 +227,28 @@ def shrink(
 @model_options
 @click.option("--layers", type=click.IntRange(1), help="How many blocks go; or")
 @click.option("--ratio", type=RATIO, metavar="0.25", help="which fraction of them.")
-@click.option("--criterion", default="influence", show_default=True, metavar="NAME")
-@click.option("--patch", default="linear", show_default=True, help="linear or none.")
+@click.option(
+    "--part",
+    type=click.Choice(["block", "attention", "mlp"]),
+    default="block",
+    show_default=True,
+    help="What goes of a block.",
+)
+@click.option(
+    "--criterion",
+    type=click.Choice(["influence", "angular", "greedy", "evolution", "random"]),
+    default="influence",
+    show_default=True,
+    help="Which blocks go.",
+)
+@click.option(
+    "--patch",
+    type=click.Choice(["linear", "low-rank", "fused", "none"]),
+    default="linear",
+    show_default=True,
+    help="What stands in for whole blocks; fused costs nothing at run time.",
+)
+@click.option("--refit", is_flag=True, help="Refit what writes the hidden state behind a gap.")
 @learn_options
 @data_options(required=True)
 @output_options()
@@ -238,15 +258,15 @@ def cut(
     model: str,
     layers: int | None,
     ratio: float | None,
-    criterion: str,
-    patch: str,
     output: Path,
     **options: Any,
 ) -> None:
-    """Remove whole blocks.
+    """Remove whole blocks, or their attentions or MLPs.
 
     \b
     penjing cut ./my-model --layers 2 --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --layers 2 --criterion greedy --refit --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --layers 2 --part attention --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --learn gates --data calibration.jsonl -o ./cut
     """
     training = learning(options)
@@ -254,18 +274,10 @@ def cut(
         raise UsageError("how much to cut", allowed="either --layers 2 or --ratio 0.25")
     if ratio is not None and not 0 < ratio < 1:
         raise UsageError("--ratio", got=ratio, allowed="0 < ratio < 1")
-    for name, value, allowed in (
-        ("--criterion", criterion, ("influence", "random")),
-        ("--patch", patch, ("linear", "none")),
-    ):
-        if value not in allowed:
-            raise UsageError(f"unknown {name}", got=value, allowed=", ".join(allowed))
     technique(
         lambda m, **more: _api().cut(m, layers, ratio=ratio, **more),
         model,
         output,
-        criterion=criterion,
-        patch=patch,
         **training,
         **options,
     )

@@ -299,11 +299,12 @@ def _cached(model: Model) -> tuple[nn.Module, tuple[Tensor, ...], list[str], lis
     batch, new = ids.shape
     with torch.no_grad():
         cache = model.module(input_ids=ids, use_cache=True).past_key_values
-    past = [t[:, :, :3] if t.shape[2] > 3 else t for c in cache.layers for t in (c.keys, c.values)]
+    layers = [c for c in cache.layers if c.keys is not None]  # some attentions may be gone
+    past = [t[:, :, :3] if t.shape[2] > 3 else t for c in layers for t in (c.keys, c.values)]
     size = past[0].shape[2]
     names = ["input_ids", "attention_mask"]
     outputs = ["output"]
-    for i in range(len(cache.layers)):
+    for i in range(len(layers)):
         names += [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
         outputs += [f"present.{i}.key", f"present.{i}.value"]
     shapes = (
