@@ -66,6 +66,7 @@ def apply(
     *,
     original: Model | None = None,
     journal: Path | None = None,
+    deadline: float | None = None,
 ) -> Applied:
     """Make a recipe's edits on a copy of `model`.
 
@@ -76,7 +77,9 @@ def apply(
             of batches of our own making, see `penjing.batching`; a step on the whole network
             gets them as they are.
         original: what `recover` distils from; `model` when None.
-        journal: folder for finished units, to go on from after a kill.
+        journal: folder for finished units, and for how far an unfinished training has come, to go
+            on from after a kill.
+        deadline: when training must have ended, of `time.monotonic`.
 
     Raises:
         InputError: unusable data, or a journal of another run.
@@ -98,9 +101,11 @@ def apply(
                 edits = log.read(number, "whole")
                 if edits is None:
                     _seed(recipe, number, "whole")
-                    whole = Unit("whole", result.model, {}, None, None, original or model, batches)
+                    whole = Unit("whole", result.model, {}, None, None, original or model, batches,
+                                 checkpoint=log.checkpoint(number), deadline=deadline)  # fmt: skip
                     edits = list(step.plan(whole, {}))
                     log.write(number, "whole", edits)
+                    log.forget(number)
                 _make(result, step.name, edits)
                 continue
             _check_targets(step.name, getattr(step, "targets", ()), result.model)
@@ -232,6 +237,16 @@ class Journal:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return unpack(tensors, file.metadata()["edits"])
+
+    def checkpoint(self, step: int) -> Path | None:
+        """Where a step that takes long keeps how far it has come."""
+        return None if self.folder is None else self.folder / f"{step:02d}-training.safetensors"
+
+    def forget(self, step: int) -> None:
+        """Its checkpoints go: the step is finished."""
+        if self.folder is not None:
+            for path in self.folder.glob(f"{step:02d}-training*"):
+                path.unlink(missing_ok=True)
 
     def write(self, step: int, unit: str, edits: list[Edit]) -> None:
         """Put a finished unit on disk: its file first, then its line."""
