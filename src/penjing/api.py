@@ -16,7 +16,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def apply(
     seed: int | None = None,
     samples: int = 128,
     length: int = 128,
+    deadline: float | None = None,
 ) -> Model:
     """A copy of the model with a recipe's edits.
 
@@ -164,6 +165,7 @@ def apply(
         journal: folder to go on from after a kill.
         seed: in place of the recipe's own.
         samples, length: of calibration, at the most.
+        deadline: when training must have ended, of `time.monotonic`.
 
     Raises:
         InputError: unusable model, recipe or data.
@@ -182,7 +184,9 @@ def apply(
     batches = _batches(loaded, data, samples, length, slopes, needed)
     distils = any(step.name in ("recover", "constrain") for step in recipe.steps)
     before = original(loaded) if distils and _edited(loaded) else None
-    done = _apply(loaded, recipe, batches, original=before, journal=journal).model
+    done = _apply(
+        loaded, recipe, batches, original=before, journal=journal, deadline=deadline
+    ).model
     earlier = loaded.recipe.steps if loaded.recipe else ()
     done.recipe = Recipe((*earlier, *recipe.steps), recipe.seed)
     return done
@@ -405,12 +409,19 @@ def recover(
     seed: int = 0,
     **options: Any,
 ) -> Model:
-    """A copy trained toward the original's outputs; see `penjing.steps.recover`."""
+    """A copy trained toward the original's outputs.
+
+    Args:
+        seconds, lr, loss, seed: as all other fields of `penjing.steps.recover.Recover`, which may
+            follow, e.g. `steps`, `hidden`, `rank`, `optimizer` or `patience`.
+        options: of `apply`: `samples`, `length`, `journal`, `deadline`.
+    """
     loaded = _model(model)
     _need(data, "recover")
     if not _edited(loaded):
         raise UsageError("nothing to recover: the model is not edited", next="edit it first")
-    step = Recover(seconds=seconds, lr=lr, loss=loss, seed=seed)
+    own = {f.name: options.pop(f.name) for f in fields(Recover) if f.name in options}
+    step = Recover(seconds=seconds, lr=lr, loss=loss, seed=seed, **own)
     return apply(loaded, Recipe((step,), seed), data, **{"samples": 512, **options})
 
 

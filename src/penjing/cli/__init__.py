@@ -7,8 +7,9 @@ import os
 from penjing.cli.goal import demo, fit, transfer, tune
 from penjing.cli.group import Group
 from penjing.cli.look import evaluate, inspect
-from penjing.cli.shape import cut, prune, quantize, recover, replay, shrink
+from penjing.cli.shape import cut, prune, quantize, replay, shrink
 from penjing.cli.ship import export, measure, report, verify
+from penjing.cli.train import recover
 
 __all__ = ["group", "main"]
 
