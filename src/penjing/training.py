@@ -28,7 +28,7 @@ from penjing.registry import lookup
 
 __all__ = [
     "PRECISIONS", "Descent", "Objective", "Taken", "check_loss", "check_optimizer", "descend",
-    "held_out", "schedule",
+    "held_out", "products", "schedule",
 ]  # fmt: skip
 
 
@@ -104,6 +104,13 @@ class Taken:
         return rate / (mean.sqrt() + group["eps"])  # type: ignore[no-any-return]
 
 
+def products(precision: str, device: str) -> AbstractContextManager[object]:
+    """Products of `precision`, one of `PRECISIONS`, on a device of a type such as `cpu`."""
+    if precision == "bfloat16":
+        return torch.autocast(device, torch.bfloat16)
+    return processor.autocast(device, precision == "auto")
+
+
 class Objective:
     """How far a network is from what is wanted of it.
 
@@ -129,7 +136,7 @@ class Objective:
 
     def __call__(self, model: Model, batch: Batch) -> Tensor:
         """Scalar; the loss on the outputs and, where it has a weight, that on hidden states."""
-        with self._products(model.device.type):
+        with products(self._precision, model.device.type):
             wanted, states = self._wanted(model, batch)
             with watched(model, [own for own, _ in self._pairs(model)]) as found:
                 output = model.run(batch)
@@ -141,11 +148,6 @@ class Objective:
         with torch.no_grad():
             wanted = None if self._labels else self._original.run(batch)
             return float(self._compare(model.run(batch), wanted, batch))
-
-    def _products(self, device: str) -> AbstractContextManager[object]:
-        if self._precision == "bfloat16":
-            return torch.autocast(device, torch.bfloat16)
-        return processor.autocast(device, self._precision == "auto")
 
     def _pairs(self, model: Model) -> tuple[tuple[str, str], ...]:
         if not self._hidden:
@@ -237,24 +239,30 @@ def descend(
     step, before = 0, 0.0
     order: list[int] = []
     if checkpoint is not None and (found := checkpoint.load()) is not None:
-        tensors, notes = found
         _restore(trained, down, generator, *found)
+        notes = found[1]
         step, before, order = int(notes["step"]), float(notes["seconds"]), list(notes["order"])
     start, longest = time.monotonic() - before, 0.0
-    while True:
-        if checkpoint is not None and checkpoint.due():
+
+    def keep() -> None:
+        if checkpoint is not None:
             tensors, notes = optimizer_state(down)
             tensors["generator"] = generator.get_state()
             tensors |= {f"parameter.{i}": p for i, p in enumerate(trained)}
             passed = time.monotonic() - start
             where = {"step": step, "seconds": passed, "order": order, "optimizer": notes}
             checkpoint.save(tensors, where)
+
+    while True:
+        if checkpoint is not None and checkpoint.due():
+            keep()
         done = step / steps if steps else 0.0
         begun = time.monotonic()
         if seconds:
             done = max(done, (begun - start) / seconds)
         # A step is not begun that would end after the time is over.
         if done >= 1 or (seconds and step and begun - start + longest > seconds):
+            keep()
             return
         share = schedule(done, how.schedule, how.warmup)
         for group in down.param_groups:

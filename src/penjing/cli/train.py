@@ -46,6 +46,9 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
     help="Weight of the distance of hidden states.  [default: 0]",
 )
 @click.option("--codes", is_flag=True, default=None, help="Learn the integers of weights too.")
+@click.option(
+    "--block-steps", type=click.IntRange(1), help="Steps on each block before those on the whole."
+)
 @click.option("--rank", type=click.IntRange(1), help="Low-rank changes of matrices, merged.")
 @click.option("--optimizer", help="adamw, sgd, adafactor or file.py:function.  [default: adamw]")
 @click.option("--schedule", type=click.Choice(_SCHEDULES), help="Of --lr.  [default: cosine]")
@@ -89,8 +92,8 @@ def recover(
         raise UsageError("--within and --seconds", allowed="one of them: --within counts all that "
                          "the command does, --seconds the training")  # fmt: skip
     names = (
-        "lr", "loss", "hidden", "codes", "rank", "optimizer", "schedule", "warmup", "clip",
-        "accumulate", "precision", "weight_decay", "l1", "l2", "group", "patience",
+        "lr", "loss", "hidden", "codes", "rank", "block_steps", "optimizer", "schedule", "warmup",
+        "clip", "accumulate", "precision", "weight_decay", "l1", "l2", "group", "patience",
     )  # fmt: skip
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given["seconds"] = within or seconds or (0.0 if steps else 60.0)

@@ -88,6 +88,16 @@ class Trained:
                 parameter.requires_grad_(True)
         return kinds
 
+    def inside(self, block: str) -> Trained:
+        """What of it stands in one block."""
+        head = f"{block}."
+        return Trained(
+            self.student,
+            {n: p for n, p in self.floats.items() if n.startswith(head)},
+            {n: p for n, p in self.factors.items() if n.startswith(head)},
+            {n: p for n, p in self.grids.items() if n.startswith(head)},
+        )
+
     def weight(self, name: str) -> Tensor:
         """As the network computes with it."""
         holder, own = parent_of(self.student.module, name)

@@ -21,6 +21,7 @@ from penjing.checkpoint import Checkpoint
 from penjing.errors import UsageError
 from penjing.model import Model
 from penjing.recipe import Edit
+from penjing.steps._blockwise import blockwise
 from penjing.steps._grid import attach
 from penjing.steps._lowrank import adapt
 from penjing.steps._recovery import Penalty, Trained, train
@@ -38,6 +39,8 @@ __all__ = ["Recover"]
 
 # Longer than one look at the held-out batches takes is kept free for the last.
 _SPARE = 1.5
+# Most of the time that goes to blocks on their own.
+_BLOCKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Recover:
         l1, l2, group: see `penjing.steps._recovery.Penalty`.
         patience: looks at held-out batches, of 20 on the way, that may pass without a gain; the
             best that was seen is kept. 0 for no looks before the end.
+        block_steps: steps on the output of each block, one after the other, before those on the
+            whole; see `penjing.steps._blockwise`.
         rank: of what float matrices move by; 0 for matrices that move freely.
     """
 
@@ -87,6 +92,7 @@ class Recover:
     l2: float = 0.0
     group: float = 0.0
     patience: int = 0
+    block_steps: int = 0
     rank: int = 0
 
     def __post_init__(self) -> None:
@@ -99,7 +105,7 @@ class Recover:
         self._descent()
         if self.precision not in PRECISIONS:
             raise UsageError("precision", got=self.precision, allowed=", ".join(PRECISIONS))
-        for name in ("hidden", "l1", "l2", "group", "patience", "rank"):
+        for name in ("hidden", "l1", "l2", "group", "patience", "block_steps", "rank"):
             if getattr(self, name) < 0:
                 raise UsageError(name, got=getattr(self, name), allowed="0 or more")
 
@@ -121,9 +127,18 @@ class Recover:
         before = judged()
         look = time.monotonic() - begun
         what = self._trained(student, teacher)
+        left = self._left(begun, look, unit.deadline)
+        if self.block_steps:
+            blockwise(
+                what, teacher, batches, lr=self.lr, steps=self.block_steps,
+                seconds=_BLOCKS * left / max(1, len(student.blocks)), seed=self.seed,
+                optimizer=self.optimizer, descent=self._descent(), path=unit.checkpoint,
+                precision=self.precision,
+            )  # fmt: skip
+            left = self._left(begun, look, unit.deadline)
         losses = train(
             what, batches, lambda batch: far(student, batch), judged, lr=self.lr,
-            steps=self.steps, seconds=self._left(begun, look, unit.deadline), seed=self.seed,
+            steps=self.steps, seconds=left, seed=self.seed,
             optimizer=self.optimizer, descent=self._descent(),
             penalty=Penalty(self.l1, self.l2, self.group), patience=self.patience if test else 0,
             start=before, checkpoint=Checkpoint(unit.checkpoint),
