@@ -12,7 +12,7 @@ ROOT = Path(penjing.__file__).parent
 LAYERS = [
     ["errors"],
     ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames",
-     "processor", "rotation", "cache"],
+     "processor", "rotation", "cache", "together"],
     ["scales", "bitmask"],
     ["stored"],
     ["planes", "result"],

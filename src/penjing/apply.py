@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from penjing import together
 from penjing.batching import rebatched
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import pack, perform, unpack
@@ -219,7 +220,8 @@ class Journal:
                 next="remove it, or give the same options",
             )
         whole = "".join(json.dumps(e) + "\n" for e in entries or [{"key": key}])
-        if whole != text:  # the line that a kill tore goes; its unit is done again
+        # The line that a kill tore goes; its unit is done again.
+        if whole != text and not together.rank():
             beside = self._lines.with_suffix(".part")
             beside.write_text(whole, "utf-8")
             sync(beside)
@@ -245,12 +247,13 @@ class Journal:
     def forget(self, step: int) -> None:
         """Its checkpoints go: the step is finished."""
         if self.folder is not None:
+            together.meet()  # the others may still be reading
             for path in self.folder.glob(f"{step:02d}-training*"):
                 path.unlink(missing_ok=True)
 
     def write(self, step: int, unit: str, edits: list[Edit]) -> None:
         """Put a finished unit on disk: its file first, then its line."""
-        if self.folder is None:
+        if self.folder is None or together.rank():
             return
         tensors, text = pack(edits)
         path = self.folder / f"{step:02d}-{unit.replace('/', '_')}.safetensors"
@@ -285,6 +288,12 @@ def _journal(
     if folder is None:
         yield Journal(None, "")
         return
+    if together.rank():  # the first process writes; the others read what it found
+        together.meet()
+        log = Journal(folder, _key(model, original, recipe, batches))
+        together.meet()
+        yield log
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115
@@ -299,6 +308,8 @@ def _journal(
             log = Journal(folder, _key(model, original, recipe, batches))
         except OSError as error:
             raise InputError(f"cannot use the journal {folder}", got=error) from error
+        together.meet()
+        together.meet()
         yield log
 
 

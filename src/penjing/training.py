@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penjing import processor
+from penjing import processor, together
 from penjing.checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from penjing.errors import InputError, UsageError
 from penjing.gradients import LABELS
@@ -55,7 +55,8 @@ class Descent:
     Attributes:
         schedule, warmup: see `penjing.optimizers.schedule`.
         clip: most that the norm of all gradients together may be; 0 for no limit.
-        accumulate: batches of a step; its gradient is their mean.
+        accumulate: batches of a step, of each process where several train together; its gradient
+            is their mean.
         decay: see `penjing.optimizers.optimizer_of`.
     """
 
@@ -254,28 +255,39 @@ def descend(
             checkpoint.save(tensors, where)
 
     while True:
-        if checkpoint is not None and checkpoint.due():
+        if checkpoint is not None and checkpoint.due() and not together.rank():
             keep()
         done = step / steps if steps else 0.0
         begun = time.monotonic()
         if seconds:
             done = max(done, (begun - start) / seconds)
+        late = bool(seconds and step and begun - start + longest > seconds)
+        if seconds:  # clocks of several processes differ
+            done, late = together.agreed(done), bool(together.agreed(late))
         # A step is not begun that would end after the time is over.
-        if done >= 1 or (seconds and step and begun - start + longest > seconds):
-            keep()
+        if done >= 1 or late:
+            if not together.rank():
+                keep()
             return
         share = schedule(done, how.schedule, how.warmup)
         for group in down.param_groups:
             group["lr"] = group["peak"] * share
         down.zero_grad(set_to_none=True)
         total = 0.0
-        for _ in range(how.accumulate):
+        parts = how.accumulate * together.count()
+        for number in range(parts):
             order = order or torch.randperm(len(batches), generator=generator).tolist()[::-1]
-            found_loss = value(batches[order.pop()], done) / how.accumulate
-            total += float(found_loss.detach())
-            if not math.isfinite(total):
-                raise InputError("the loss is not finite", got=total, next="lower lr")
-            found_loss.backward()  # type: ignore[no-untyped-call]
+            batch = batches[order.pop()]
+            if number % together.count() != together.rank():
+                continue
+            own = value(batch, done) / parts
+            total += float(own.detach())
+            if math.isfinite(total):
+                own.backward()  # type: ignore[no-untyped-call]
+        total = together.total(total)
+        if not math.isfinite(total):
+            raise InputError("the loss is not finite", got=total, next="lower lr")
+        together.sum_gradients(trained)
         if how.clip:
             nn.utils.clip_grad_norm_(trained, how.clip)
         down.step()

@@ -86,6 +86,7 @@ def recover(
     \b
     penjing recover ./cut --data calibration.jsonl --within 10m -o ./recovered
     penjing recover ./cut --data calibration.jsonl --steps 500 --hidden 1 -o ./recovered
+    torchrun --nproc-per-node 2 -m penjing recover ./cut --data calibration.jsonl -o ./recovered
     """
     begin = time.monotonic()
     if within and seconds:
@@ -106,4 +107,7 @@ def recover(
         ends = begin + within - _STARTS - size * _BYTE if within else None
         return api.recover(loaded, deadline=ends, **given, **more)
 
-    technique(work, model, output, **options)
+    from penjing.together import group
+
+    with group():
+        technique(work, model, output, **options)
