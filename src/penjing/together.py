@@ -78,6 +78,6 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
     flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
     distributed.all_reduce(flat)
     for parameter, part in zip(
-        parameters, flat.split([p.numel() for p in parameters]), strict=True
+        parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
     ):
         parameter.grad = part.reshape(parameter.shape)

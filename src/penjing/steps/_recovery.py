@@ -20,13 +20,15 @@ from penjing.steps._grid import Grid
 from penjing.steps._lowrank import LowRank
 from penjing.training import Descent, descend
 
-__all__ = ["Penalty", "Trained", "train"]
+__all__ = ["Penalty", "Trained", "curve_of", "train"]
 
 # Learning rates of scales, of codes (both in units of the scale), of low-rank factors, over that
 # of floats.
 _SCALES, _CODES, _FACTORS = 2.0, 20.0, 10.0
 # Looks at the held-out batches on the way.
 _LOOKS = 20
+# Of a curve in the report.
+_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,12 @@ class Trained:
         for name, mask in self.student.masks.items():
             if name in self.floats:
                 self.floats[name].masked_fill_(~mask, 0)
+
+
+def curve_of(losses: Sequence[float]) -> Tensor:
+    """Losses of all steps as at most 100 means, each of a part of the way."""
+    parts = torch.tensor(losses).tensor_split(min(_POINTS, len(losses)))
+    return torch.stack([part.mean() for part in parts])
 
 
 def train(

@@ -25,7 +25,7 @@ from penjing.recipe import Edit
 from penjing.steps._blockwise import blockwise
 from penjing.steps._grid import attach
 from penjing.steps._lowrank import adapt
-from penjing.steps._recovery import Penalty, Trained, train
+from penjing.steps._recovery import Penalty, Trained, curve_of, train
 from penjing.steps._select import matches
 from penjing.training import (
     PRECISIONS,
@@ -152,6 +152,8 @@ class Recover:
         if test:
             why += f"; held-out loss {before:.4g} to {after:.4g}"
         yield from self._edits(what, unit.model, why, losses[-1] if losses else before)
+        if losses:
+            yield Edit("curve", self.name, curve_of(losses), why)
 
     def _wanted(self, name: str) -> bool:
         return matches(name, self.targets)
