@@ -65,7 +65,6 @@ def rows(tp: Any) -> dict[str, Callable[[Model, list[Batch]], nn.Module]]:
     made["neurons, gram, no repair"] = shrunk(repair=False)
     made["neurons, gram"] = shrunk()
     made["neurons, gram, global"] = shrunk(ranking="global")
-    made["neurons, gram, measured"] = shrunk(ranking="measured")
     if tp is not None:
         made["neurons, torch-pruning"] = lambda model, _: theirs(model, tp)
     return made

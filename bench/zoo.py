@@ -211,16 +211,30 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
-    for name in options.names:
-        try:
-            with torch.no_grad():
-                store[name] = row(name)
-        except Exception as error:  # a row of the table, not the end of it
-            traceback.print_exc()
-            store[name] = {"why": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:90]}
-        print(name, store[name], file=sys.stderr, flush=True)
-        STORE.write_text(json.dumps(store, indent=1) + "\n")
+    fill(STORE, options.names, lambda name: tried(row, name), table)
+
+
+def tried(make: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """A row of a table, or why there is none: it is not the end of it."""
+    try:
+        with torch.no_grad():
+            return make(*given)
+    except Exception as error:
+        traceback.print_exc()
+        return {"why": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:90]}
+
+
+def fill(
+    path: Path, names: Iterable[str], make: Callable[[str], dict[str, Any]],
+    table: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
+    """Rows, each kept as soon as it is made, and the table of all that were ever made."""
+    for name in names:
+        made = make(name)
+        print(name, made, file=sys.stderr, flush=True)
+        store: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        store[name] = made
+        path.write_text(json.dumps(store, indent=1) + "\n")
         table(store)
 
 

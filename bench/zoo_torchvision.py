@@ -29,10 +29,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import multiprocessing
-import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,7 +41,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchvision import models
-from zoo import exported, halved, the_same
+from zoo import exported, fill, halved, the_same, tried
 
 from penjing.channelmap import map_of
 
@@ -141,34 +138,29 @@ def resident(what: str) -> int:
 
 def row(name: str, onnx: bool) -> dict[str, Any]:
     """One network, in a process of its own."""
-    torch.set_grad_enabled(False)
-    try:
-        first = Tensors(models.mobilenet_v2().eval(), False)  # what is loaded once counts for none
-        map_of(first, lambda m, dtype: m(torch.rand(1, 3, 32, 32, dtype=dtype)))
-        del first
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed counts as free
-        before = resident("VmRSS")
-        whole, inputs = build(name)
-        own = sum(x.numel() * x.element_size() for x in whole.state_dict().values())
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        peak: list[int] = []
-        made, small = halved(whole, inputs, lambda: peak.append(resident("VmHWM") - before))
-        made |= {"kind": KIND[name], "px": inputs[0].shape[-1], "bytes": own, "peak": peak[0]}
-        made["again"] = the_same(whole, small, inputs)
-        if not onnx:
-            return made | {"onnx": None, "why": "not tried"}
-        net, given = small.net.float(), tuple(inputs)
-        del whole, small
-        if KIND[name] == "detection":
-            # Of three sizes, as pyramids give them to their levels.
-            boxes = [[3.0, 5, 40, 50], [20.0, 10, 120, 127], [0.0, 0, 128, 100]]
-            net, given = Heads(net.net).eval(), (*inputs, torch.tensor(boxes))  # type: ignore[arg-type]
-        return made | exported(net, given)
-    except Exception as error:  # a row of the table, not the end of it
-        traceback.print_exc()
-        return {"why": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:90]}
+    first = Tensors(models.mobilenet_v2().eval(), False)  # what is loaded once counts for none
+    map_of(first, lambda m, dtype: m(torch.rand(1, 3, 32, 32, dtype=dtype)))
+    del first
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed counts as free
+    before = resident("VmRSS")
+    whole, inputs = build(name)
+    own = sum(x.numel() * x.element_size() for x in whole.state_dict().values())
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    peak: list[int] = []
+    made, small = halved(whole, inputs, lambda: peak.append(resident("VmHWM") - before))
+    made |= {"kind": KIND[name], "px": inputs[0].shape[-1], "bytes": own, "peak": peak[0]}
+    made["again"] = the_same(whole, small, inputs)
+    if not onnx:
+        return made | {"onnx": None, "why": "not tried"}
+    net, given = small.net.float(), tuple(inputs)
+    del whole, small
+    if KIND[name] == "detection":
+        # Of three sizes, as pyramids give them to their levels.
+        boxes = [[3.0, 5, 40, 50], [20.0, 10, 120, 127], [0.0, 0, 128, 100]]
+        net, given = Heads(net.net).eval(), (*inputs, torch.tensor(boxes))  # type: ignore[arg-type]
+    return made | exported(net, given)
 
 
 def main() -> None:
@@ -178,14 +170,12 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name in options.names:
+
+    def made(name: str) -> dict[str, Any]:
         with multiprocessing.get_context("fork").Pool(1) as pool:
-            made = pool.apply(row, (name, not options.no_onnx))
-        print(name, made, file=sys.stderr, flush=True)
-        store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
-        store[name] = made
-        STORE.write_text(json.dumps(store, indent=1) + "\n")
-        table(store)
+            return pool.apply(tried, (row, name, not options.no_onnx))
+
+    fill(STORE, options.names, made, table)
 
 
 def table(store: dict[str, Any]) -> None:

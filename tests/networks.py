@@ -126,6 +126,23 @@ def resnet() -> Model:
     return wrap(module, "tensor", {"x": torch.randn(2, 3, 8, 8)})
 
 
+class Residual(nn.Module):
+    """Two layers write one stream, through a norm and a depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.b = nn.Conv2d(8, 8, 1, bias=False)
+        self.head = nn.Linear(8 * 4 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.a(x)))
+        x = self.b(self.deep(x)) + x
+        return self.head(nn.functional.max_pool2d(x, 2).flatten(1))
+
+
 class MlpBlock(nn.Module):
     def __init__(self, width: int, hidden: int, scale: float = 1.0) -> None:
         super().__init__()

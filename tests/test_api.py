@@ -331,15 +331,28 @@ def test_packed_is_measured_without_an_export(model: Model, data: Path, tmp_path
         penjing.measure(tmp_path / "out")
 
 
+def test_a_pruned_artifact_that_is_shrunk_stays_pruned(
+    model: Model, data: Path, tmp_path: Path
+) -> None:
+    penjing.save(penjing.prune(model, 0.5), tmp_path / "pruned")
+    small = penjing.shrink(tmp_path / "pruned", 0.5, data=data)
+    penjing.save(small, tmp_path / "small", to=["onnx"])
+    assert all(check.ok for check in penjing.verify(tmp_path / "small"))
+    again = penjing.load(tmp_path / "small")
+    assert again.masks.keys() == small.masks.keys() == penjing.prune(model, 0.5).masks.keys()
+    for name, mask in again.masks.items():
+        weight = again.module.get_parameter(name)
+        assert min(weight.shape) == 16  # of 32
+        assert torch.equal(mask, weight != 0)
+        assert torch.equal(mask, small.masks[name])
+
+
 def test_labels_that_are_the_networks_classes_lead_the_slopes(place: Path) -> None:
     """With labels the loss is their cross entropy, without them that of drawn ones."""
     model = api.load(f"{place}/net.py:net", weights="own")
     with np.load(place / "data.npz") as stored:
         x, label = stored["x"], stored["label"]
-    files = {
-        "with": {"x": x, "label": label}, "without": {"x": x},
-        "beyond": {"x": x, "label": label + 7},
-    }  # fmt: skip
+    files = {"with": {"x": x, "label": label}, "without": {"x": x}}
     masks = {}
     for name, arrays in files.items():
         np.savez(place / f"{name}.npz", **arrays)
@@ -353,4 +366,20 @@ def test_labels_that_are_the_networks_classes_lead_the_slopes(place: Path) -> No
         score += (g * weight).detach().abs()
     assert torch.equal(masks["with"].flatten(), score.flatten() > score.median())
     assert not torch.equal(masks["with"], masks["without"])
-    assert torch.equal(masks["beyond"], masks["without"])
+
+
+def test_labels_beyond_the_classes_are_refused(place: Path) -> None:
+    model = api.load(f"{place}/net.py:net", weights="own")
+    with np.load(place / "data.npz") as stored:
+        x, label = stored["x"], stored["label"]
+    np.savez(place / "beyond.npz", x=x, label=np.where(np.arange(len(label)) == 3, 99, label))
+    for criterion in ("taylor", "fisher"):
+        with pytest.raises(InputError, match=r"got label 99 on 1 samples.*allowed: 0 to.*or leave"):
+            api.prune(model, 0.5, criterion=criterion, data=place / "beyond.npz")
+    with pytest.raises(InputError, match="got label 99"):
+        api.prune(model, 0.5, learn="gates", loss="labels", data=place / "beyond.npz", steps=1)
+    for verb in (api.prune, api.shrink):  # the order that gates start from
+        with pytest.raises(InputError, match="got label 99"):
+            verb(model, 0.5, learn="gates", criterion="taylor", data=place / "beyond.npz", steps=1)
+    # No criterion of the others looks at them.
+    assert api.prune(model, 0.5, criterion="wanda", data=place / "beyond.npz").masks

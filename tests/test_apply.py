@@ -408,3 +408,13 @@ def test_targets_that_match_nothing_are_said(tmp_path: Path) -> None:
     # One glob that matches is enough: a recipe may serve several networks.
     either = Quantize(4, method="rtn", targets=("nope*", "encoder.layer.1.*"))
     assert apply(model, Recipe((either,))).model.planes
+
+
+def test_targets_that_a_cut_took_away_are_said() -> None:
+    recipe = Recipe((
+        Prune(0.5, "magnitude", targets=("encoder.layer.2.*",)), Cut(2),
+        Prune(0.6, "magnitude", targets=("encoder.layer.2.*",)),
+    ))  # fmt: skip
+    with pytest.raises(InputError, match=r"targets of prune match no layer; got encoder\.layer\.2"):
+        apply(net.bert(3), recipe, [net.text_batch(1)])
+    assert apply(net.bert(3), Recipe(recipe.steps[:2]), [net.text_batch(1)]).model.structure

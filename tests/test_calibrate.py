@@ -544,3 +544,28 @@ def test_blocks_that_cannot_be_stopped_have_their_own_statistics(kind: type[nn.M
                 perform(model, Edit("weight", f"{name}.weight", 0.5 * layer.weight.detach(), ""))  # type: ignore[operator]
     assert not torch.is_autocast_enabled("cpu")
     assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"dilation": 3, "padding": 2}, {"stride": 3}]
+)
+def test_the_gram_of_a_one_dimensional_convolution_is_that_of_its_outputs(
+    options: dict[str, int],
+) -> None:
+    """W G W^T is the mean outer product of what the layer gives, W times its mean the mean."""
+    torch.manual_seed(0)
+    layer = nn.Conv1d(4, 6, 3, bias=False, **options)
+    x = torch.randn(5, 4, 30)
+    model = net.wrap(nn.Sequential(layer), "tensor", {"x": x})
+    stream = Stream(model, [{"x": x}])
+    unit = Unit("whole", model, {"0": layer}, stream, None)
+    found = stream.collect(unit, frozenset({"gram"}))["0"]
+    with torch.no_grad():
+        given = layer(x).double().movedim(1, -1).reshape(-1, 6)  # [places, out]
+    matrix = layer.weight.detach().double().flatten(1)
+    assert found.gram is not None
+    assert found.mean is not None
+    assert found.count == len(given)
+    torch.testing.assert_close(matrix @ found.gram @ matrix.T, given.T @ given / len(given),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+    torch.testing.assert_close(matrix @ found.mean, given.mean(0), rtol=1e-4, atol=1e-5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,26 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parent))
+from networks import Residual
 from penjing.axisrules import follow
 from penjing.channelmap import ChannelMap, map_of
 from penjing.coupling import coupled, drawn, remove, silence, slices
-
-
-class Residual(nn.Module):
-    """Two layers write one stream, through a norm and a depthwise convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.deep = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.b = nn.Conv2d(8, 8, 1, bias=False)
-        self.head = nn.Linear(8 * 4 * 4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.a(x)))
-        x = self.b(self.deep(x)) + x
-        return self.head(F.max_pool2d(x, 2).flatten(1))
 
 
 class Shuffle(nn.Module):

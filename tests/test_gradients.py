@@ -179,6 +179,8 @@ def test_information_of_outputs_is_the_sum_over_places_of_their_slopes(path: str
             slopes[(slice(None), *place)] = (sides[0] - sides[1]) / 2e-5
     rows = slopes.flatten(2).transpose(1, 2).flatten(0, 1) if path == "conv" else slopes
     torch.testing.assert_close(found, rows.T @ rows / 6, rtol=1e-4, atol=1e-6)
+    (alone,) = fisher(model, [batch], [path], diagonal=True).values()
+    torch.testing.assert_close(alone, found.diagonal(), rtol=1e-5, atol=1e-8)
 
 
 def test_information_needs_no_parameter_that_learns() -> None:

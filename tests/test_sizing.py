@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
-from penjing import api
+from penjing import api, given, sizing
 from penjing.apply import apply
 from penjing.errors import InputError
 from penjing.export import export
@@ -21,7 +21,7 @@ from penjing.inspect import inspect
 from penjing.measure import Candidate, measure_files, median_ratio
 from penjing.model import Model
 from penjing.recipe import Recipe
-from penjing.sizing import for_latency
+from penjing.sizing import Sized, for_latency
 from penjing.steps.shrink import Shrink
 
 
@@ -92,3 +92,42 @@ def test_the_latency_asked_for_is_that_of_the_file(tmp_path: Path) -> None:
 def test_what_other_layers_take_cannot_go() -> None:
     with pytest.raises(InputError, match=r"cannot take 98% of the latency; got at most .*MACs"):
         for_latency(wide(8, 8), Shrink(), 0.98, threads=1, seconds=0.2)
+
+
+def test_the_most_that_can_go_is_of_the_fastest_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing is noisy: the smallest network need not be the fastest that was measured."""
+
+    class Bench:
+        measured, threads = 0, 1
+
+        def __init__(self, *_: object) -> None:
+            self._times = iter((0.6, 0.4, 0.45))
+
+        def latency(self, _: Model) -> float:
+            self.measured += 1
+            return next(self._times, 0.45)
+
+    monkeypatch.setattr(sizing, "_Bench", Bench)
+    with pytest.raises(InputError, match=r"cannot take 70% of the latency; got at most 60%, with"):
+        for_latency(wide(16, 8), Shrink(), 0.7, threads=1)
+
+
+def test_data_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide(16, 8)
+    np.savez(tmp_path / "data.npz", x=model.example["x"].numpy())
+    ranked, encoded = [], []
+
+    def fixed(_: Model, step: Shrink, share: float, batches: object, **__: object) -> object:
+        ranked.append(batches)
+        kept = {"convs.0.weight": 8}
+        return Shrink(kept=kept), Sized(kept, 1 - share, 0.5, 1, 1)
+
+    monkeypatch.setattr(api, "for_latency", fixed)
+    encode = given.encode
+    monkeypatch.setattr(given, "encode", lambda *a, **o: encoded.append(1) or encode(*a, **o))
+    done = api.shrink(
+        model, 0.5, data=tmp_path / "data.npz", of="latency", ranking="global", criterion="l2"
+    )
+    assert done.module.convs[0].out_channels == 8
+    assert len(encoded) == 1
+    assert ranked[0]

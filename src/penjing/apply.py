@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -90,12 +91,8 @@ def apply(
     own = rebatched(model, batches) if batches else []
     steps = [one for step in recipe.steps for one in _parts(step)]
     given = batches if any(step.scope == "model" for step in steps) else own
-    for step in recipe.steps:  # before the journal; after a cut paths are others
-        if step.name == "cut":
-            break
-        if step.scope == "model":  # its targets are its own to read
-            continue
-        _check_targets(step.name, getattr(step, "targets", ()), result.model)
+    for step in itertools.takewhile(lambda step: step.name != "cut", recipe.steps):
+        _check_targets(step, result.model)  # before the journal
     with _journal(journal, model, original or model, recipe, given) as log:
         for number, step in enumerate(_settled(recipe, result.model, own)):
             if step.scope == "model":
@@ -109,9 +106,9 @@ def apply(
                     log.forget(number)
                 _make(result, step.name, edits)
                 continue
-            _check_targets(step.name, getattr(step, "targets", ()), result.model)
             seen = own[:: _stride(own, getattr(step, "portion", 1.0))]
-            found = slopes(result.model, seen, step.needs) if own else None
+            about = step.informed(result.model) if hasattr(step, "informed") else None
+            found = slopes(result.model, seen, step.needs, about) if own else None
             stream = Stream(result.model, seen, found) if own and step.needs else None
             reference = None
             if stream is not None and "cross" in step.needs:
@@ -165,18 +162,24 @@ def _parts(step: Any) -> tuple[Any, ...]:
 
 def _settled(recipe: Recipe, model: Model, batches: Sequence[Batch]) -> Iterator[Any]:
     """The steps one after the other; some first look at what those before have made."""
+    was_cut = False
     for step in recipe.steps:
+        if was_cut:  # paths are others now
+            _check_targets(step, model)
+        was_cut = was_cut or step.name == "cut"
         yield from _parts(step.settled(model, batches) if hasattr(step, "settled") else step)
 
 
-def _check_targets(step: str, targets: Sequence[str], model: Model) -> None:
+def _check_targets(step: Any, model: Model) -> None:
+    """Of a step on the whole network they are its own to read."""
+    targets = () if step.scope == "model" else getattr(step, "targets", ())
     paths = [n for n, _ in model.module.named_modules()]
     if targets and not any(fnmatchcase(n, t) for n in paths for t in targets):
         weighted = [(n, m) for n, m in model.module.named_modules() if is_weighted(m)]
         # A table stands first in most networks, and is rarely what is meant.
         layers = [n for n, m in sorted(weighted, key=lambda p: isinstance(p[1], nn.Embedding))]
         raise InputError(
-            f"the targets of {step} match no layer", got=", ".join(targets),
+            f"the targets of {step.name} match no layer", got=", ".join(targets),
             allowed=f"globs of paths such as {layers[0]}" if layers else "a network with layers",
             next="see the paths with penjing inspect",
         )  # fmt: skip

@@ -7,6 +7,7 @@ freshly built module (also on the meta device) so that edited weights fit it.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,8 +18,9 @@ from penjing.errors import InputError
 from penjing.graph import given
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
-from penjing.recipe import ActivationRange, Edit, Patch, Setting, Slice
+from penjing.recipe import ActivationRange, Edit, Nothing, Patch, Setting, Slice
 from penjing.shapes import fresh, repair, resize
+from penjing.substitutes import LowRank, Zeros, patch_after, patch_before, placed
 
 __all__ = ["pack", "perform", "replay", "unpack"]
 
@@ -140,6 +142,10 @@ def _structural(edit: Edit) -> dict[str, Any]:
         entry |= _listed(edit.value)  # type: ignore[arg-type]
     elif isinstance(edit.value, Patch):
         entry |= {"position": edit.value.position, "width": edit.value.weight.shape[0]}
+        if edit.value.inner is not None:
+            entry["rank"] = len(edit.value.inner)
+    elif isinstance(edit.value, Nothing):
+        entry |= {"width": edit.value.width, "more": edit.value.more}
     elif edit.kind == "fold":
         entry["norm"] = edit.value
     return entry
@@ -167,11 +173,18 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
     elif kind == "patch":
         block, name = model.module.get_submodule(path), f"penjing_{entry['position']}"
         like = next(block.parameters())
-        block.add_module(name, nn.Linear(entry["width"], entry["width"], device=like.device))
-        if entry["position"] == "before":
-            block.register_forward_pre_hook(_patch_before, with_kwargs=True)
+        again = hasattr(block, name)  # two of low rank became one that is not
+        kind_of = LowRank if "rank" in entry else nn.Linear
+        size = (entry["width"], entry.get("rank", entry["width"]))
+        block.add_module(name, kind_of(*size, device=like.device))
+        if again:
+            pass
+        elif entry["position"] == "before":
+            block.register_forward_pre_hook(patch_before, with_kwargs=True)
         else:
-            block.register_forward_hook(_patch_after)
+            block.register_forward_hook(patch_after)
+    elif kind == "drop" and "width" in entry:
+        _empty(model, path, Nothing(entry["width"], entry["more"]))
     elif kind == "drop":
         _drop(model, path)
     elif kind == "untie":
@@ -219,6 +232,36 @@ def _drop(model: Model, path: str) -> None:
     model.blocks = tuple(new for b in model.blocks if (new := moved(b)) is not None)
 
 
+def _empty(model: Model, path: str, nothing: Nothing) -> None:
+    """A part of a block gives zeros; the caches of attentions behind one that went move up."""
+    holder, name = parent_of(model.module, path)
+    inside = [getattr(m, "layer_idx", None) for m in getattr(holder, name).modules()]
+    places = [place for place in inside if isinstance(place, int)]
+    if places:
+        _refuse_mixed(model.module, path)
+    setattr(holder, name, Zeros(nothing))
+    if places:
+        for other, part in model.module.named_modules():
+            place = getattr(part, "layer_idx", None)
+            if path.startswith(f"{other}.") and place is not None:
+                part.layer_idx = None
+            elif isinstance(place, int) and place > places[0]:
+                part.layer_idx = place - 1
+    tables = (model.masks, model.planes, model.activations, model.cache, model.kept)
+    for table in tables:
+        for key in [k for k in table if k == path or k.startswith(f"{path}.")]:
+            del table[key]
+
+
+def _refuse_mixed(module: nn.Module, path: str) -> None:
+    for config in (getattr(m, "config", None) for m in module.modules()):
+        if len(set(getattr(config, "layer_types", None) or ())) > 1:
+            raise InputError(
+                f"attention {path} of a network whose layers keep caches of several kinds",
+                next="cut whole blocks or MLPs",
+            )  # fmt: skip
+
+
 def _untie(module: nn.Module, path: str) -> None:
     holder, name = parent_of(module, path)
     old = getattr(holder, name)
@@ -260,32 +303,21 @@ def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
 
 def _patch(model: Model, edit: Edit, patch: Patch) -> None:
     block, name = model.module.get_submodule(edit.path), f"penjing_{patch.position}"
-    weight, bias = patch.weight, patch.bias
-    if isinstance(old := getattr(block, name, None), nn.Linear):
-        first, second = ((weight, bias), (old.weight.data, old.bias.data))
-        if patch.position == "after":
-            first, second = second, first
-        weight, bias = second[0] @ first[0], second[0] @ first[1] + second[1]
-    else:
-        _restructure(model, _structural(edit))
-    linear = block.get_submodule(name)
+    old = getattr(block, name, None)
+    if old is not None:  # one map in place of two
+        there = placed(old, patch.position)
+        first, second = (patch, there) if patch.position == "before" else (there, patch)
+        bias = second.full @ first.bias + second.bias
+        patch = Patch(second.full @ first.full, bias, patch.position)
+    if not isinstance(old, nn.Linear):
+        _restructure(model, _structural(replace(edit, value=patch)))
+    made = block.get_submodule(name)
+    inner, outer = (None, made) if isinstance(made, nn.Linear) else (made.inner, made.up)
     with torch.no_grad():
-        _set(linear.weight, weight)  # type: ignore[arg-type]
-        _set(linear.bias, bias)  # type: ignore[arg-type]
-
-
-def _patch_before(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    patch: nn.Module = block.penjing_before  # type: ignore[assignment]
-    if args:
-        return (patch(args[0]), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": patch(kwargs["hidden_states"])}
-
-
-def _patch_after(block: nn.Module, args: Any, output: Any) -> Any:
-    patch: nn.Module = block.penjing_after  # type: ignore[assignment]
-    if isinstance(output, tuple):
-        return (patch(output[0]), *output[1:])
-    return patch(output)
+        _set(outer.weight, patch.weight)  # type: ignore[arg-type, union-attr]
+        _set(outer.bias, patch.bias)  # type: ignore[arg-type, union-attr]
+        if inner is not None and patch.inner is not None:
+            _set(inner.weight, patch.inner)  # type: ignore[arg-type, union-attr]
 
 
 def _quantize_input(
@@ -329,6 +361,8 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
             entry["position"] = value.position
             tensors[f"{number}.weight"] = value.weight.contiguous()
             tensors[f"{number}.bias"] = value.bias.contiguous()
+            if value.inner is not None:
+                tensors[f"{number}.inner"] = value.inner.contiguous()
         elif isinstance(value, ActivationRange):
             entry["range"] = [value.scale, value.zero_point]
             if value.channels is not None:
@@ -340,6 +374,8 @@ def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
             entry |= _listed(value)
         elif isinstance(value, str):
             entry["norm"] = value
+        elif isinstance(value, Nothing):
+            entry["nothing"] = [value.width, value.more]
         table.append(entry)
     return _separate(tensors), json.dumps(table)
 
@@ -363,7 +399,7 @@ def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
         if "planes" in entry:
             value = IntegerPlanes.from_tensors(own, entry["planes"])
         elif "position" in entry:
-            value = Patch(own["weight"], own["bias"], entry["position"])
+            value = Patch(own["weight"], own["bias"], entry["position"], own.get("inner"))
         elif "range" in entry:
             scale, zero = entry["range"]
             value = ActivationRange(scale, zero, own.get("channels"))
@@ -374,5 +410,7 @@ def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
             value = (*slices, *(Setting(*one) for one in entry["set"]))
         elif "norm" in entry:
             value = entry["norm"]
+        elif "nothing" in entry:
+            value = Nothing(*entry["nothing"])
         edits.append(Edit(entry["kind"], entry["path"], value, entry["why"], entry["note"]))
     return edits

@@ -19,7 +19,7 @@ Martens and Grosse, arXiv 1503.05671, section 3; of convolutions arXiv 1602.0140
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +34,7 @@ from penjing.progress import track
 
 __all__ = ["LABELS", "SLOPES", "Slopes", "fisher", "gradients", "loss_of", "slopes"]
 
-SLOPES = frozenset({"gradient", "fisher"})
+SLOPES = frozenset({"gradient", "fisher", "fisher-diagonal"})
 """Statistics that need the loss of the whole network."""
 
 # Samples that F is the mean over. MiniLM's neurons chosen with 128 lose 1 % more than with 512.
@@ -57,12 +57,15 @@ class Slopes:
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def slopes(model: Model, batches: Sequence[Batch], needs: frozenset[str]) -> Slopes:
-    """Those that are needed: `gradient`, `fisher`; arguments and errors as of `gradients`."""
-    return Slopes(
-        gradients(model, batches) if "gradient" in needs else {},
-        fisher(model, batches) if "fisher" in needs else {},
-    )
+def slopes(
+    model: Model, batches: Sequence[Batch], needs: frozenset[str],
+    layers: Collection[str] | None = None,
+) -> Slopes:  # fmt: skip
+    """Those of `SLOPES` that are needed; arguments and errors as of `gradients` and `fisher`."""
+    found: Mapping[str, Tensor] = {}
+    if needs & {"fisher", "fisher-diagonal"}:
+        found = fisher(model, batches, layers, diagonal="fisher" not in needs)
+    return Slopes(gradients(model, batches) if "gradient" in needs else {}, found)
 
 
 def gradients(model: Model, batches: Sequence[Batch]) -> dict[str, Gradient]:
@@ -104,28 +107,34 @@ def gradients(model: Model, batches: Sequence[Batch]) -> dict[str, Gradient]:
     }
 
 
-def fisher(model: Model, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """F of every layer, tables aside, that the loss depends on, by path: [out, out] float64.
+def fisher(
+    model: Model, batches: Sequence[Batch], layers: Collection[str] | None = None, *,
+    diagonal: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """F of layers that the loss depends on, by path: [out, out] float64.
 
     Args:
         model: stays as it is.
         batches: calibration batches; of more than 512 samples about as many, evenly spread.
+        layers: paths; without any all that have a matrix. That of a vocabulary is very large.
+        diagonal: of F alone, [out].
 
     Raises:
         InputError: a loss that is NaN or infinite.
     """
     twin = model.copy(shared=True)
     twin.module.requires_grad_(False)
-    layers = {
+    wanted = {
         n: m for n, m in twin.module.named_modules()
-        if is_weighted(m) and not isinstance(m, nn.Embedding)
+        if is_weighted(m) and not isinstance(m, nn.Embedding) and (layers is None or n in layers)
     }  # fmt: skip
     sums: dict[str, Tensor] = {}
     anchor = torch.ones((), requires_grad=True, device=twin.device)  # no parameter asks for slopes
 
     def add(slope: Tensor, path: str, axis: int) -> None:
         rows = slope.movedim(axis, -1).flatten(0, -2).float()  # [places, out]
-        sums[path] = sums.get(path, 0) + (rows.T @ rows).double().cpu()
+        found = rows.square().sum(0) if diagonal else rows.T @ rows
+        sums[path] = sums.get(path, 0) + found.double().cpu()
 
     def watch(layer: nn.Module, _: object, output: Tensor, path: str) -> Tensor:
         output = output if output.requires_grad else output * anchor
@@ -133,7 +142,7 @@ def fisher(model: Model, batches: Sequence[Batch]) -> dict[str, Tensor]:
         output.register_hook(functools.partial(add, path=path, axis=axis))  # type: ignore[no-untyped-call]
         return output
 
-    handles = [m.register_forward_hook(functools.partial(watch, path=n)) for n, m in layers.items()]
+    handles = [m.register_forward_hook(functools.partial(watch, path=n)) for n, m in wanted.items()]
     # Logits of a vocabulary are large; other samples are quicker together.
     parts = [one for batch in batches for one in _singles(batch)] if twin.interface == "causal" \
         else list(batches)  # fmt: skip

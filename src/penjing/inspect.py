@@ -169,9 +169,9 @@ def inspect(
 
 
 def left_alone(model: Model) -> list[str]:
-    """Modules whose weight matrices no step can compress, as `path (class, weights)`.
+    """Modules whose weights can be neither pruned nor quantized, as `path (class, weights)`.
 
-    Recurrent layers and transposed ones of GPT-2 are such. Small tables are not worth a word.
+    Recurrent layers are such, whose hidden units may still go. Small tables are not worth a word.
     """
     found = []
     for path, module in model.module.named_modules():

@@ -46,7 +46,7 @@ class LayerStats:
         size: [in] mean absolute value of each input, with `size`.
         gradient: of the layer's weight in the network before the step, with `gradient`.
         fisher: [out, out] Fisher information of the layer's outputs there, with `fisher`
-            (`penjing.gradients`).
+            (`penjing.gradients`); [out] with `fisher-diagonal`.
         grams: of a grouped convolution in place of `gram`: [groups, row, row], row = in / groups
             * h * w, mean outer product of the patches of each group.
         mean: [in] mean of each input, float64, with `gram`; with `grams` [groups, row].
@@ -228,13 +228,15 @@ def _vectors(layer: nn.Module, x: Tensor) -> Tensor | None:
     """Input as rows that the weight matrix [out, in] multiplies; None for grouped convolutions."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])  # [tokens, in]
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1:
+        kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+        padding = (0,) * len(kernel) if isinstance(layer.padding, str) else layer.padding
+        if isinstance(layer, nn.Conv1d):  # as an image of one row
+            x = x.unsqueeze(-2)
+            kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
+            padding = (0, *padding)
         patches = torch.nn.functional.unfold(
-            x,
-            layer.kernel_size,
-            layer.dilation,
-            0 if isinstance(layer.padding, str) else layer.padding,
-            layer.stride,
+            x, kernel, dilation, padding, stride
         )  # [batch, in * h * w, places]
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
         return rows[:: max(1, len(rows) // 4096)]

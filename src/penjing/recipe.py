@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import tomli_w
+import torch
 from torch import Tensor
 
 from penjing.cache import CacheGrid
@@ -20,7 +21,17 @@ from penjing.errors import InputError
 if TYPE_CHECKING:
     from penjing.planes import IntegerPlanes
 
-__all__ = ["ActivationRange", "Edit", "Kind", "Patch", "Recipe", "Setting", "Slice", "Step"]
+__all__ = [
+    "ActivationRange",
+    "Edit",
+    "Kind",
+    "Nothing",
+    "Patch",
+    "Recipe",
+    "Setting",
+    "Slice",
+    "Step",
+]
 
 Kind = Literal[
     "mask",
@@ -69,17 +80,47 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A linear map on the hidden state, y = x @ weight.T + bias.
+    """A linear map on the hidden state.
+
+        y = x @ weight.T + bias,   of low rank   y = x + (x @ inner.T) @ weight.T + bias
 
     Attributes:
-        weight: [width, width].
+        weight: [width, width], of low rank [width, rank].
         bias: [width].
         position: on the input (`before`) or the output (`after`) of the block at the edit's path.
+        inner: None, or [rank, width].
     """
 
     weight: Tensor
     bias: Tensor
     position: Literal["before", "after"]
+    inner: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of a hidden state [..., width]."""
+        if self.inner is None:
+            return x @ self.weight.T + self.bias
+        return x + (x @ self.inner.T) @ self.weight.T + self.bias
+
+    @property
+    def full(self) -> Tensor:
+        """[width, width], whatever the rank."""
+        if self.inner is None:
+            return self.weight
+        return torch.eye(len(self.weight)).to(self.weight) + self.weight @ self.inner
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """What is left of a half of a block that went: a module that gives zeros.
+
+    Attributes:
+        width: of the zeros [..., width].
+        more: None, or how many None it gives behind them, in a tuple.
+    """
+
+    width: int
+    more: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +160,8 @@ class Edit:
             weight: new values of the parameter, same shape;
             slice: tuple of `Slice`, every parameter coupled to the removed neurons, and of
                 `Setting`, every attribute that counts them;
-            drop: None, the block at `path` goes away;
+            drop: None, the block at `path` goes away; or `Nothing`, which takes the place of a
+                part of a block;
             patch: `Patch` at the block at `path`;
             untie: None, the parameter at `path` gets a copy of its own;
             curve: float tensor, the losses of a training, each the mean of a part of the way;
@@ -143,6 +185,7 @@ class Edit:
         Tensor
         | tuple[Slice | Setting, ...]
         | Patch
+        | Nothing
         | IntegerPlanes
         | ActivationRange
         | CacheGrid

@@ -150,6 +150,7 @@ def _search(ladder: Ladder, bench: _Bench, target: float) -> Sized:
     least = ladder.forms.share(ladder.rungs(ladder.length), "macs")
     slow, fast = (1.0, 1.0), (0.0, 0.0)  # MACs and latency, of the whole network's
     best: Sized | None = None
+    fastest = 1.0, 1.0  # latency, and the MACs that go with it
     tried: set[int] = set()
     while len(tried) < _MOST:
         aim = max(target - _NEAR / 2, 0.0)
@@ -162,6 +163,7 @@ def _search(ladder: Ladder, bench: _Bench, target: float) -> Sized:
         kept = ladder.rungs(rung)
         form = ladder.forms.form(kept)
         macs, latency = ladder.forms.share(kept, "macs"), bench.latency(form)
+        fastest = min(fastest, (latency, macs))
         if latency <= target:
             fast = macs, latency
             best = Sized(dict(kept), latency, macs, bench.measured, bench.threads)
@@ -174,7 +176,7 @@ def _search(ladder: Ladder, bench: _Bench, target: float) -> Sized:
     if best is None:
         raise InputError(
             f"shrink cannot take {1 - target:.0%} of the latency",
-            got=f"at most {1 - latency:.0%}, with MACs {macs:.0%} of the whole network's",
+            got=f"at most {1 - fastest[0]:.0%}, with MACs {fastest[1]:.0%} of the whole network's",
             next="ask for less, or quantize or cut what is left",
         )  # fmt: skip
     return replace(best, measured=bench.measured)

@@ -99,7 +99,16 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (("quantize", "{w}", "--codes", "trellis", "--bits", "5", "-o", "{d}/o.npy"), "2, 3 or 4"),
         (("quantize", "{w}", "--method", "awq", "-o", "{d}/o.npy"), "clip"),
         (("quantize", "{w}", "--rotate", "-o", "{d}/o.npy"), "not rotated"),
-        (("quantize", "{w}", "--refine", "64", "-o", "{d}/o.npy"), "--refine are for networks"),
+        (("quantize", "{w}", "--refine", "64", "-o", "{d}/o.npy"), "--refine is for networks"),
+        (
+            ("quantize", "{w}", "--data", "{w}", "--to", "onnx", "-o", "{d}/o.npz"),
+            "--data, --to are for networks",
+        ),
+        (("quantize", "{w}", "--embeddings", "8", "-o", "{d}/o.npz"), "--embeddings is for"),
+        (
+            ("prune", "{w}", "--sparsity", "0.5", "--data", "{w}", "-o", "{d}/o.npy"),
+            "--data is for networks; got",
+        ),
         (("quantize", "{d}", "--rotate", "--to", "gguf", "-o", "{d}/o"), "onnx, openvino"),
         (
             ("quantize", "{d}", "--bits", "2", "--codes", "trellis", "--to", "onnx", "-o", "{d}/o"),
@@ -134,6 +143,7 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
             ("shrink", "{w}", "--ratio", "0.5", "--learn", "l9", "--data", "{w}", "-o", "{d}/o"),
             "gates, growing, hard-concrete, l1, l2, lasso",
         ),
+        (("cut", "{w}", "--layers", "1", "--data", "{w}", "-o", "{d}/o"), "cut is for networks"),
         (("cut", "{w}", "--layers", "1", "--patch", "x", "--data", "{w}", "-o", "{d}/o"), "linear"),
     ],
 )
@@ -181,3 +191,11 @@ def test_what_is_learned_is_in_the_artifact(tmp_path: Path) -> None:
     assert 'do = "constrain"' in recipe
     assert 'method = "lasso"' in recipe
     assert 'criterion = "learned"' in recipe
+
+
+def test_the_choices_of_cut_are_those_of_the_step() -> None:
+    from penjing.cli.shape import cut
+    from penjing.steps.cut import CRITERIA, PARTS, PATCHES
+
+    shown = {p.name: tuple(getattr(p.type, "choices", ())) for p in cut.params}
+    assert (shown["criterion"], shown["part"], shown["patch"]) == (CRITERIA, PARTS, PATCHES)

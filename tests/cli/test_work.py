@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -142,25 +143,39 @@ def test_from_a_model_to_a_measured_artifact(bert: Path, tmp_path: Path) -> None
     assert "Traceback" not in done.output
 
 
-def test_what_no_step_handles_is_named(tmp_path: Path) -> None:
-    """Layers that are neither linear nor convolutions, in a network of one's own."""
+def test_what_a_step_cannot_handle_is_named(tmp_path: Path) -> None:
+    """Recurrent layers are neither pruned nor quantized, but their hidden units go."""
     (tmp_path / "net.py").write_text(
-        "import torch, transformers\n"
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.cells = torch.nn.LSTM(8, 32, batch_first=True)\n"
+        "        self.head = torch.nn.Linear(32, 4)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.cells(x)[0][:, -1])\n"
         "def make():\n"
-        "    return transformers.GPT2LMHeadModel(transformers.GPT2Config(\n"
-        "        vocab_size=30, n_embd=32, n_layer=2, n_head=2, n_positions=32, n_inner=64))\n"
+        "    torch.manual_seed(0)\n"
+        "    return Net()\n"
         "def example():\n"
-        "    return {'input_ids': torch.arange(6).reshape(1, 6)}\n"
+        "    return torch.zeros(1, 5, 8)\n"
     )
-    arguments = ["quantize", f"{tmp_path / 'net.py'}:make", "--weights", "own"]
-    arguments += ["-o", str(tmp_path / "out"), "--json"]
-    done = CliRunner().invoke(group, arguments)
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
-    (line,) = [li for li in done.stderr.splitlines() if "left as they are" in li]
-    # 32 x 96 weights of queries, keys and values together; eight such layers, four named.
-    assert "transformer.h.0.attn.c_attn (Conv1D, 3,072)" in line
-    assert line.endswith("and 4 more")
+    data = tmp_path / "data.npz"
+    np.savez(data, x0=np.random.default_rng(0).normal(size=(16, 5, 8)).astype(np.float32))
+    found = {}
+    for verb, options in (("prune", ["--sparsity", "0.5"]), ("quantize", []),
+                          ("shrink", ["--ratio", "0.5"])):  # fmt: skip
+        arguments = [verb, f"{tmp_path / 'net.py'}:make", "--weights", "own", *options, "--json"]
+        arguments += ["--data", str(data), "-o", str(tmp_path / verb)]
+        done = CliRunner().invoke(group, arguments)
+        assert done.exit_code == 0, done.stderr
+        said = [line for line in done.stderr.splitlines() if "left as they are" in line]
+        # 4 gates: (8 + 32) * 32 * 4.
+        line = f"{verb} cannot handle their kind: cells (LSTM, 5,120)"
+        assert [li.endswith(line) for li in said] == [True] * (verb != "shrink")
+        found[verb] = json.loads(done.stdout)
+    # 16 of 32 units: 4 * 16 * (8 + 16 + 2) in the cells, 4 * 17 in the head.
+    assert found["shrink"]["parameters"] == 4 * 16 * 26 + 4 * 17
 
 
 def test_shrink_says_what_it_reached(bert: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ MIX = torch.randn(32, 32, generator=GENERATOR) * torch.logspace(-1, 0.5, 32)
 X = torch.randn(600, 32, generator=GENERATOR) @ MIX  # [tokens, in]
 WEIGHT = torch.randn(12, 32, generator=GENERATOR)
 GRAM = (X.T @ X / 600).double()
-STATS = SimpleNamespace(gram=GRAM, norm=GRAM.diagonal().sqrt().float())
+STATS = SimpleNamespace(gram=GRAM, norm=GRAM.diagonal().sqrt().float(), count=600)
 PATTERNS = [
     Pattern(0.5), Pattern(0.7), Pattern(0.5, 2, 4), Pattern(0.5, 1, 4), Pattern(0.5, block=(1, 4)),
     Pattern(0.5, block=(4, 1)), Pattern(0.5, block=(2, 8)),
@@ -94,7 +94,7 @@ def test_admm_is_near_the_best_of_all_masks(wide: int) -> None:
             solved = np.linalg.lstsq(a[:, kept], y, rcond=None)[0]
             every.append(float(np.square(a[:, kept] @ solved - y).sum()))
         fit = registry.lookup("pruners", "admm", "fit")
-        weight, _ = fit(w, Pattern(0.5, block=(1, wide)), SimpleNamespace(gram=gram))
+        weight, _ = fit(w, Pattern(0.5, block=(1, wide)), SimpleNamespace(gram=gram, count=600))
         found = float(np.square(a @ weight.double().numpy().T - y).sum())
         assert found >= 0.999 * min(every)
         assert found < np.median(every)
@@ -108,7 +108,9 @@ def test_dead_inputs_and_a_gram_matrix_of_rank_one() -> None:
     one = torch.outer(X[0], X[0]).double()
     for name in NAMES:
         for gram in (dead, one, torch.zeros_like(GRAM)):
-            stats = SimpleNamespace(gram=gram, norm=gram.diagonal().sqrt().float())
+            stats = SimpleNamespace(
+                gram=gram, norm=gram.diagonal().sqrt().float(), count=600
+            )
             weight, mask = registry.lookup("pruners", name, "fit")(WEIGHT, Pattern(0.5), stats)
             assert torch.isfinite(weight).all()
             assert int(mask.sum()) == mask.numel() // 2
@@ -135,3 +137,22 @@ def test_values_that_are_not_finite_are_named() -> None:
     mask = torch.ones_like(WEIGHT, dtype=torch.bool)
     with pytest.raises(InputError, match="NaN"):
         masked_least_squares(WEIGHT, bad, mask, WEIGHT)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(0.5), Pattern(0.7)], ids=str)
+def test_of_few_samples_fast_is_nearer_on_others_than_one_mask(pattern: Pattern) -> None:
+    fast, better = registry.lookup("pruners", "fast", "fit"), []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1064, 32, generator=generator) @ MIX
+        few, others = x[:64], x[64:]
+        gram = (few.T @ few / 64).double()
+        stats = SimpleNamespace(gram=gram, norm=gram.diagonal().sqrt().float(), count=64)
+        alone = pattern.mask(WEIGHT.abs() * stats.norm, per_row=True)
+        single = masked_least_squares(WEIGHT, gram, alone, WEIGHT, 12)
+        off = [
+            float((others @ (WEIGHT - made).T).square().sum())
+            for made in (fast(WEIGHT, pattern, stats)[0], single)
+        ]
+        better.append(off[0] / off[1])
+    assert float(np.median(better)) < 1

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import penjing
 from penjing.errors import InputError
+from penjing.load import original
 from penjing.readers import factory
 
 NET = """
@@ -89,6 +93,61 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         factory.read(path, weights=tmp_path / "gone.pth")
     with pytest.raises(InputError, match="no such Python module"):
         factory.read(Path("no_such_package.x:f"), weights="own")
+
+
+GPT2 = """
+import torch, transformers
+def net():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=30, n_embd=32, n_layer=2, n_head=4, n_positions=32,
+                                     n_inner=64, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(config)
+def example():
+    return {"input_ids": torch.arange(12).reshape(2, 6)}
+"""
+
+
+def test_the_layers_of_gpt2_are_linear(tmp_path: Path) -> None:
+    """The same outputs, from its own weights and from a file, and shrunk as from its folder."""
+    (tmp_path / "gpt.py").write_text(GPT2)
+    scope: dict[str, Any] = {}
+    exec(GPT2, scope)
+    raw = scope["net"]().eval()
+    torch.save(raw.state_dict(), tmp_path / "w.pth")
+    raw.save_pretrained(tmp_path / "folder")
+    place = f"{tmp_path / 'gpt.py'}:net"
+    own = penjing.load(place, weights="own")
+    filed = penjing.load(place, weights=tmp_path / "w.pth")
+    with torch.no_grad():
+        wanted = raw(own.example["input_ids"]).logits
+    for model in (own, filed):
+        assert isinstance(model.module.transformer.h[0].mlp.c_fc, torch.nn.Linear)
+        torch.testing.assert_close(model.run(model.example), wanted)
+    ids = np.arange(48).reshape(8, 6) % 30
+    np.savez(tmp_path / "data.npz", input_ids=ids, attention_mask=np.ones_like(ids))
+    options = {"data": tmp_path / "data.npz", "multiple": 1}
+    small = penjing.shrink(own, 0.5, **options)
+    mlp = small.module.transformer.h[0].mlp
+    assert (mlp.c_fc.out_features, mlp.c_proj.in_features) == (32, 32)
+    folder = penjing.shrink(tmp_path / "folder", 0.5, **options)
+    assert small.parameter_count == folder.parameter_count
+    penjing.save(small, tmp_path / "small")
+    again = penjing.load(tmp_path / "small")
+    assert torch.equal(again.run(own.example), small.run(own.example))
+
+
+def test_an_artifact_of_raw_layers_still_loads(tmp_path: Path) -> None:
+    """Made before they became linear: its source says nothing of it."""
+    (tmp_path / "gpt.py").write_text(GPT2)
+    model = penjing.load(f"{tmp_path / 'gpt.py'}:net", weights="own")
+    details = {k: v for k, v in model.source.details.items() if k != "straightened"}
+    source = dataclasses.replace(model.source, details=details)
+    raw = dataclasses.replace(factory.build(source), source=source)
+    penjing.save(raw, tmp_path / "raw")
+    again = penjing.load(tmp_path / "raw")
+    assert type(again.module.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    torch.testing.assert_close(again.run(model.example), model.run(model.example))
+    assert original(again).source.fingerprint == model.source.fingerprint
 
 
 @pytest.mark.skipif(find_spec("efficientnet_lite_pytorch") is None, reason="needs the package")

@@ -166,6 +166,18 @@ def test_learned_weights_beat_random_ones_and_magnitude_in_a_planted_network() -
     assert float(learned.masks["blocks.1.down.weight"][:, 0::2].float().mean()) < 0.1
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_gates_of_weights_may_start_from_slopes(criterion: str) -> None:
+    """The same order as the criterion itself gives, within a layer, before anything is learned."""
+    model, batches = net.stack(2), net.arrays(2)
+    target = ("blocks.1.down",)
+    options = {"targets": target, "criterion": criterion, "steps": 1, "lr": 1e-6}
+    learned = _learned(model, batches, 0.5, "weights", **options).model
+    plain = apply(model, Recipe((Prune(0.5, criterion, targets=target),)), batches).model
+    assert learned.masks.keys() == {"blocks.1.down.weight"}
+    assert torch.equal(*(m.masks["blocks.1.down.weight"] for m in (learned, plain)))
+
+
 def test_training_the_weights_along_makes_up_for_what_goes() -> None:
     model, batches = net.stack(), net.arrays(9)
     off = {}

@@ -157,7 +157,7 @@ def test_noise_gets_no_patch() -> None:
     mix = torch.randn(40, 40, generator=generator)
     fit = fit_patch(stream, x, [h @ mix for h in x], 1e-6)
     assert fit is not None
-    torch.testing.assert_close(fit[0], mix.T, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(fit.weight, mix.T, rtol=1e-2, atol=1e-2)
 
 
 def test_one_batch_is_held_out_in_part() -> None:
@@ -167,7 +167,7 @@ def test_one_batch_is_held_out_in_part() -> None:
     assert fit_patch(stream, [x], [x + 3 * noise], 1e-6) is None
     fit = fit_patch(stream, [x], [2 * x + 1], 1e-3)
     assert fit is not None
-    assert fit[2] > 100 * fit[3] > 0  # measured, not made up
+    assert fit.before > 100 * fit.after > 0  # measured, not made up
 
 
 def test_attention_sinks_are_no_samples() -> None:
@@ -181,7 +181,7 @@ def test_attention_sinks_are_no_samples() -> None:
     sunk = fit_patch(stream, x, y, 0.01)
     assert clean is not None
     assert sunk is not None
-    torch.testing.assert_close(sunk[0], clean[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(sunk.weight, clean.weight, rtol=1e-2, atol=1e-2)
 
 
 def test_two_cuts_in_a_row() -> None:

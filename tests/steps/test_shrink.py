@@ -258,6 +258,42 @@ def test_repair_helps_convolutions() -> None:
     assert errors[True] < 0.7 * errors[False]
 
 
+class Sound(nn.Module):
+    """[batch, channels, length]: a block of 1-D convolutions, one of them strided."""
+
+    def __init__(self, inputs: int = 12) -> None:
+        super().__init__()
+        self.up = nn.Conv1d(inputs, 24, 5, padding=2)
+        self.mid = nn.Conv1d(24, 24, 3, stride=2, dilation=2, padding=2)
+        self.down = nn.Conv1d(24, inputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.mid(torch.relu(self.up(x)))))
+
+
+def test_one_dimensional_convolutions_lose_channels() -> None:
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([nn.Sequential(Sound(), nn.Tanh()) for _ in range(2)])
+    model = net.wrap(nn.Sequential(*blocks), "tensor", {"x": torch.randn(2, 12, 40)})
+    model.blocks = ("0", "1")
+    batches = [{"x": torch.randn(32, 12, 40)} for _ in range(2)]
+    made = {}
+    for repair in (True, False):
+        step = Shrink(0.5, repair=repair, multiple=1)
+        made[repair] = apply(model, Recipe((step,)), batches).model
+    # Those between the blocks too; what comes in and what goes out stays.
+    shapes = [[tuple(p.shape) for p in block.parameters() if p.ndim > 1]
+              for block in made[True].module]  # fmt: skip
+    assert shapes[0] == [(12, 12, 5), (12, 12, 3), (6, 12, 1)]
+    assert shapes[1] == [(12, 6, 5), (12, 12, 3), (12, 12, 1)]
+    masked = net.masked_columns(model, made[False])
+    with torch.no_grad():
+        wanted, was = masked.run(batches[0]), model.run(batches[0])
+        torch.testing.assert_close(made[False].run(batches[0]), wanted, rtol=1e-4, atol=1e-5)
+        off = {r: float((m.run(batches[0]) - was).norm()) for r, m in made.items()}
+    assert off[True] < 0.9 * off[False]
+
+
 def test_after_pruning_the_removed_connections_stay_removed() -> None:
     model = apply(net.stack(), Recipe((Prune(0.5, "magnitude"), Shrink(0.5))), net.arrays(4)).model
     assert model.masks
@@ -266,6 +302,47 @@ def test_after_pruning_the_removed_connections_stay_removed() -> None:
         assert mask.shape == weight.shape
         assert not weight[~mask].any()
         assert 0 < float(mask.float().mean()) < 1
+
+
+def test_what_is_left_of_a_pruned_layer_is_least_squares_on_its_mask() -> None:
+    """Row by row by numpy, on hidden units computed by hand."""
+    batches = net.arrays(8)
+    for criterion in ("gram", "magnitude"):
+        model = apply(net.stack(2), Recipe((Prune(0.5, "magnitude"),))).model
+        step = Shrink(0.5, criterion=criterion, targets=("*.0.down",))
+        small = apply(model, Recipe((step,)), batches).model
+        kept = next(k for _, dim, k in small.structure[0]["slices"] if dim == 1)
+        block, name = model.module.blocks[0], "blocks.0.down.weight"
+        with torch.no_grad():
+            hidden = torch.cat([torch.relu(block.up(model.module.inp(b["x"]))).flatten(0, 1)
+                                for b in batches]).double().numpy()  # fmt: skip
+        weight = block.down.weight.detach().double().numpy()
+        mean = hidden.mean(0)
+        hidden = hidden - mean  # the bias holds the mean
+        variance = (hidden**2).mean(0)
+        ridge = np.sqrt(0.01 * variance[variance > 0].mean() * len(hidden))
+        rows = np.vstack([hidden, ridge * np.eye(24)])
+        fitted = np.zeros_like(weight)
+        for row, own in enumerate(model.masks[name].numpy()):
+            there = [k for k in kept if own[k]]
+            fitted[row, there] = np.linalg.lstsq(rows[:, there], rows @ weight[row], rcond=None)[0]
+        found = small.module.get_parameter(name).detach().numpy()
+        np.testing.assert_allclose(found, fitted[:, kept], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            small.module.blocks[0].down.bias.detach().numpy(),
+            weight @ mean + block.down.bias.detach().numpy() - fitted @ mean, rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+        assert torch.equal(small.masks[name], model.masks[name][:, kept])
+
+
+def test_channels_shared_by_blocks_keep_their_masks() -> None:
+    model = apply(net.resnet(), Recipe((Prune(0.5, "magnitude"),))).model
+    small = apply(model, Recipe((Shrink(0.5, multiple=2),)), [model.example]).model
+    for name, mask in small.masks.items():
+        weight = small.module.get_parameter(name)
+        assert mask.shape == weight.shape
+        assert not weight[~mask].any()
+    assert small.masks.keys() == model.masks.keys()
 
 
 def test_a_quantized_network_is_not_shrunk() -> None:

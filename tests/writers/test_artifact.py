@@ -183,7 +183,36 @@ def _spoil(out: Path, file: str, change: Any) -> None:
         _spoil(out, "manifest.json", lambda t: t["files"][file].update(size=size))
 
 
+def test_indices_are_runs_and_lists_of_before_still_load(model: Model, tmp_path: Path) -> None:
+    _edit_everything(model)
+    artifact.save(model, tmp_path / "out")
+    (wanted,) = [e["slices"] for e in model.structure if e["kind"] == "slice"]
+    table = json.loads((tmp_path / "out" / "structure.json").read_text())
+    (stored,) = [e["slices"] for e in table["structure"] if e["kind"] == "slice"]
+    for (_, _, text), (_, _, kept) in zip(stored, wanted, strict=True):
+        parts = [list(map(int, run.split("-"))) for run in text.split()]
+        assert [i for run in parts for i in range(run[0], run[-1] + 1)] == kept
+
+    def before(table: dict[str, Any]) -> None:
+        table["format"] = 1
+        table["structure"] = model.structure
+
+    assert load(tmp_path / "out").structure == model.structure
+    _spoil(tmp_path / "out", "structure.json", before)
+    again = load(tmp_path / "out")
+    assert again.structure == model.structure
+    assert torch.equal(again.run(model.example), model.run(model.example))
+
+
 SPOILED: list[tuple[str, Any, str]] = [
+    ("structure.json", lambda t: t.update(format=3), "format of .*got 3; allowed: 1 or 2"),
+    (
+        "structure.json",
+        lambda t: t["structure"].append(
+            {"kind": "slice", "path": "x", "slices": [["x", 0, "0-9999999999"]]}
+        ),
+        "does not fit",
+    ),
     ("manifest.json", lambda t: t.update(format=99), "format 99"),
     ("manifest.json", lambda t: t.pop("files"), "not an artifact"),
     ("manifest.json", lambda t: t["files"].update({"../x": {"size": 1}}), "outside"),

@@ -33,6 +33,7 @@ from penjing.runtimes import onnxruntime as runtime
 from penjing.steps.cut import Cut
 from penjing.writers import _onnx_graph as graphs
 from penjing.writers import onnx as writer
+from penjing.writers import openvino
 
 # One object each: networks of one source and the same shapes are traced once.
 SOURCE = Source("huggingface", "tiny", "0")
@@ -416,6 +417,17 @@ def test_convolutions_with_low_bit_weights(bits: int, tmp_path: Path) -> None:
     codes = [t for t in onnx.load(path).graph.initializer if ".codes" in t.name]
     stored = sum(len(t.raw_data) for t in codes)
     assert stored == (16 * 27 + 16 * 9 + 24 * 16) * bits // 8
+
+
+def test_a_projected_lstm_is_refused_and_a_plain_one_is_not() -> None:
+    for width, said in ((0, []), (4, ["cells: an LSTM with proj_size"])):
+        cells = nn.LSTM(6, 8, proj_size=width)
+        model = net.wrap(nn.ModuleDict({"cells": cells}), "tensor", {"x": torch.zeros(3, 2, 6)})
+        assert writer.check(model) == said
+        assert openvino.check(model) == said
+    with pytest.raises(UsageError, match=r"cannot express cells: an LSTM.*Python: it runs all"):
+        writer.write(model, Path("never.onnx"))
+    assert not Path("never.onnx").exists()
 
 
 def test_what_cannot_be_expressed_is_refused_by_name() -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "output_options",
     "set_threads",
     "size_options",
+    "targets_option",
     "threads_option",
     "to_option",
 ]
@@ -211,6 +212,10 @@ def data_options(
         click.option("--seed", type=int, default=seed, show_default=seed is not None),
     )
 
+
+targets_option = click.option(
+    "--targets", multiple=True, metavar="GLOB", help="Only layers with such a path; may repeat."
+)
 
 to_option = click.option(
     "--to",

@@ -1,4 +1,4 @@
-"""One technique at a time: prune, shrink, cut, quantize, apply."""
+"""One technique at a time: prune, shrink, cut, apply."""
 
 from __future__ import annotations
 
@@ -17,26 +17,17 @@ from penjing.cli.options import (
     learning,
     model_options,
     output_options,
+    targets_option,
     to_option,
 )
-from penjing.cli.work import is_bare, pruned, removed, show_file, tables_in_floats, technique
+from penjing.cli.work import check_bare, is_bare, pruned, removed, show_file, technique
 from penjing.errors import InputError, UsageError
 from penjing.registry import choices
-from penjing.scheme import FAMILIES, Scheme
 
-__all__ = ["cut", "prune", "quantize", "replay", "shrink"]
-
-# Exports that hold rotated weights.
-_ROTATING = ("onnx", "openvino")
-# Codes of several weights at once, which no export holds.
-_TOGETHER = ("additive", "e8", "trellis")
+__all__ = ["cut", "prune", "replay", "shrink"]
 
 # Criteria of neurons.
 _NEURONS = ("gram", *sorted({*choices("unitcriteria"), *choices("criteria")}))
-
-targets_option = click.option(
-    "--targets", multiple=True, metavar="GLOB", help="Only layers with such a path; may repeat."
-)
 
 
 @click.command()
@@ -106,10 +97,9 @@ def prune(
     if ranking and training:
         raise UsageError("--ranking with --learn", got=ranking, next="leave it out")
     if is_bare(model, output):
+        check_bare(model, options | training)
         if ranking == "global":
             raise UsageError("--ranking global is for networks", got=f"{model}, bare weights")
-        if training:
-            raise UsageError("--learn is for networks", got=f"{model}, bare weights")
         check_model(model)
         from penjing.weights import prune_file
 
@@ -236,8 +226,28 @@ def shrink(
 @model_options
 @click.option("--layers", type=click.IntRange(1), help="How many blocks go; or")
 @click.option("--ratio", type=RATIO, metavar="0.25", help="which fraction of them.")
-@click.option("--criterion", default="influence", show_default=True, metavar="NAME")
-@click.option("--patch", default="linear", show_default=True, help="linear or none.")
+@click.option(
+    "--part",
+    type=click.Choice(["block", "attention", "mlp"]),
+    default="block",
+    show_default=True,
+    help="What goes of a block.",
+)
+@click.option(
+    "--criterion",
+    type=click.Choice(["influence", "angular", "greedy", "evolution", "random"]),
+    default="influence",
+    show_default=True,
+    help="Which blocks go.",
+)
+@click.option(
+    "--patch",
+    type=click.Choice(["linear", "low-rank", "fused", "none"]),
+    default="linear",
+    show_default=True,
+    help="What stands in for whole blocks; fused costs nothing at run time.",
+)
+@click.option("--refit", is_flag=True, help="Refit what writes the hidden state behind a gap.")
 @learn_options
 @data_options(required=True)
 @output_options()
@@ -247,15 +257,15 @@ def cut(
     model: str,
     layers: int | None,
     ratio: float | None,
-    criterion: str,
-    patch: str,
     output: Path,
     **options: Any,
 ) -> None:
-    """Remove whole blocks.
+    """Remove whole blocks, or their attentions or MLPs.
 
     \b
     penjing cut ./my-model --layers 2 --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --layers 2 --criterion greedy --refit --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --layers 2 --part attention --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --learn gates --data calibration.jsonl -o ./cut
     """
     training = learning(options)
@@ -263,159 +273,11 @@ def cut(
         raise UsageError("how much to cut", allowed="either --layers 2 or --ratio 0.25")
     if ratio is not None and not 0 < ratio < 1:
         raise UsageError("--ratio", got=ratio, allowed="0 < ratio < 1")
-    for name, value, allowed in (
-        ("--criterion", criterion, ("influence", "random")),
-        ("--patch", patch, ("linear", "none")),
-    ):
-        if value not in allowed:
-            raise UsageError(f"unknown {name}", got=value, allowed=", ".join(allowed))
     technique(
         lambda m, **more: _api().cut(m, layers, ratio=ratio, **more),
         model,
         output,
-        criterion=criterion,
-        patch=patch,
         **training,
-        **options,
-    )
-
-
-@click.command()
-@model_options
-@click.option("--bits", type=click.FloatRange(1, 8), default=8, show_default=True)
-@click.option(
-    "--group",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Inputs that share a scale; 0 is the whole row.",
-)
-@click.option("--codes", default="integer", show_default=True, help=f"{', '.join(FAMILIES)}.")
-@click.option(
-    "--scale-bits",
-    type=click.Choice(["32", "16", "8"]),
-    default="32",
-    show_default=True,
-    help="Bits of a stored scale.",
-)
-@click.option("--activations", type=click.IntRange(8, 8), help="8 for 8-bit layer inputs.")
-@click.option(
-    "--kv-cache", type=click.Choice(["8", "4"]), help="Bits of a decoder's keys and values."
-)
-@click.option("--embeddings", type=click.IntRange(2, 8), help="Bits of embedding tables.")
-@click.option("--method", type=Leaf("quantizers"), help="Default: gptq with data, rtn without.")
-@click.option("--symmetric/--asymmetric", default=None, help="Default: what the runtime wants.")
-@click.option(
-    "--floats",
-    type=RATIO,
-    default="0",
-    metavar="15%",
-    help="Share of the work that may stay in floats, from the input on.",
-)
-@click.option("--rotate", is_flag=True, help="Quantize weights in a rotated basis of their inputs.")
-@click.option(
-    "--refine",
-    type=click.IntRange(0),
-    default=0,
-    metavar="64",
-    help="Steps of gradient descent on each block's scales and codes.",
-)
-@click.option("--dequantize", is_flag=True, help="Weight files only: store the floats.")
-@targets_option
-@data_options()
-@output_options()
-@to_option
-@json_option
-def quantize(
-    model: str,
-    bits: float,
-    group: int,
-    codes: str,
-    scale_bits: str,
-    activations: int | None,
-    kv_cache: str | None,
-    floats: float,
-    embeddings: int | None,
-    method: str | None,
-    symmetric: bool | None,
-    rotate: bool,
-    refine: int,
-    dequantize: bool,
-    output: Path,
-    overwrite: bool,
-    as_json: bool,
-    targets: tuple[str, ...],
-    **options: Any,
-) -> None:
-    """Store weights, and activations where asked, in fewer bits.
-
-    \b
-    penjing quantize ./my-model --bits 4 --group 64 --data calibration.jsonl -o ./small
-    penjing quantize params.npy --bits 8 -o out.npz
-    """
-    if bits == int(bits):
-        bits = int(bits)
-    Scheme(bits, group, bool(symmetric), codes, int(scale_bits))
-    if is_bare(model, output):
-        check_model(model)
-        if codes != "integer" or scale_bits != "32" or rotate:
-            raise UsageError(
-                "codes of a bare weight file",
-                got=f"{codes}, scales of {scale_bits} bits" + ", rotated" * rotate,
-                allowed="integer, scales of 32 bits, not rotated",
-            )
-        if kv_cache or floats or refine:
-            raise UsageError(
-                "--kv-cache, --floats and --refine are for networks", got=f"{model}, bare weights",
-                next="leave them out",
-            )  # fmt: skip
-        if method == "awq":
-            raise UsageError("method awq of a bare weight file", next="use the method clip")
-        from penjing.weights import quantize_file
-
-        found = quantize_file(
-            Path(model),
-            output,
-            int(bits),
-            group=group,
-            method=method or "rtn",
-            dequantize=dequantize,
-            symmetric=bool(symmetric),
-            targets=targets,
-            overwrite=overwrite,
-        )
-        show_file(found, output, as_json)
-        return
-    if dequantize:
-        raise UsageError("--dequantize is for bare weight files", next="leave it out")
-    if rotate and (held := sorted(set(options["to"]) - set(_ROTATING))):
-        raise UsageError("--rotate with --to", got=", ".join(held), allowed=", ".join(_ROTATING))
-    if kv_cache and (held := sorted(set(options["to"]) - {"onnx"})):
-        raise UsageError("--kv-cache with --to", got=", ".join(held), allowed="onnx")
-    if codes in _TOGETHER and options["to"]:
-        raise UsageError(
-            f"--codes {codes} with --to", got=", ".join(options["to"]), allowed="no export",
-            next="leave --to out: Python and the runtime packed run it",
-        )  # fmt: skip
-    technique(
-        lambda m, **more: _api().quantize(m, bits, **more),
-        model,
-        output,
-        overwrite=overwrite,
-        as_json=as_json,
-        group=group,
-        codes=codes,
-        scale_bits=int(scale_bits),
-        method=method,
-        activations=activations,
-        embeddings=embeddings,
-        kv_cache=int(kv_cache) if kv_cache else None,
-        floats=floats,
-        symmetric=symmetric,
-        rotate=rotate,
-        refine=refine,
-        targets=targets or None,
-        remarks=lambda before, after: tables_in_floats(before, after, embeddings is not None),
         **options,
     )
 

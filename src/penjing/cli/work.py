@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from penjing.model import Model
 
 __all__ = [
-    "is_bare", "note", "pruned", "removed", "show_file", "tables_in_floats", "technique",
+    "check_bare", "is_bare", "note", "pruned", "removed", "show_file", "tables_in_floats",
+    "technique",
 ]  # fmt: skip
 
 BARE = (".npy", ".npz", ".safetensors", ".pth", ".pt")
@@ -37,6 +38,21 @@ def is_bare(model: str, output: Path) -> bool:
             allowed=f"-o with the ending {', '.join(BARE)}",
         )
     return True
+
+
+def check_bare(model: str, options: Mapping[str, Any]) -> None:
+    """Refuse what only a network can have: there is nothing to run data through, or to export.
+
+    Raises:
+        UsageError: options that were given, by name.
+    """
+    names = ("data", "to", "journal", "weights", "learn", "activations", "embeddings", "kv_cache",
+             "floats", "refine")  # fmt: skip
+    if given := [f"--{name.replace('_', '-')}" for name in names if options.get(name)]:
+        raise UsageError(
+            f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for networks",
+            got=f"{model}, bare weights", next="leave it out, or give the network",
+        )  # fmt: skip
 
 
 def show_file(found: dict[str, Any], output: Path, as_json: bool) -> None:
@@ -123,6 +139,15 @@ def tables_in_floats(before: Model, after: Model, asked: bool) -> Iterator[str]:
         )
 
 
+def _alone(model: Model, steps: set[str]) -> Iterator[str]:
+    """What stayed as it was because its kind has no such step; `shrink` knows every kind."""
+    from penjing.inspect import left_alone
+
+    names = " and ".join(sorted(steps & {"prune", "quantize"}))
+    if names and (alone := left_alone(model)):
+        yield f"left as they are, {names} cannot handle their kind: {_several(alone)}"
+
+
 def _check_targets(model: Model, to: Sequence[str]) -> None:
     """Say before the work what a writer could not write of this network whatever is done to it.
 
@@ -170,10 +195,6 @@ def technique(
     loaded = api.load(model, weights=weights, allow_pickle=allow_pickle)
     parameters = loaded.parameter_count
     _check_targets(loaded, to)
-    from penjing.inspect import left_alone
-
-    if alone := left_alone(loaded):
-        note(f"left as they are, no step handles their kind: {_several(alone)}")
     try:
         done = work(loaded, journal=kept, **options)
         if rank():  # the first process writes
@@ -189,6 +210,9 @@ def technique(
     if journal is None:
         shutil.rmtree(kept, ignore_errors=True)
     steps = done.recipe.steps if done.recipe else ()
+    known = len(loaded.recipe.steps) if loaded.recipe else 0
+    for line in _alone(loaded, {step.name for step in steps[known:]}):
+        note(line)
     if skipped := [path for step in steps for path in getattr(step, "skip", ())]:
         note(f"left in floats: {_several(skipped)}")
     reasons: dict[str, list[str]] = {}

@@ -76,7 +76,8 @@ def preflight(
     notes += zeros(model)
     if alone := left_alone(model):
         more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""
-        notes.append(f"left as they are, no step handles them: {', '.join(alone[:6])}{more}")
+        names = f"{', '.join(alone[:6])}{more}"
+        notes.append(f"their weights stay in floats, their kind cannot be quantized: {names}")
     notes += [
         f"a layer of {inputs} x {outputs} on {tokens} tokens in {speed.runtime}: "
         f"{speed.format} runs {speed.speedup:.2f}x as fast as fp32"

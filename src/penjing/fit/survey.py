@@ -281,7 +281,7 @@ def _cut_one(stream: Stream, unit: Unit) -> list[Edit] | None:
     if fit is not None:
         last = index + 1 == len(blocks)
         near = blocks[index - 1] if last else blocks[index + 1]
-        patch = Patch(fit[0], fit[1], "after" if last else "before")
+        patch = Patch(fit.weight, fit.bias, "after" if last else "before")
         edits.append(Edit("patch", near, patch, "survey"))
     return [*edits, Edit("drop", unit.name, None, "survey")]
 

@@ -25,7 +25,7 @@ from penjing.model import Batch, Model, Source
 from penjing.readers._files import regular
 from penjing.readers._images import image_size, preprocessor
 
-__all__ = ["build", "check_config", "choose", "empty", "read_tokenizer"]
+__all__ = ["build", "check_config", "choose", "empty", "read_tokenizer", "straighten"]
 
 _CODE = ("auto_map", "_target_", "custom_pipelines", "use_timm_backbone", "use_pretrained_backbone")
 _LARGEST = 2**31
@@ -164,10 +164,7 @@ def empty(class_name: str, config: Mapping[str, Any], *, pooler: bool = False) -
         # Constructors fail on odd values in as many ways as there are constructors.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"config.json does not describe a {class_name}", got=reason) from error
-    for path, layer in list(module.named_modules()):
-        if isinstance(layer, Conv1D):
-            holder, _, last = path.rpartition(".")
-            setattr(module.get_submodule(holder), last, Transposed(layer.nx, layer.nf))
+    straighten(module)
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -181,6 +178,24 @@ def empty(class_name: str, config: Mapping[str, Any], *, pooler: bool = False) -
             elif buffer is not None and buffer.is_meta:
                 raise InputError(f"buffer {name} of {class_name} has no values", next="report this")
     return module.eval()
+
+
+def straighten(module: nn.Module) -> bool:
+    """Put linear layers in the place of GPT-2's `Conv1D`, whose matrix is [in, out]; where any are.
+
+    The network computes the same, and every step knows what it is made of.
+    """
+    layers: dict[int, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
+    for path, layer in list(module.named_modules(remove_duplicate=False)):
+        if isinstance(layer, Conv1D) and path:
+            own = layers.setdefault(id(layer), Transposed(layer.nx, layer.nf))
+            turned = nn.Parameter(layer.weight.detach().T.contiguous())  # [out, in]
+            own.weight = weights.setdefault(id(layer.weight), turned)
+            own.bias = layer.bias
+            holder, _, last = path.rpartition(".")
+            setattr(module.get_submodule(holder), last, own)
+    return bool(layers)
 
 
 def build(source: Source) -> Model:

@@ -22,6 +22,7 @@ from penjing.edits import perform, replay
 from penjing.errors import InputError, UsageError
 from penjing.files import read_json, sha256
 from penjing.graph import find_blocks
+from penjing.indices import from_text
 from penjing.model import Model, Source
 from penjing.planes import IntegerPlanes
 from penjing.readers._files import regular
@@ -33,6 +34,7 @@ from penjing.recipe import ActivationRange, Edit
 __all__ = ["check", "read", "recognises"]
 
 _FORMAT = 1
+_STRUCTURES = 1, 2
 _MOST_TENSORS = 100_000
 
 
@@ -93,7 +95,12 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
         source = Source(kind, str(origin["path"]), str(origin["fingerprint"]), details, assets)
         model = build(source)
         model.blocks = find_blocks(model.module) if model.interface != "weights" else ()
-        replay(model, table["structure"])
+        if table["format"] not in _STRUCTURES:
+            raise InputError(
+                f"format of {path}/structure.json", got=table["format"], allowed="1 or 2",
+                next="install a newer penjing",
+            )  # fmt: skip
+        replay(model, [_whole(entry) for entry in table["structure"]])
         channels = {n: tensors.pop(f"{n}::channels", None) for n in table["activations"]}
         grids = {n: CacheGrid(b, **_own(n, tensors)) for n, b in table.get("cache", {}).items()}
         quantized = {n: _planes(n, d, tensors) for n, d in table["planes"].items()}
@@ -118,6 +125,16 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
     if model.interface in ("embedding", "classifier", "causal"):
         model.tokenizer = read_tokenizer(path / "assets") if assets else None
     return model
+
+
+def _whole(entry: dict[str, Any]) -> dict[str, Any]:
+    """An edit with its indices as lists, as format 1 has them."""
+    if "slices" not in entry:
+        return entry
+    return entry | {
+        "slices": [[path, dim, from_text(kept) if isinstance(kept, str) else kept]
+                   for path, dim, kept in entry["slices"]]
+    }  # fmt: skip
 
 
 def _own(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from penjing.model import Batch, Model, Source
 from penjing.readers._files import regular
 from penjing.readers._safetensors import read_safetensors
 from penjing.readers._tensors import assign, read_pickle, to_float32
+from penjing.readers._transformers import straighten
 from penjing.registry import attribute_of
 
 __all__ = ["build", "read", "recognises"]
@@ -76,6 +77,8 @@ def read(path: Path, *, weights: str | Path | None = None) -> Model:
     if next(model.module.parameters(), None) is None:
         raise InputError(f"the module of {path} has no parameters")
     details["interface"] = model.interface
+    if straighten(model.module):
+        details["straightened"] = True
     model.source = Source("factory", str(path), mark, details)
     _try(model)
     return model
@@ -96,6 +99,8 @@ def build(source: Source) -> Model:
     make, preprocess = _beside(spec, "example"), _beside(spec, "preprocess")
     if not callable(make):
         raise InputError(f"the inputs of {spec} are not known", next=_EXAMPLE)
+    if source.details.get("straightened"):  # artifacts of before have the layers as they were
+        straighten(module)
     example = _batch(make(), spec, image=callable(preprocess))
     interface: Any = "image" if set(example) == {"pixel_values"} and preprocess else "tensor"
     return Model(module.float().eval(), interface, example, source, preprocess=preprocess)

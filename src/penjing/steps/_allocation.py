@@ -67,7 +67,7 @@ def fractions(model: Model, step: Prune, batches: Sequence[Batch]) -> dict[str, 
     for unit in units_of(model, Stream(model, batches[:1])):
         layers |= step.layers(unit)
     curves, sizes = {}, {}
-    needs = (step.needs | {"fisher"} if "gram" in step.needs else step.needs) - {"cross"}
+    needs = (step.needs | {"fisher-diagonal"} if "gram" in step.needs else step.needs) - {"cross"}
     for found in statistics(model, batches, layers, needs):
         for path, stats in found.items():
             layer = layers[path]
@@ -91,7 +91,7 @@ def _scores(step: Prune, layer: nn.Module, stats: LayerStats) -> Tensor | None:
     inverse = torch.cholesky_inverse(damped_cholesky(gram, 0.01)).diagonal()  # [in]
     if stats.fisher is None:  # the loss does not depend on it
         return torch.zeros_like(weight)
-    lost = stats.fisher.diagonal().unsqueeze(1) * weight.double().square() / inverse / 2
+    lost = stats.fisher.unsqueeze(1) * weight.double().square() / inverse / 2
     return lost.float()
 
 

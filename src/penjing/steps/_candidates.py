@@ -21,6 +21,7 @@ from penjing.model import Batch, Model
 from penjing.recipe import Edit
 from penjing.registry import lookup
 from penjing.steps._gates import Gates
+from penjing.steps._importance import needs_of
 from penjing.steps._select import canonical, matches
 from penjing.steps.cut import influence
 
@@ -95,7 +96,7 @@ def statistics(
     needs: frozenset[str] = frozenset({"gram"}),
 ) -> Iterator[dict[str, LayerStats]]:  # fmt: skip
     """Of what layers read, by path, a block at a time."""
-    stream = Stream(model, batches, slopes(model, batches, needs))
+    stream = Stream(model, batches, slopes(model, batches, needs, layers))
     for unit in list(units_of(model, stream)):
         if own := {n: m for n, m in unit.layers.items() if n in layers}:
             if unit.index is not None:
@@ -164,7 +165,8 @@ class Weights:
         score = lookup("criteria", self._criterion, "score")
         layers = {path: self._model.module.get_submodule(path) for path in self._layers.values()}
         found: dict[str, Tensor] = {}
-        for stats in statistics(self._model, self._batches, layers):
+        needs = needs_of(self._criterion) | {"gram"}
+        for stats in statistics(self._model, self._batches, layers, needs):
             for path, own in stats.items():
                 matrix = layers[path].weight.detach().float().flatten(1)  # type: ignore[operator]
                 found[path] = ranks(score(matrix, own).flatten())

@@ -1,7 +1,7 @@
 """Choosing units of a group by what reads them, and refitting that: for `shrink`.
 
-The matrix of a convolution is its kernel as [out, in * h * w]; a channel is as many columns of it
-as the kernel has places.
+The matrix of a convolution, of pictures or of sound, is its kernel as [out, in * places]; a channel
+is as many columns of it as the kernel has places.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Stream, Unit
 from penjing.coupling import Units
-from penjing.linalg import ridge
+from penjing.linalg import masked_least_squares, ridge
 from penjing.model import Model
 from penjing.neurons import Reader, greedy_obs, largest
 from penjing.recipe import Setting, Slice
 from penjing.shapes import owners, replace_tensor
 from penjing.steps._importance import importance
 from penjing.steps._problem import Fit, Problem
+from penjing.steps._select import canonical
 
 __all__ = [
     "Consumer",
@@ -32,6 +33,7 @@ __all__ = [
     "consumers_of",
     "described",
     "learned",
+    "mask_of",
     "problems_of",
     "put",
     "readers_of",
@@ -41,6 +43,8 @@ __all__ = [
 
 # Strength of the ridge toward the target.
 _RIDGE = 0.01
+# Of conjugate gradients, where a mask says which connections there are.
+_STEPS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +69,9 @@ def consumers_of(module: nn.Module, group: Units) -> list[Consumer]:
     for member in group.members:
         path, _, name = member.name.rpartition(".")
         layer = module.get_submodule(path)
-        plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        plain = isinstance(layer, nn.Linear) or (
+            isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
+        )
         if member.summed and plain and name == "weight" and member.dim == 1:
             each = layer.weight[0, 0].numel()  # type: ignore[index]
             columns = member.places.unsqueeze(-1) * each + torch.arange(each)
@@ -85,32 +91,40 @@ def learned(model: Model, group: Units) -> list[int]:
 
 
 def choose(
-    module: nn.Module, group: Units, consumers: list[Consumer], stats: Mapping[str, LayerStats],
+    model: Model, group: Units, consumers: list[Consumer], stats: Mapping[str, LayerStats],
     keep: int | list[int], criterion: str,
 ) -> tuple[list[int], dict[str, Fit], str]:  # fmt: skip
     """Units that stay, what becomes of each consumer, and the criterion that decided.
 
     Args:
-        module: the network.
+        model: the network; connections that its masks have removed stay removed.
         group: with whole names.
         consumers: with a Gram matrix each.
         keep: how many, or which.
         criterion: `gram`, or a name of `penjing.unitcriteria` or `penjing.criteria`.
     """
-    problems = problems_of(module, consumers, stats)
-    if criterion == "gram" and isinstance(keep, int):
-        kept, weights = greedy_obs(readers_of(consumers, problems, stats), keep)
-        fits = {p: x.fit(w) for (p, x), w in zip(problems.items(), weights, strict=True)}
-        return kept, fits, criterion
+    problems = problems_of(model.module, consumers, stats)
+    masks = {path: mask_of(model, path) for path in problems}
+    fits: dict[str, Fit] = {}
     used = criterion
-    if isinstance(keep, int):
-        scores, used = importance(criterion, module, group, consumers, stats)
+    if criterion == "gram" and isinstance(keep, int):
+        keep, weights = greedy_obs(readers_of(consumers, problems, stats), keep)
+        fits = {p: x.fit(w) for (p, x), w in zip(problems.items(), weights, strict=True)
+                if masks[p] is None}  # fmt: skip
+    elif isinstance(keep, int):
+        scores, used = importance(criterion, model.module, group, consumers, stats)
         keep = largest(scores, keep)
-    kept = keep
-    return kept, {
-        c.path: _solved(problems[c.path], c.columns[kept].flatten().sort().values)
-        for c in consumers
-    }, used  # fmt: skip
+    for one in consumers:
+        if one.path not in fits:
+            columns = one.columns[keep].flatten().sort().values
+            fits[one.path] = _solved(problems[one.path], columns, masks[one.path])
+    return keep, fits, used
+
+
+def mask_of(model: Model, path: str) -> Tensor | None:
+    """Connections of a layer that are there, bool [out, in]; None where all are."""
+    mask = model.masks.get(canonical(model, f"{path}.weight"))
+    return None if mask is None else mask.flatten(1)
 
 
 def problems_of(
@@ -132,7 +146,9 @@ def readers_of(
     return [Reader(own.weight, own.gram, c.columns, fisher) for c, own, fisher in made]
 
 
-def refit(layer: nn.Module, weight: Tensor, stats: LayerStats, kept: Tensor) -> Fit:
+def refit(
+    layer: nn.Module, weight: Tensor, stats: LayerStats, kept: Tensor, mask: Tensor | None = None
+) -> Fit:
     """Least squares on the inputs that stay.
 
     Args:
@@ -141,12 +157,19 @@ def refit(layer: nn.Module, weight: Tensor, stats: LayerStats, kept: Tensor) -> 
         stats: `gram` of the edited network's inputs; with `cross` the target is half of the way
             toward what the original gave.
         kept: int64, the inputs that stay.
+        mask: bool [out, in], the connections that are there.
     """
-    return _solved(Problem.of(layer, weight, stats), kept)
+    return _solved(Problem.of(layer, weight, stats), kept, mask)
 
 
-def _solved(problem: Problem, kept: Tensor) -> Fit:
+def _solved(problem: Problem, kept: Tensor, mask: Tensor | None) -> Fit:
     aim, gram = problem.weight.double(), problem.gram
+    if mask is not None:
+        stays = torch.zeros_like(mask)
+        stays[:, kept] = mask[:, kept]
+        return problem.fit(
+            masked_least_squares(problem.weight, gram, stays, problem.weight, _STEPS, _RIDGE)
+        )
     cross = gram[kept] @ aim.T  # [kept, out]
     solved = ridge(gram[kept][:, kept], cross, _RIDGE, aim[:, kept].T)
     made = torch.zeros_like(problem.weight)

@@ -160,7 +160,8 @@ def harms(
         if len(batches) > 1:
             number = max(1, round(_HELD * len(batches)))
             batches, held = batches[:-number], batches[-number:]
-    stream = Stream(model, batches, slopes(model, batches, needs))
+    about = {one.path for group in groups for one in group.readers}
+    stream = Stream(model, batches, slopes(model, batches, needs, about))
     probe = _Probe(model, step, held or batches) if step.ranking == "measured" else None
     for some in _bundles(model, groups):
         paths = {one.path: model.module.get_submodule(one.path) for g in some for one in g.readers}
@@ -199,7 +200,7 @@ class _Probe:
         """Of its outputs from those of the whole."""
         twin = self.model.copy(shared=True)
         kept, fits, _ = choose(
-            twin.module, group.units, group.readers, stats, group.half, self.step.criterion
+            twin, group.units, group.readers, stats, group.half, self.step.criterion
         )
         silence(twin.module, [(group.units, kept)])
         for path, fit in fits.items() if self.step.repair else ():

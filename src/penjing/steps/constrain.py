@@ -27,6 +27,7 @@ from penjing.registry import choices, lookup
 from penjing.steps._candidates import Candidates, Layers, Weights
 from penjing.steps._cost import MEASURES
 from penjing.steps._gates import Gates
+from penjing.steps._importance import needs_of
 from penjing.steps._units import Neurons
 from penjing.training import Objective, Taken, check_loss, check_optimizer, descend
 
@@ -66,7 +67,6 @@ class Constrain:
 
     name: ClassVar[str] = "constrain"
     scope: ClassVar[str] = "model"
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     budget: float = 0.5
     of: str = "neurons"
@@ -101,6 +101,12 @@ class Constrain:
         self._check_criterion()
         check_loss(self.loss)
         check_optimizer(self.optimizer)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Slopes, where the order that the gates start from is theirs."""
+        given = self.criterion is not None and self.of != "layers"
+        return needs_of(str(self.criterion)) & {"gradient"} if given else frozenset()
 
     def _check_criterion(self) -> None:
         known = {"neurons": ("gram", *choices("criteria")), "layers": ("influence",)}

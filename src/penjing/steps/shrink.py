@@ -9,6 +9,7 @@ same output as the small one. Units of a block go with its turn; those that seve
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from penjing.calibrate import LayerStats, Stream, Unit
+from penjing.calls import Call
 from penjing.channelmap import ChannelMap, Free, channel_map, map_of
 from penjing.coupling import Member, Units, silence
 from penjing.errors import InputError, UsageError
@@ -34,6 +36,7 @@ from penjing.steps._neurons import (
     consumers_of,
     described,
     learned,
+    mask_of,
     put,
     refit,
     silenced,
@@ -125,6 +128,13 @@ class Shrink:
         kept = ladder.rungs(ladder.first(self.of, 1 - self.ratio))
         return replace(self, kept=kept, of="units", ranking="layer")
 
+    def informed(self, model: Model) -> set[str]:
+        """Paths of the layers whose outputs decide which units go."""
+        return {
+            one.path for free in channel_map(model).free
+            for one in consumers_of(model.module, free.group)
+        }  # fmt: skip
+
     def layers(self, unit: Unit) -> dict[str, nn.Module]:
         """The layers that may lose inputs, by path."""
         return matrix_layers(unit, self.targets) if unit.index is not None else {}
@@ -153,7 +163,7 @@ class Shrink:
                     continue
                 group, module = one.free.group, unit.model.module
                 kept, fits, used = choose(
-                    module, one.group, readers, known, one.keep, self.criterion
+                    unit.model, one.group, readers, known, one.keep, self.criterion
                 )
                 settings = one.free.settings(len(kept))
                 block = module.get_submodule(unit.name)
@@ -237,7 +247,8 @@ class _Shared:
         twin = model.copy(shared=True)
         layers = {n: m for n, m in twin.module.named_modules() if hasattr(m, "weight")}
         needs = needs_of(step.criterion) | {"gram"}
-        stream = Stream(twin, unit.batches, slopes(model, unit.batches, needs))
+        about = step.informed(model)
+        stream = Stream(twin, unit.batches, slopes(model, unit.batches, needs, about))
         left = Remaining(model.module)
         edits, touched = [], {}
         for free in groups:
@@ -247,9 +258,7 @@ class _Shared:
             keep = step.staying(model, free.group)
             if _number(keep) == free.group.count or not consumers:
                 continue
-            kept, fits, used = choose(
-                twin.module, free.group, consumers, found, keep, step.criterion
-            )
+            kept, fits, used = choose(twin, free.group, consumers, found, keep, step.criterion)
             settings = free.settings(len(kept))
             error = _whole_proof(model, free.group, kept, settings)
             if error > PROOF:
@@ -267,7 +276,7 @@ class _Shared:
             weight: Tensor = was.weight.detach().float().flatten(1)  # type: ignore[operator]
             now: Tensor = touched[path].weight.detach().flatten(1)
             stays = (now != 0).any(0).nonzero().flatten()
-            fit = refit(was, weight, found[path], stays)
+            fit = refit(was, weight, found[path], stays, mask_of(model, path))
             put(twin.module, touched[path], fit)
             yield from _refitted(model.module, path, fit)
         yield from edits
@@ -293,14 +302,21 @@ def groups_of(unit: Unit) -> ChannelMap:
     known: dict[Any, ChannelMap] = vars(unit.model).setdefault("_groups", {})
     if signature not in known:
         call = unit.stream.sample()
-        short = call.first(batch=1, length=4) if call.hidden.ndim == 3 else call.samples(slice(1))
-
-        def run(one: nn.Module, dtype: torch.dtype) -> Tensor:
-            given = short.double() if dtype == torch.float64 else short
-            return given.run(one, given.hidden)
-
-        known[signature] = map_of(block, run)
+        if call.hidden.ndim == 3:
+            # [batch, length, width] in most networks; [batch, channels, length] cannot be cut so.
+            with contextlib.suppress(RuntimeError):
+                known[signature] = _followed(block, call.first(batch=1, length=4))
+        if signature not in known:
+            known[signature] = _followed(block, call.samples(slice(1)))
     return known[signature]
+
+
+def _followed(block: nn.Module, call: Call) -> ChannelMap:
+    def run(one: nn.Module, dtype: torch.dtype) -> Tensor:
+        given = call.double() if dtype == torch.float64 else call
+        return given.run(one, given.hidden)
+
+    return map_of(block, run)
 
 
 def _placed(group: Units, path: str) -> Units:

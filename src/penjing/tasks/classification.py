@@ -14,7 +14,20 @@ from penjing.data import Dataset, align
 from penjing.errors import InputError
 from penjing.model import Batch, Model
 
-__all__ = ["Classification", "task"]
+__all__ = ["Classification", "classes_of", "task"]
+
+
+def classes_of(model: Model) -> int | None:
+    """Logits of a sample, None where the output is not [batch, classes]."""
+    if model.interface in ("weights", "embedding", "causal"):
+        return None
+    shape = _shape(model)
+    return shape[1] if len(shape) == 2 else None
+
+
+def _shape(model: Model) -> torch.Size:
+    with torch.no_grad():
+        return model.run({k: v.to(model.device) for k, v in model.example.items()}).shape
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,7 @@ class Classification:
                 got=f"a model of kind {model.interface}",
                 next="use the task retrieval, perplexity or fidelity",
             )
-        with torch.no_grad():
-            shape = model.run({k: v.to(model.device) for k, v in model.example.items()}).shape
+        shape = _shape(model)
         if len(shape) != 2:
             raise InputError("output of a classifier", got=list(shape), allowed="[batch, classes]")
         aligned = align(dataset, model)

@@ -27,9 +27,20 @@ from torch import Tensor, nn
 from penjing.errors import ExportError, UsageError
 from penjing.model import Model, Source
 
-__all__ = ["OPSET", "float_graph"]
+__all__ = ["OPSET", "float_graph", "projected"]
 
 OPSET = 23
+
+
+def projected(model: Model) -> list[str]:
+    """LSTMs with a projection, a line each: the operator has none.
+
+    torch's exporter writes a graph all the same, which does not run.
+    """
+    return [
+        f"{path}: an LSTM with proj_size" for path, layer in model.module.named_modules()
+        if isinstance(layer, nn.LSTM) and layer.proj_size
+    ]  # fmt: skip
 
 
 class _Flat(nn.Module):
@@ -288,11 +299,12 @@ def _cached(model: Model) -> tuple[nn.Module, tuple[Tensor, ...], list[str], lis
     batch, new = ids.shape
     with torch.no_grad():
         cache = model.module(input_ids=ids, use_cache=True).past_key_values
-    past = [t[:, :, :3] if t.shape[2] > 3 else t for c in cache.layers for t in (c.keys, c.values)]
+    layers = [c for c in cache.layers if c.keys is not None]  # some attentions may be gone
+    past = [t[:, :, :3] if t.shape[2] > 3 else t for c in layers for t in (c.keys, c.values)]
     size = past[0].shape[2]
     names = ["input_ids", "attention_mask"]
     outputs = ["output"]
-    for i in range(len(cache.layers)):
+    for i in range(len(layers)):
         names += [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
         outputs += [f"present.{i}.key", f"present.{i}.value"]
     shapes = (

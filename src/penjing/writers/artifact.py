@@ -24,12 +24,15 @@ from torch import Tensor
 from penjing import bitmask, sparsecodes
 from penjing.errors import InputError
 from penjing.files import read_json, sha256, whole_folder, write_json
+from penjing.indices import to_text
 from penjing.model import Model
 from penjing.recipe import Recipe
 
 __all__ = ["extend", "save"]
 
 _FORMAT = 1
+# Of structure.json; in 1 indices are lists.
+_STRUCTURE = 2
 _SHARD = 2_000_000_000
 
 
@@ -166,7 +169,7 @@ def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _structure(model: Model) -> dict[str, Any]:
     return {
-        "format": _FORMAT,
+        "format": _STRUCTURE,
         "source": {
             "kind": model.source.kind,
             "path": model.source.path,
@@ -175,12 +178,18 @@ def _structure(model: Model) -> dict[str, Any]:
         },
         "interface": model.interface,
         "blocks": list(model.blocks),
-        "structure": model.structure,
+        "structure": [_short(entry) for entry in model.structure],
         "planes": {name: planes.describe() for name, planes in model.planes.items()},
         "activations": {n: [r.scale, r.zero_point] for n, r in model.activations.items()},
         "cache": {name: grid.bits for name, grid in model.cache.items()},
         "masked": sorted(model.masks),
     }
+
+
+def _short(entry: dict[str, Any]) -> dict[str, Any]:
+    if "slices" not in entry:
+        return entry
+    return entry | {"slices": [[path, dim, to_text(kept)] for path, dim, kept in entry["slices"]]}
 
 
 def _assets(model: Model, folder: Path) -> None:

@@ -18,7 +18,7 @@ from penjing.writers._onnx_blocks import place, problem
 from penjing.writers._onnx_cache import place_cache
 from penjing.writers._onnx_edit import Graph
 from penjing.writers._onnx_fused import fuse_attention
-from penjing.writers._onnx_graph import float_graph, turn_constants
+from penjing.writers._onnx_graph import float_graph, projected, turn_constants
 from penjing.writers._onnx_integer import Layer, place_kernels, place_matrices
 from penjing.writers._onnx_uses import Use, find_uses
 
@@ -57,7 +57,7 @@ def check(model: Model) -> list[str]:
     for path, grid in model.cache.items():
         if grid.key_scale.shape[1] % 8 or grid.key_scale.shape != grid.value_scale.shape:
             lines.append(f"{path}: a KV cache in integers of heads that are no multiple of 8 wide")
-    return lines
+    return lines + projected(model)
 
 
 def write(model: Model, path: Path) -> None:
@@ -85,9 +85,11 @@ def quantized_graph(model: Model) -> onnx.ModelProto:
         raise UsageError(
             f"ONNX cannot express {lines[0]}",
             got=f"{len(lines)} such" if len(lines) > 1 else None,
-            allowed="codes of one weight each, in groups of multiples of 16 or the whole row",
-            next="quantize with another scheme, or load the artifact in Python: it runs all",
-        )
+            allowed="codes of one weight each, in groups of multiples of 16 or the whole row"
+            if model.planes else None,
+            next=f"{'quantize with another scheme, or ' if model.planes else ''}load the artifact "
+            "in Python: it runs all",
+        )  # fmt: skip
     proto = float_graph(model)
     turned = turn_constants(proto)
     uses = find_uses(proto, model)

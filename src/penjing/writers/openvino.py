@@ -32,7 +32,7 @@ from penjing.model import Model
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange
 from penjing.rotation import Rotation
-from penjing.writers._onnx_graph import float_graph
+from penjing.writers._onnx_graph import float_graph, projected
 from penjing.writers._onnx_uses import find_uses
 
 __all__ = ["Weight", "check", "compress", "weights_of", "write"]
@@ -83,7 +83,7 @@ def check(model: Model) -> list[str]:
     ]
     if model.interface == "causal":
         lines.append("a decoder with a KV cache")
-    return lines
+    return lines + projected(model)
 
 
 def write(model: Model, folder: Path) -> None:
@@ -102,7 +102,7 @@ def write(model: Model, folder: Path) -> None:
             f"OpenVINO cannot express {lines[0]}",
             got=f"{len(lines)} such" if len(lines) > 1 else None,
             allowed="encoders and image networks; planes of at most 8 bits",
-            next="export --to onnx",
+            next="export --to onnx, or load the artifact in Python",
         )
     graph = float_graph(model)
     uses = [use for found in find_uses(graph, model).values() for use in found]

@@ -1,0 +1,174 @@
+"""Fewer bits: quantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from penjing.cli.options import (
+    RATIO,
+    Leaf,
+    check_model,
+    data_options,
+    json_option,
+    model_options,
+    output_options,
+    targets_option,
+    to_option,
+)
+from penjing.cli.work import check_bare, is_bare, show_file, tables_in_floats, technique
+from penjing.errors import UsageError
+from penjing.scheme import FAMILIES, Scheme
+
+__all__ = ["quantize"]
+
+# Exports that hold rotated weights.
+_ROTATING = ("onnx", "openvino")
+# Codes of several weights at once, which no export holds.
+_TOGETHER = ("additive", "e8", "trellis")
+
+
+@click.command()
+@model_options
+@click.option("--bits", type=click.FloatRange(1, 8), default=8, show_default=True)
+@click.option(
+    "--group",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Inputs that share a scale; 0 is the whole row.",
+)
+@click.option("--codes", default="integer", show_default=True, help=f"{', '.join(FAMILIES)}.")
+@click.option(
+    "--scale-bits",
+    type=click.Choice(["32", "16", "8"]),
+    default="32",
+    show_default=True,
+    help="Bits of a stored scale.",
+)
+@click.option("--activations", type=click.IntRange(8, 8), help="8 for 8-bit layer inputs.")
+@click.option(
+    "--kv-cache", type=click.Choice(["8", "4"]), help="Bits of a decoder's keys and values."
+)
+@click.option("--embeddings", type=click.IntRange(2, 8), help="Bits of embedding tables.")
+@click.option("--method", type=Leaf("quantizers"), help="Default: gptq with data, rtn without.")
+@click.option("--symmetric/--asymmetric", default=None, help="Default: what the runtime wants.")
+@click.option(
+    "--floats",
+    type=RATIO,
+    default="0",
+    metavar="15%",
+    help="Share of the work that may stay in floats, from the input on.",
+)
+@click.option("--rotate", is_flag=True, help="Quantize weights in a rotated basis of their inputs.")
+@click.option(
+    "--refine",
+    type=click.IntRange(0),
+    default=0,
+    metavar="64",
+    help="Steps of gradient descent on each block's scales and codes.",
+)
+@click.option("--dequantize", is_flag=True, help="Weight files only: store the floats.")
+@targets_option
+@data_options()
+@output_options()
+@to_option
+@json_option
+def quantize(
+    model: str,
+    bits: float,
+    group: int,
+    codes: str,
+    scale_bits: str,
+    activations: int | None,
+    kv_cache: str | None,
+    floats: float,
+    embeddings: int | None,
+    method: str | None,
+    symmetric: bool | None,
+    rotate: bool,
+    refine: int,
+    dequantize: bool,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+    targets: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Store weights, and activations where asked, in fewer bits.
+
+    \b
+    penjing quantize ./my-model --bits 4 --group 64 --data calibration.jsonl -o ./small
+    penjing quantize params.npy --bits 8 -o out.npz
+    """
+    if bits == int(bits):
+        bits = int(bits)
+    Scheme(bits, group, bool(symmetric), codes, int(scale_bits))
+    if is_bare(model, output):
+        networks = {"activations": activations, "embeddings": embeddings, "kv_cache": kv_cache,
+                    "floats": floats, "refine": refine}  # fmt: skip
+        check_bare(model, options | networks)
+        check_model(model)
+        if codes != "integer" or scale_bits != "32" or rotate:
+            raise UsageError(
+                "codes of a bare weight file",
+                got=f"{codes}, scales of {scale_bits} bits" + ", rotated" * rotate,
+                allowed="integer, scales of 32 bits, not rotated",
+            )
+        if method == "awq":
+            raise UsageError("method awq of a bare weight file", next="use the method clip")
+        from penjing.weights import quantize_file
+
+        found = quantize_file(
+            Path(model),
+            output,
+            int(bits),
+            group=group,
+            method=method or "rtn",
+            dequantize=dequantize,
+            symmetric=bool(symmetric),
+            targets=targets,
+            overwrite=overwrite,
+        )
+        show_file(found, output, as_json)
+        return
+    if dequantize:
+        raise UsageError("--dequantize is for bare weight files", next="leave it out")
+    if rotate and (held := sorted(set(options["to"]) - set(_ROTATING))):
+        raise UsageError("--rotate with --to", got=", ".join(held), allowed=", ".join(_ROTATING))
+    if kv_cache and (held := sorted(set(options["to"]) - {"onnx"})):
+        raise UsageError("--kv-cache with --to", got=", ".join(held), allowed="onnx")
+    if codes in _TOGETHER and options["to"]:
+        raise UsageError(
+            f"--codes {codes} with --to", got=", ".join(options["to"]), allowed="no export",
+            next="leave --to out: Python and the runtime packed run it",
+        )  # fmt: skip
+
+    def work(loaded: Any, **more: Any) -> Any:
+        from penjing import api
+
+        return api.quantize(loaded, bits, **more)
+
+    technique(
+        work,
+        model,
+        output,
+        overwrite=overwrite,
+        as_json=as_json,
+        group=group,
+        codes=codes,
+        scale_bits=int(scale_bits),
+        method=method,
+        activations=activations,
+        embeddings=embeddings,
+        kv_cache=int(kv_cache) if kv_cache else None,
+        floats=floats,
+        symmetric=symmetric,
+        rotate=rotate,
+        refine=refine,
+        targets=targets or None,
+        remarks=lambda before, after: tables_in_floats(before, after, embeddings is not None),
+        **options,
+    )

@@ -1,0 +1,173 @@
+"""Verbs whose answer is figures: evaluate, measure, fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from penjing.data import Dataset
+from penjing.errors import InputError, UsageError
+from penjing.evaluate import evaluate as _evaluate
+from penjing.evaluate import torch_predictor
+from penjing.export import TARGETS
+from penjing.files import check_output, read_json
+from penjing.fit import Budget, Settings
+from penjing.fit import fit as _fit
+from penjing.given import Place, dataset_of, model_of
+from penjing.load import load, original
+from penjing.measure import Candidate, measure_files, physical_cores, quality
+from penjing.model import Model
+from penjing.registry import lookup
+from penjing.result import Result
+from penjing.tasks import find
+
+__all__ = ["evaluate", "fit", "measure", "result_of"]
+
+
+def _exported(artifact: Path, runtime: str | None) -> tuple[str, Path]:
+    """Runtime and file of an artifact's export."""
+    there = {}
+    if runtime == "packed":  # runs the artifact itself
+        return runtime, artifact
+    for name in TARGETS.values():
+        path = artifact / str(lookup("runtimes", name, "file"))
+        if path.exists():
+            there[name] = path
+    if not there or (runtime is not None and runtime not in there):
+        raise InputError(
+            "the artifact has no export for this runtime" if runtime else "nothing is exported",
+            got=runtime or artifact, allowed=", ".join(there) or None,
+            next=f"penjing export {artifact} --to onnx, or --runtime packed",
+        )  # fmt: skip
+    name = runtime or _measured_runtime(artifact) or next(iter(there))
+    return (name, there[name]) if name in there else next(iter(there.items()))
+
+
+def _measured_runtime(artifact: Path) -> str | None:
+    path = artifact / "results.json"
+    return str(read_json(path).get("runtime")) if path.exists() else None
+
+
+def evaluate(
+    model: Model | Place,
+    data: Dataset | Place,
+    *,
+    task: Any = None,
+    runtime: str | None = None,
+    length: int = 128,
+    batch: int = 32,
+) -> dict[str, Any]:
+    """A task's metric on data, through torch, or through an artifact's exported file."""
+    loaded, dataset = model_of(model), dataset_of(data)
+    length = loaded.at_most(length)
+    measure_of = find(task, dataset, loaded)
+    reference = torch_predictor(original(loaded)) if measure_of.needs_reference else None
+    if runtime in (None, "torch"):
+        found = _evaluate(torch_predictor(loaded), loaded, dataset, measure_of, length=length,
+                          batch=batch, reference=reference)  # fmt: skip
+    else:
+        if isinstance(model, Model):
+            raise UsageError("an exported file is evaluated from its artifact's path")
+        name, path = _exported(Path(model), runtime)
+        found = quality(Candidate(path, name, loaded.parameter_count), loaded, dataset, measure_of,
+                        length=length, batch=batch, reference=reference)  # fmt: skip
+    return {"metric": measure_of.metric, "value": found.value, "samples": found.samples,
+            "runtime": runtime or "torch"}  # fmt: skip
+
+
+def measure(
+    artifact: Place,
+    *,
+    runtime: str | None = None,
+    data: Dataset | Place | None = None,
+    task: Any = None,
+    batch: int | None = None,
+    length: int = 128,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Size, latency, throughput, memory, and quality on data, of an artifact's exported file."""
+    model = load(os.fspath(artifact))
+    name, path = _exported(Path(artifact), runtime)
+    found = measure_files(
+        [Candidate(path, name, model.parameter_count)], model, length=length, user_batch=batch,
+        threads=threads,
+    )[0].measurement  # fmt: skip
+    table: dict[str, Any] = {"runtime": name, "threads": threads or physical_cores()}
+    table |= asdict(found)
+    if data is not None:
+        scored = evaluate(artifact, data, task=task, runtime=name, length=length)
+        table |= {"metric": scored["metric"], "quality": scored["value"]}
+        table["samples"] = scored["samples"]
+    return table
+
+
+def fit(
+    model: Model | Place,
+    data: Dataset | Place,
+    output: Place,
+    *,
+    calibration: Dataset | Place | None = None,
+    task: Any = None,
+    max_drop: float | None = None,
+    max_size: int | None = None,
+    max_latency: float | None = None,
+    max_memory: int | None = None,
+    runtime: str | None = None,
+    within: float | None = None,
+    batch: int = 1,
+    length: int = 128,
+    threads: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    confidence: float = 0.95,
+    recover: float = 20.0,
+) -> Result:
+    """The smallest and fastest artifact within a budget, every number measured by running it.
+
+    Args:
+        data: what quality is measured on; calibration data is split off it without `calibration`.
+        output: the artifact folder.
+        task: a name, `file.py:function`, a callable, or None for what suits data and model.
+        max_drop: of the metric, a fraction; relative where the task says so (perplexity).
+        max_size: bytes.
+        max_latency: seconds.
+        max_memory: bytes.
+        within: seconds of work.
+        recover: seconds of distillation of a candidate.
+
+    Raises:
+        InputError: unusable model or data, or an output that exists.
+    """
+    budget = Budget(max_drop, max_size, max_latency, max_memory, within)
+    place = Path(output)
+    check_output(place, overwrite)
+    loaded = model_of(model)
+    length = loaded.at_most(length)
+    dataset = dataset_of(data)
+    tuned = None if calibration is None else dataset_of(calibration)
+    words = ["penjing", "fit", loaded.source.path]
+    words += [] if isinstance(data, Dataset) else ["--data", os.fspath(data)]
+    words += ["--calibration", os.fspath(calibration)] if isinstance(calibration, str) else []
+    words += [w for k, v in budget.to_json().items() for w in (f"--{k.replace('_', '-')}", f"{v}")]
+    chosen = {"metric": task if isinstance(task, str) else None, "runtime": runtime,
+              "weights": loaded.source.details.get("weights"), "threads": threads}  # fmt: skip
+    chosen |= {k: v for k, v, plain in (("batch", batch, 1), ("length", length, 128),
+               ("seed", seed, 0), ("confidence", confidence, 0.95)) if v != plain}  # fmt: skip
+    words += [w for k, v in chosen.items() if v is not None for w in (f"--{k}", f"{v}")]
+    settings = Settings(
+        runtime, batch, length, threads, confidence, seed, recover=recover,
+        command=shlex.join([*words, "-o", place.name]),
+    )  # fmt: skip
+    found = find(task, dataset, loaded)
+    return _fit(
+        loaded, dataset, place, found, budget, settings, calibration=tuned, overwrite=overwrite
+    )
+
+
+def result_of(artifact: Place) -> Result:
+    """The result that an artifact holds."""
+    return Result.from_json(json.loads((Path(artifact) / "results.json").read_text("utf-8")))
