@@ -78,7 +78,7 @@ def test_a_file_holds_no_pickle_and_a_torn_one_counts_for_nothing(tmp_path: Path
 
 def test_what_the_caller_keeps_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    one = Checkpoint(path, {"best": torch.ones(2)}, {"seen": [1.5]})
+    one = Checkpoint(path, False, {"best": torch.ones(2)}, {"seen": [1.5]})
     one.save({"best": torch.zeros(2)}, {"step": 1})  # names do not meet
     two = Checkpoint(path)
     found = two.load()
@@ -93,3 +93,20 @@ def test_what_the_caller_keeps_comes_back(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write the checkpoint"):
         Checkpoint(tmp_path / "none" / "a.safetensors").save({}, {})
+
+
+def test_the_end_is_kept_where_something_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EVERY", 1e9)
+    batch, kept = [{"x": torch.ones(1)}], []
+    for last in (False, True):
+        place = Checkpoint(tmp_path / f"{last}.safetensors", last)
+        x = torch.ones(1, requires_grad=True)
+        list(
+            descend(
+                batch, [([x], 0.1)], lambda _, __, x=x: x.square().sum(), steps=2, checkpoint=place
+            )
+        )
+        kept.append(place.load() is not None)
+    assert kept == [False, True]

@@ -266,7 +266,7 @@ def descend(
             done, late = together.agreed(done), bool(together.agreed(late))
         # A step is not begun that would end after the time is over.
         if done >= 1 or late:
-            if not together.rank():
+            if checkpoint is not None and checkpoint.last and not together.rank():
                 keep()
             return
         share = schedule(done, how.schedule, how.warmup)

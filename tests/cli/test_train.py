@@ -103,6 +103,14 @@ def test_within_is_kept_with_loading_and_writing(place: Path) -> None:
     assert _off(place, "better") < _off(place, "cut")
 
 
+def test_what_does_not_help_is_said(place: Path) -> None:
+    arguments = ("--data", place / "x.npz", "--steps", 3, "--lr", 0.9, "--optimizer", "sgd")
+    status, _, error = invoke("recover", place / "cut", *arguments, "-o", place / "same")
+    assert status == 0
+    assert "no better on held-out data" in error
+    assert _off(place, "same") == _off(place, "cut")
+
+
 def test_refusals(place: Path) -> None:
     data = ("--data", place / "x.npz", "-o", place / "o")
     for options, hint in (

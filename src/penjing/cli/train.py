@@ -110,4 +110,11 @@ def recover(
     from penjing.together import group
 
     with group():
-        technique(work, model, output, **options)
+        technique(work, model, output, remarks=_unhelped, **options)
+
+
+def _unhelped(before: Any, after: Any) -> list[str]:
+    if len(after.curves) > len(before.curves):
+        return []
+    return ["what was learned is no better on held-out data, so weights are as they were; "
+            "try a lower --lr, more time or more --samples"]  # fmt: skip

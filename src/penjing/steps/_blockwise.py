@@ -68,7 +68,7 @@ def blockwise(
         kept = path and path.with_name(f"{path.stem}-{index:03d}{path.suffix}")
         for _ in descend(
             parts, groups, value, steps=steps, seconds=seconds, seed=seed, optimizer=optimizer,
-            descent=descent, checkpoint=Checkpoint(kept),
+            descent=descent, checkpoint=Checkpoint(kept, last=True),
         ):  # fmt: skip
             own.keep_masks()
         after.outputs = None
