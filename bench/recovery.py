@@ -131,7 +131,7 @@ def two_bits(model: Model, train: list[Batch], data: list[Batch], wanted: Tensor
     )  # fmt: skip
     small = apply(model, Recipe((quantize,)), train[:24]).model
     clock = Clock()
-    step = Recover(seconds=0, steps=60, lr=1e-4, codes=True, hidden=1.0, targets=("encoder.*",))
+    step = Recover(seconds=0, steps=60, lr=5e-4, codes=True, hidden=1.0, targets=("encoder.*",))
     better = apply(small, Recipe((step,)), train[:72], original=model).model
     seconds = clock.now
     found: dict[str, Any] = {"seconds": seconds, "steps": step.steps}

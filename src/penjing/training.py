@@ -233,7 +233,7 @@ def descend(
     Raises:
         InputError: the loss is not finite.
     """
-    how = descent or Descent()
+    how, start = descent or Descent(), time.monotonic()
     down = optimizer_of(optimizer, groups, how.decay)
     trained = [p for own, _ in groups for p in own]
     generator = torch.Generator().manual_seed(seed)
@@ -243,7 +243,7 @@ def descend(
         _restore(trained, down, generator, *found)
         notes = found[1]
         step, before, order = int(notes["step"]), float(notes["seconds"]), list(notes["order"])
-    start, longest = time.monotonic() - before, 0.0
+    longest, start = 0.0, start - before
 
     def keep() -> None:
         if checkpoint is not None:

@@ -22,8 +22,9 @@ from penjing.errors import UsageError
 
 __all__ = ["recover"]
 
-# Seconds that are kept free for writing: for starting to, and for each byte.
-_STARTS, _BYTE = 1.0, 2e-8
+# Seconds that are kept free for the end: for starting to write, for each byte, a share of all; and
+# as long as reading took, which says how fast this machine is now.
+_STARTS, _BYTE, _SHARE = 1.5, 2e-8, 0.02
 
 _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
 
@@ -104,7 +105,8 @@ def recover(
         from penjing import api
 
         size = sum(p.numel() * p.element_size() for p in loaded.module.parameters())
-        ends = begin + within - _STARTS - size * _BYTE if within else None
+        spare = _STARTS + size * _BYTE + _SHARE * (within or 0.0) + (time.monotonic() - begin)
+        ends = begin + within - spare if within else None
         return api.recover(loaded, deadline=ends, **given, **more)
 
     from penjing.together import group
