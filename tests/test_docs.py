@@ -73,7 +73,7 @@ def wrong_names(text: str) -> list[str]:
         if not words:
             continue
         known = all_options()
-        if words[0] in ("make", "sh", "python", *SETUP):
+        if words[0] in ("make", "sh", "python", "torchrun", *SETUP):
             continue
         if words[0] == "penjing" and len(words) > 1 and words[1] != "VERB":
             if words[1] not in group.commands:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ def apply(
     seed: int | None = None,
     samples: int = 128,
     length: int = 128,
+    deadline: float | None = None,
 ) -> Model:
     """A copy of the model with a recipe's edits.
 
@@ -84,6 +85,7 @@ def apply(
         journal: folder to go on from after a kill.
         seed: in place of the recipe's own.
         samples, length: of calibration, at the most.
+        deadline: when training must have ended, of `time.monotonic`.
 
     Raises:
         InputError: unusable model, recipe or data.
@@ -99,14 +101,18 @@ def apply(
     check_learned(recipe)
     slopes = any("gradient" in step.needs for step in recipe.steps)
     needed = any(getattr(step, "loss", None) == LABELS for step in recipe.steps)
-    return _done(loaded, recipe, batches_of(loaded, data, samples, length, slopes, needed), journal)
+    batches = batches_of(loaded, data, samples, length, slopes, needed)
+    return _done(loaded, recipe, batches, journal, deadline)
 
 
-def _done(model: Model, recipe: Recipe, batches: list[Batch], journal: Path | None) -> Model:
+def _done(
+    model: Model, recipe: Recipe, batches: list[Batch], journal: Path | None,
+    deadline: float | None = None,
+) -> Model:  # fmt: skip
     """A copy with a recipe's edits, which its own recipe names after those before."""
     distils = any(step.name in ("recover", "constrain") for step in recipe.steps)
     before = original(model) if distils and edited(model) else None
-    done = _apply(model, recipe, batches, original=before, journal=journal).model
+    done = _apply(model, recipe, batches, original=before, journal=journal, deadline=deadline).model
     earlier = model.recipe.steps if model.recipe else ()
     done.recipe = Recipe((*earlier, *recipe.steps), recipe.seed)
     return done
@@ -351,12 +357,19 @@ def recover(
     seed: int = 0,
     **options: Any,
 ) -> Model:
-    """A copy trained toward the original's outputs; see `penjing.steps.recover`."""
+    """A copy trained toward the original's outputs.
+
+    Args:
+        seconds, lr, loss, seed: as all other fields of `penjing.steps.recover.Recover`, which may
+            follow, e.g. `steps`, `hidden`, `rank`, `optimizer` or `patience`.
+        options: of `apply`: `samples`, `length`, `journal`, `deadline`.
+    """
     loaded = model_of(model)
     need(data, "recover")
     if not edited(loaded):
         raise UsageError("nothing to recover: the model is not edited", next="edit it first")
-    step = Recover(seconds=seconds, lr=lr, loss=loss, seed=seed)
+    own = {f.name: options.pop(f.name) for f in fields(Recover) if f.name in options}
+    step = Recover(seconds=seconds, lr=lr, loss=loss, seed=seed, **own)
     return apply(loaded, Recipe((step,), seed), data, **{"samples": 512, **options})
 
 

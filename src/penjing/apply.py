@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from penjing import together
 from penjing.batching import rebatched
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import pack, perform, unpack
@@ -67,6 +68,7 @@ def apply(
     *,
     original: Model | None = None,
     journal: Path | None = None,
+    deadline: float | None = None,
 ) -> Applied:
     """Make a recipe's edits on a copy of `model`.
 
@@ -77,7 +79,9 @@ def apply(
             of batches of our own making, see `penjing.batching`; a step on the whole network
             gets them as they are.
         original: what `recover` distils from; `model` when None.
-        journal: folder for finished units, to go on from after a kill.
+        journal: folder for finished units, and for how far an unfinished training has come, to go
+            on from after a kill.
+        deadline: when training must have ended, of `time.monotonic`.
 
     Raises:
         InputError: unusable data, or a journal of another run.
@@ -95,9 +99,11 @@ def apply(
                 edits = log.read(number, "whole")
                 if edits is None:
                     _seed(recipe, number, "whole")
-                    whole = Unit("whole", result.model, {}, None, None, original or model, batches)
+                    whole = Unit("whole", result.model, {}, None, None, original or model, batches,
+                                 checkpoint=log.checkpoint(number), deadline=deadline)  # fmt: skip
                     edits = list(step.plan(whole, {}))
                     log.write(number, "whole", edits)
+                    log.forget(number)
                 _make(result, step.name, edits)
                 continue
             seen = own[:: _stride(own, getattr(step, "portion", 1.0))]
@@ -188,6 +194,8 @@ def _seed(recipe: Recipe, number: int, unit: str) -> None:
 def _make(result: Applied, step: str, edits: list[Edit]) -> None:
     for edit in edits:
         perform(result.model, edit)
+        if edit.kind == "curve":  # it changes nothing
+            continue
         result.done.append(Done(step, edit.kind, edit.path, edit.why, dict(edit.note)))
 
 
@@ -217,7 +225,8 @@ class Journal:
                 next="remove it, or give the same options",
             )
         whole = "".join(json.dumps(e) + "\n" for e in entries or [{"key": key}])
-        if whole != text:  # the line that a kill tore goes; its unit is done again
+        # The line that a kill tore goes; its unit is done again.
+        if whole != text and not together.rank():
             beside = self._lines.with_suffix(".part")
             beside.write_text(whole, "utf-8")
             sync(beside)
@@ -236,9 +245,20 @@ class Journal:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return unpack(tensors, file.metadata()["edits"])
 
+    def checkpoint(self, step: int) -> Path | None:
+        """Where a step that takes long keeps how far it has come."""
+        return None if self.folder is None else self.folder / f"{step:02d}-training.safetensors"
+
+    def forget(self, step: int) -> None:
+        """Its checkpoints go: the step is finished."""
+        if self.folder is not None:
+            together.meet()  # the others may still be reading
+            for path in self.folder.glob(f"{step:02d}-training*"):
+                path.unlink(missing_ok=True)
+
     def write(self, step: int, unit: str, edits: list[Edit]) -> None:
         """Put a finished unit on disk: its file first, then its line."""
-        if self.folder is None:
+        if self.folder is None or together.rank():
             return
         tensors, text = pack(edits)
         path = self.folder / f"{step:02d}-{unit.replace('/', '_')}.safetensors"
@@ -273,6 +293,12 @@ def _journal(
     if folder is None:
         yield Journal(None, "")
         return
+    if together.rank():  # the first process writes; the others read what it found
+        together.meet()
+        log = Journal(folder, _key(model, original, recipe, batches))
+        together.meet()
+        yield log
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115
@@ -287,6 +313,8 @@ def _journal(
             log = Journal(folder, _key(model, original, recipe, batches))
         except OSError as error:
             raise InputError(f"cannot use the journal {folder}", got=error) from error
+        together.meet()
+        together.meet()
         yield log
 
 

@@ -12,6 +12,7 @@ import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Unit:
         original: the network before any edit, for steps that plan the whole network.
         reference: inputs of the same block in the network as it was before this step.
         batches: calibration batches, likewise.
+        checkpoint: of a step that takes long, where it keeps how far it has come.
+        deadline: when it must have ended, of `time.monotonic`; None for whenever it is done.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Unit:
     original: Model | None = None
     batches: Sequence[Batch] = ()
     reference: Stream | None = None
+    checkpoint: Path | None = None
+    deadline: float | None = None
 
     def staged(
         self, needs: frozenset[str], stats: dict[str, LayerStats]

@@ -35,6 +35,10 @@ def perform(model: Model, edit: Edit) -> None:
     if edit.kind == "left":
         model.left[edit.path] = edit.why
         return
+    if edit.kind == "curve" and isinstance(value, Tensor):
+        losses = [float(f"{loss:.6g}") for loss in value.tolist()]
+        model.curves.append({"step": edit.path, "why": edit.why, "losses": losses})
+        return
     if edit.kind == "keep" and isinstance(value, Tensor):
         model.kept[edit.path] = value
         return

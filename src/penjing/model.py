@@ -68,6 +68,7 @@ class Model:
         kept: what a step chose to keep, for the next one to take away the rest: bool, by path of
             a parameter, of a layer (its inputs) or of a block.
         left: why a step left a layer as it was, by path, for who asked for it.
+        curves: JSON-ready, of each training its `step`, `why` and `losses` from first to last.
         structure: JSON-ready structural edits in the order made; replayed by readers.
         recipe: the steps that were applied since it was loaded.
     """
@@ -85,6 +86,7 @@ class Model:
     cache: dict[str, CacheGrid] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    curves: list[dict[str, Any]] = field(default_factory=list)
     structure: list[dict[str, Any]] = field(default_factory=list)
     recipe: Recipe | None = None
 
@@ -152,7 +154,8 @@ class Model:
             own = self.module.parameters()
             memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in own}
         twin.module = copy.deepcopy(self.module, memo)
-        for name in ("masks", "planes", "activations", "cache", "kept", "left", "structure"):
+        kinds = ("masks", "planes", "activations", "cache", "kept", "left", "curves", "structure")
+        for name in kinds:
             setattr(twin, name, (copy.copy if shared else copy.deepcopy)(getattr(self, name)))
         return twin
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import pairwise
 from threading import Timer
 from typing import TypeVar
 
@@ -22,10 +23,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["task", "track"]
+__all__ = ["curve", "sparkline", "task", "track"]
 
 T = TypeVar("T")
 DELAY = 2.0  # seconds before anything is shown
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 24  # characters of a loss curve
 
 # Two live displays on one terminal overwrite each other, so nested bars share this one.
 _shown: list[Progress] = []
@@ -94,5 +98,36 @@ def task(description: str) -> Iterator[None]:
         bar = progress.add_task(description, total=None)
         try:
             yield
+        finally:
+            progress.remove_task(bar)
+
+
+def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
+    """Values as a line of bars, each the mean of its part of them; the lowest is the smallest."""
+    count = min(width, len(values))
+    edges = [len(values) * i // count for i in range(count + 1)] if count else [0]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    step = (high - low) / (len(_BARS) - 1) or 1.0
+    return "".join(_BARS[round((mean - low) / step)] for mean in means)
+
+
+@contextlib.contextmanager
+def curve(description: str) -> Iterator[Callable[[float, float], None]]:
+    """A bar with the loss and its curve so far; give each step's share of the way and its loss."""
+    if not sys.stderr.isatty():
+        yield lambda done, loss: None
+        return
+    losses: list[float] = []
+    with _display() as progress:
+        bar = progress.add_task(description, total=1.0)
+
+        def show(done: float, loss: float) -> None:
+            losses.append(loss)
+            text = f"{description}  loss {loss:.4g}  {sparkline(losses)}"
+            progress.update(bar, completed=done, description=text)
+
+        try:
+            yield show
         finally:
             progress.remove_task(bar)

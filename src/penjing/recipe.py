@@ -46,6 +46,7 @@ Kind = Literal[
     "cache",
     "left",
     "keep",
+    "curve",
 ]
 
 
@@ -163,6 +164,8 @@ class Edit:
                 part of a block;
             patch: `Patch` at the block at `path`;
             untie: None, the parameter at `path` gets a copy of its own;
+            curve: float tensor, the losses of a training, each the mean of a part of the way;
+                `path` names the step;
             left: None, nothing changes at `path`, and `why` says why;
             keep: bool tensor, what the next step leaves: of a parameter's shape its weights, of
                 a layer's inputs, or a single one of a block;

@@ -10,29 +10,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from penjing import processor
+from penjing import processor, together
+from penjing.checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from penjing.errors import InputError, UsageError
 from penjing.gradients import LABELS
+from penjing.hiddens import distance, twins, watched
 from penjing.model import Batch, Model
-from penjing.registry import attribute_of, lookup
+from penjing.optimizers import Group, check_optimizer, check_schedule, optimizer_of, schedule
+from penjing.registry import lookup
 
 __all__ = [
-    "Objective", "Taken", "check_loss", "check_optimizer", "descend", "held_out",
-    "schedule",
+    "PRECISIONS", "Descent", "Objective", "Taken", "check_loss", "check_optimizer", "descend",
+    "held_out", "products", "schedule",
 ]  # fmt: skip
-
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, weight_decay=0.0),
-    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
-}
-# Parameters and their peak learning rate.
-Group = tuple[Sequence[Tensor], float]
 
 
 def check_loss(name: str | None) -> None:
@@ -45,15 +42,40 @@ def check_loss(name: str | None) -> None:
         lookup("losses", name, "loss")
 
 
-def check_optimizer(name: str) -> None:
-    """Refuse what is no optimizer.
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""Of products: `auto` is bfloat16 where the processor is fast with it."""
+# Numbers of targets that are held; those of more batches are computed again each time.
+_HELD = 1 << 27
 
-    Raises:
-        UsageError: the choices are listed.
+
+@dataclass(frozen=True)
+class Descent:
+    """How gradient descent goes.
+
+    Attributes:
+        schedule, warmup: see `penjing.optimizers.schedule`.
+        clip: most that the norm of all gradients together may be; 0 for no limit.
+        accumulate: batches of a step, of each process where several train together; its gradient
+            is their mean.
+        decay: see `penjing.optimizers.optimizer_of`.
     """
-    if name not in _OPTIMIZERS and ":" not in name:
-        known = ", ".join(_OPTIMIZERS)
-        raise UsageError("unknown optimizer", got=name, allowed=f"{known}, file.py:function")
+
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    clip: float = 1.0
+    accumulate: int = 1
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+        if not 0 <= self.warmup < 1:
+            raise UsageError("warmup", got=self.warmup, allowed="0 <= warmup < 1")
+        if self.clip < 0:
+            raise UsageError("clip", got=self.clip, allowed="0 for no limit, or more")
+        if self.accumulate < 1:
+            raise UsageError("accumulate", got=self.accumulate, allowed="1 or more")
+        if self.decay < 0:
+            raise UsageError("weight decay", got=self.decay, allowed="0 or more")
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,13 @@ class Taken:
         return rate / (mean.sqrt() + group["eps"])  # type: ignore[no-any-return]
 
 
+def products(precision: str, device: str) -> AbstractContextManager[object]:
+    """Products of `precision`, one of `PRECISIONS`, on a device of a type such as `cpu`."""
+    if precision == "bfloat16":
+        return torch.autocast(device, torch.bfloat16)
+    return processor.autocast(device, precision == "auto")
+
+
 class Objective:
     """How far a network is from what is wanted of it.
 
@@ -90,34 +119,59 @@ class Objective:
         original: whose outputs are wanted; those of a batch are computed once.
         loss: a name of `penjing.losses`, `labels`, or None: `cosine` for embeddings, `kl` for
             logits.
+        hidden: weight of `penjing.hiddens.distance` beside the loss.
+        precision: of products in training, one of `PRECISIONS`.
     """
 
-    def __init__(self, original: Model, loss: str | None = None) -> None:
+    def __init__(
+        self, original: Model, loss: str | None = None, *, hidden: float = 0.0,
+        precision: str = "auto",
+    ) -> None:  # fmt: skip
         self._original, self._labels = original, loss == LABELS
         default = "cosine" if original.interface == "embedding" else "kl"
         self._loss: Any = None if self._labels else lookup("losses", loss or default, "loss")
-        self._known: dict[int, Tensor] = {}
+        self._hidden, self._precision = hidden, precision
+        self._known: dict[int, tuple[Tensor | None, list[Tensor]]] = {}
+        self._held = 0
+        self._twins: dict[int, tuple[tuple[str, str], ...]] = {}
 
     def __call__(self, model: Model, batch: Batch) -> Tensor:
-        """Scalar; products in bfloat16 where that is fast."""
-        with processor.autocast(model.device.type):
-            wanted = None if self._labels else self._wanted(batch)
-            return self._compare(model.run(batch), wanted, batch)
+        """Scalar; the loss on the outputs and, where it has a weight, that on hidden states."""
+        with products(self._precision, model.device.type):
+            wanted, states = self._wanted(model, batch)
+            with watched(model, [own for own, _ in self._pairs(model)]) as found:
+                output = model.run(batch)
+            value = self._compare(output, wanted, batch)
+            return value + self._hidden * distance(found, states, batch) if states else value
 
     def exact(self, model: Model, batch: Batch) -> float:
-        """The same in full precision: bfloat16 hides what a good repair left to win."""
+        """The loss on the outputs in full precision: bfloat16 hides what is left to win."""
         with torch.no_grad():
             wanted = None if self._labels else self._original.run(batch)
             return float(self._compare(model.run(batch), wanted, batch))
 
-    def _wanted(self, batch: Batch) -> Tensor:
+    def _pairs(self, model: Model) -> tuple[tuple[str, str], ...]:
+        if not self._hidden:
+            return ()
+        if id(model) not in self._twins:
+            self._twins[id(model)] = twins(self._original, model)
+        return self._twins[id(model)]
+
+    def _wanted(self, model: Model, batch: Batch) -> tuple[Tensor | None, list[Tensor]]:
+        """The original's outputs, and its hidden states at the blocks that are left."""
         if id(batch) in self._known:
             return self._known[id(batch)]
-        with torch.no_grad():
+        paths = [path for _, path in self._pairs(model)]
+        if self._labels and not paths:
+            return None, []
+        with torch.no_grad(), watched(self._original, paths) as states:
             output = self._original.run(batch)
-        if self._original.interface != "causal":  # too large to keep
-            self._known[id(batch)] = output
-        return output
+        found = (None if self._labels else output, states)
+        size = sum(x.numel() for x in (output, *states))
+        if self._original.interface != "causal" and self._held + size <= _HELD:
+            self._known[id(batch)] = found
+            self._held += size
+        return found
 
     def _compare(self, output: Tensor, wanted: Tensor | None, batch: Batch) -> Tensor:
         if wanted is None:
@@ -157,48 +211,97 @@ def held_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return found[held:], found[:held]
 
 
-def schedule(done: float) -> float:
-    """Share of the peak learning rate: reached after 5 % and falling to 0 as a cosine."""
-    return min(1.0, done / 0.05 + 0.05) * (0.5 + 0.5 * math.cos(done * math.pi))
-
-
 def descend(
     batches: Sequence[Batch], groups: Sequence[Group], value: Callable[[Batch, float], Tensor], *,
     steps: int, seconds: float = 0.0, seed: int = 0, optimizer: str = "adamw",
+    descent: Descent | None = None, checkpoint: Checkpoint | None = None,
 ) -> Iterator[Taken]:  # fmt: skip
     """Gradient descent, one step at a time; what comes after a step is the caller's.
 
     Args:
-        batches: one a step, in random order.
-        groups: what is trained; all gradients together are cut to a norm of 1.
+        batches: one a step, or as many as are accumulated, in random order.
+        groups: what is trained.
         value: the loss of a batch, and the share of the way that is done, 0 to 1.
         steps, seconds: the end, whichever is first; 0 for none.
         seed: of the order of the batches.
-        optimizer: `adamw`, `sgd`, or `file.py:function` that makes one of torch of such groups.
+        optimizer: `adamw`, `sgd`, `adafactor`, or `file.py:function` that makes one of torch of
+            such groups.
+        descent: all else.
+        checkpoint: where it is kept how far descent has come; one that is there already is where
+            it goes on from, to the same end.
 
     Raises:
         InputError: the loss is not finite.
     """
-    make = _OPTIMIZERS.get(optimizer) or attribute_of(optimizer)
-    descent = make([{"params": list(own), "lr": rate} for own, rate in groups])
+    how, start = descent or Descent(), time.monotonic()
+    down = optimizer_of(optimizer, groups, how.decay)
+    trained = [p for own, _ in groups for p in own]
     generator = torch.Generator().manual_seed(seed)
-    start, step = time.monotonic(), 0
+    step, before = 0, 0.0
     order: list[int] = []
+    if checkpoint is not None and (found := checkpoint.load()) is not None:
+        _restore(trained, down, generator, *found)
+        notes = found[1]
+        step, before, order = int(notes["step"]), float(notes["seconds"]), list(notes["order"])
+    longest, start = 0.0, start - before
+
+    def keep() -> None:
+        if checkpoint is not None:
+            tensors, notes = optimizer_state(down)
+            tensors["generator"] = generator.get_state()
+            tensors |= {f"parameter.{i}": p for i, p in enumerate(trained)}
+            passed = time.monotonic() - start
+            where = {"step": step, "seconds": passed, "order": order, "optimizer": notes}
+            checkpoint.save(tensors, where)
+
     while True:
+        if checkpoint is not None and checkpoint.due() and not together.rank():
+            keep()
         done = step / steps if steps else 0.0
+        begun = time.monotonic()
         if seconds:
-            done = max(done, (time.monotonic() - start) / seconds)
-        if done >= 1:
+            done = max(done, (begun - start) / seconds)
+        late = bool(seconds and step and begun - start + longest > seconds)
+        if seconds:  # clocks of several processes differ
+            done, late = together.agreed(done), bool(together.agreed(late))
+        # A step is not begun that would end after the time is over.
+        if done >= 1 or late:
+            if checkpoint is not None and checkpoint.last and not together.rank():
+                keep()
             return
-        order = order or torch.randperm(len(batches), generator=generator).tolist()[::-1]
-        for group, (_, rate) in zip(descent.param_groups, groups, strict=True):
-            group["lr"] = rate * schedule(done)
-        found = value(batches[order.pop()], done)
-        if not torch.isfinite(found):
-            raise InputError("the loss is not finite", got=float(found.detach()), next="lower lr")
-        descent.zero_grad(set_to_none=True)
-        found.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for own, _ in groups for p in own], 1.0)
-        descent.step()
+        share = schedule(done, how.schedule, how.warmup)
+        for group in down.param_groups:
+            group["lr"] = group["peak"] * share
+        down.zero_grad(set_to_none=True)
+        total = 0.0
+        parts = how.accumulate * together.count()
+        for number in range(parts):
+            order = order or torch.randperm(len(batches), generator=generator).tolist()[::-1]
+            batch = batches[order.pop()]
+            if number % together.count() != together.rank():
+                continue
+            own = value(batch, done) / parts
+            total += float(own.detach())
+            if math.isfinite(total):
+                own.backward()  # type: ignore[no-untyped-call]
+        total = together.total(total)
+        if not math.isfinite(total):
+            raise InputError("the loss is not finite", got=total, next="lower lr")
+        together.sum_gradients(trained)
+        if how.clip:
+            nn.utils.clip_grad_norm_(trained, how.clip)
+        down.step()
         step += 1
-        yield Taken(done, float(found.detach()), descent)
+        longest = max(longest, time.monotonic() - begun)
+        yield Taken(done, total, down)
+
+
+def _restore(
+    trained: Sequence[Tensor], down: torch.optim.Optimizer, generator: torch.Generator,
+    tensors: dict[str, Tensor], notes: dict[str, Any],
+) -> None:  # fmt: skip
+    with torch.no_grad():
+        for number, parameter in enumerate(trained):
+            parameter.copy_(tensors[f"parameter.{number}"])
+    restore_optimizer(down, tensors, notes["optimizer"])
+    generator.set_state(tensors["generator"])

@@ -8,8 +8,9 @@ from penjing.cli.bits import quantize
 from penjing.cli.goal import demo, fit, transfer, tune
 from penjing.cli.group import Group
 from penjing.cli.look import evaluate, inspect
-from penjing.cli.shape import cut, prune, recover, replay, shrink
+from penjing.cli.shape import cut, prune, replay, shrink
 from penjing.cli.ship import export, measure, report, verify
+from penjing.cli.train import recover
 
 __all__ = ["group", "main"]
 

@@ -1,4 +1,4 @@
-"""One technique at a time: prune, shrink, cut, recover, apply."""
+"""One technique at a time: prune, shrink, cut, apply."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import click
 
 from penjing.cli.options import (
     RATIO,
-    TIME,
     Leaf,
     check_model,
     data_options,
@@ -25,7 +24,7 @@ from penjing.cli.work import check_bare, is_bare, pruned, removed, show_file, te
 from penjing.errors import InputError, UsageError
 from penjing.registry import choices
 
-__all__ = ["cut", "prune", "recover", "replay", "shrink"]
+__all__ = ["cut", "prune", "replay", "shrink"]
 
 # Criteria of neurons.
 _NEURONS = ("gram", *sorted({*choices("unitcriteria"), *choices("criteria")}))
@@ -279,36 +278,6 @@ def cut(
         model,
         output,
         **training,
-        **options,
-    )
-
-
-@click.command()
-@model_options
-@click.option("--seconds", type=TIME, default="60s", show_default=True, help="Training time.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate.")
-@click.option("--loss", type=Leaf("losses"), help="Default: what fits the output.")
-@data_options(required=True, samples=512)
-@output_options(journal=False)
-@to_option
-@json_option
-def recover(
-    model: str,
-    lr: float | None,
-    output: Path,
-    **options: Any,
-) -> None:
-    """Train an edited artifact toward its original for a short while.
-
-    \b
-    penjing recover ./cut --data calibration.jsonl --seconds 2m -o ./recovered
-    """
-    given = {"lr": lr} if lr else {}
-    technique(
-        lambda m, journal, **more: _api().recover(m, **given, **more),
-        model,
-        output,
-        journal=None,
         **options,
     )
 

@@ -188,6 +188,7 @@ def technique(
     check_output(output, overwrite, (Path(model),))
     set_threads(threads)
     from penjing import api
+    from penjing.together import rank
 
     begin = time.monotonic()
     kept = journal or output.with_name(output.name + ".journal")
@@ -196,12 +197,14 @@ def technique(
     _check_targets(loaded, to)
     try:
         done = work(loaded, journal=kept, **options)
+        if rank():  # the first process writes
+            return
         api.save(done, output, to=to, overwrite=overwrite)
     except BaseException:
         # Without a finished block there is nothing to go on from.
         if any(kept.glob("*.safetensors")):
             note(f"finished blocks are kept in {kept}: the same command goes on from there")
-        elif journal is None:
+        elif journal is None and not rank():
             shutil.rmtree(kept, ignore_errors=True)
         raise
     if journal is None:

@@ -150,7 +150,7 @@ def write(best: Made, result: Result, output: Path, overwrite: bool, command: st
         shutil.copytree(exported.folder, folder, dirs_exist_ok=True)
         write_json(folder / "results.json", result.to_json())
         page = render(result, title=output.name, recipe_toml=best.recipe.to_toml(),
-                      command=_command(command))  # fmt: skip
+                      command=_command(command), trainings=exported.model.curves)  # fmt: skip
         (folder / "report.html").write_text(page, encoding="utf-8")
 
     metrics = {"quality": result.after.quality, "size_bytes": result.after.size_bytes}

@@ -38,6 +38,7 @@ def write(folder: Path) -> Path:
         title=_named(manifest, "name") or _source(manifest) or folder.absolute().name,
         recipe_toml=_recipe(folder / "recipe.toml", manifest),
         command=_named(manifest, "command") or _REPLAY,
+        trainings=_trainings(manifest),
     )
     output = folder / "report.html"
     whole_file(output, lambda path: _write_text(path, page), overwrite=True)
@@ -56,6 +57,16 @@ def _named(manifest: dict[str, Any], key: str) -> str:
         if isinstance(table, dict) and isinstance(found := table.get(key), str) and found:
             return found
     return ""
+
+
+def _trainings(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is well-formed of the manifest's curves."""
+    metrics = manifest.get("metrics")
+    found = metrics.get("curves") if isinstance(metrics, dict) else None
+    return [
+        one for one in (found if isinstance(found, list) else ())
+        if isinstance(one, dict) and isinstance(one.get("losses"), list)
+    ]  # fmt: skip
 
 
 def _source(manifest: dict[str, Any]) -> str:

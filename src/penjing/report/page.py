@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from penjing.report import figures
+from penjing.report.curves import curves
 from penjing.report.text import (
     DASH,
     amount,
@@ -50,7 +53,10 @@ _ICON = (
 )
 
 
-def render(result: Result, *, title: str, recipe_toml: str, command: str) -> str:
+def render(
+    result: Result, *, title: str, recipe_toml: str, command: str,
+    trainings: Sequence[Mapping[str, Any]] = (),
+) -> str:  # fmt: skip
     """The whole page as one string.
 
     Args:
@@ -58,6 +64,7 @@ def render(result: Result, *, title: str, recipe_toml: str, command: str) -> str
         title: the model's name.
         recipe_toml: shown as it is.
         command: the command line that makes the artifact again.
+        trainings: as `penjing.report.curves` draws them.
     """
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -72,6 +79,7 @@ def render(result: Result, *, title: str, recipe_toml: str, command: str) -> str
             figures.drop(result),
             figures.front(result),
             figures.units(result),
+            curves(trainings),
             _notes(result),
             _reproduce(result, recipe_toml, command),
         )

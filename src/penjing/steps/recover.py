@@ -1,31 +1,47 @@
 """Recover: gradient descent after an edit, toward the original network's outputs.
 
 Distillation without labels (Hinton et al., arXiv 1503.02531): the edited network is trained on
-the calibration data to give what the original gives. Masked connections stay zero. Of quantized
-weights the scales are trained, and where asked the codes: see `_grid`. Tables keep theirs.
+the calibration data to give what the original gives, where asked block by block too. Masked
+connections stay zero. Of quantized weights the scales are trained, and where asked the codes: see
+`_grid`. Tables keep theirs. A matrix may move by a product of low rank alone: see `_lowrank`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from penjing import together
 from penjing.calibrate import LayerStats, Unit
+from penjing.checkpoint import Checkpoint
 from penjing.errors import UsageError
-from penjing.model import Batch, Model
+from penjing.model import Model
 from penjing.recipe import Edit
-from penjing.steps._grid import Grid, attach
+from penjing.steps._blockwise import blockwise
+from penjing.steps._grid import attach
+from penjing.steps._lowrank import adapt
+from penjing.steps._recovery import Penalty, Trained, curve_of, train
 from penjing.steps._select import matches
-from penjing.training import Objective, check_loss, descend, held_out
+from penjing.training import (
+    PRECISIONS,
+    Descent,
+    Objective,
+    check_loss,
+    check_optimizer,
+    held_out,
+)
 
 __all__ = ["Recover"]
 
-# Learning rates of scales and of codes, both in units of the scale, over that of floats.
-_SCALES, _CODES = 2.0, 20.0
+# Longer than one look at the held-out batches takes is kept free for the last.
+_SPARE = 1.5
+# Most of the time that goes to blocks on their own.
+_BLOCKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,15 +49,25 @@ class Recover:
     """Train what is left.
 
     Attributes:
-        seconds: wall-clock limit; 0 means none.
+        seconds: wall-clock limit of all that the step does; 0 means none.
         steps: gradient steps at the most; 0 means none. A run limited by steps alone is
-            reproducible.
-        lr: peak learning rate of AdamW, reached after 5 % and falling to 0 as a cosine.
+            reproducible, also where it was killed and went on.
+        lr: peak learning rate of floats.
         loss: as `penjing.training.Objective` takes it; by default the original's outputs.
         seed: order of the batches.
         targets: globs of parameter paths; without any, every one.
         codes: learn the codes of quantized weights too (quantization-aware training); of one
             plane of integers, without removed connections.
+        hidden: weight of the distance of hidden states beside the loss.
+        optimizer: `adamw`, `sgd`, `adafactor`, or `file.py:function`.
+        schedule, warmup, clip, accumulate, weight_decay: see `penjing.training.Descent`.
+        precision: of products, `auto`, `float32` or `bfloat16`.
+        l1, l2, group: see `penjing.steps._recovery.Penalty`.
+        patience: looks at held-out batches, of 20 on the way, that may pass without a gain; the
+            best that was seen is kept. 0 for no looks before the end.
+        block_steps: steps on the output of each block, one after the other, before those on the
+            whole; see `penjing.steps._blockwise`.
+        rank: of what float matrices move by; 0 for matrices that move freely.
     """
 
     name: ClassVar[str] = "recover"
@@ -55,6 +81,20 @@ class Recover:
     seed: int = 0
     targets: tuple[str, ...] = ()
     codes: bool = False
+    hidden: float = 0.0
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    clip: float = 1.0
+    accumulate: int = 1
+    weight_decay: float = 0.0
+    precision: str = "auto"
+    l1: float = 0.0
+    l2: float = 0.0
+    group: float = 0.0
+    patience: int = 0
+    block_steps: int = 0
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.seconds < 0 or self.steps < 0 or not (self.seconds or self.steps):
@@ -62,68 +102,91 @@ class Recover:
         if not 0 < self.lr < 1:
             raise UsageError("lr", got=self.lr, allowed="0 < lr < 1")
         check_loss(self.loss)
+        check_optimizer(self.optimizer)
+        self._descent()
+        if self.precision not in PRECISIONS:
+            raise UsageError("precision", got=self.precision, allowed=", ".join(PRECISIONS))
+        for name in ("hidden", "l1", "l2", "group", "patience", "block_steps", "rank"):
+            if getattr(self, name) < 0:
+                raise UsageError(name, got=getattr(self, name), allowed="0 or more")
+
+    def _descent(self) -> Descent:
+        return Descent(self.schedule, self.warmup, self.clip, self.accumulate, self.weight_decay)
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """New values of every trained parameter, if held-out batches say that they are better."""
+        begun = time.monotonic()
         if not unit.batches or unit.original is None:
             raise UsageError("recover needs data", next="give --data")
         student, teacher = unit.model.copy(), unit.original
-        far = Objective(teacher, self.loss)
-        train, test = held_out(unit.batches)
+        far = Objective(teacher, self.loss, hidden=self.hidden, precision=self.precision)
+        batches, test = held_out(unit.batches)
 
         def judged() -> float:
-            return sum(far.exact(student, batch) for batch in test) / max(1, len(test))
+            found = sum(far.exact(student, batch) for batch in test) / max(1, len(test))
+            return together.agreed(found)
 
         before = judged()
-        trained = {
+        look = time.monotonic() - begun
+        what = self._trained(student, teacher)
+        left = self._left(begun, look, unit.deadline)
+        if self.block_steps:
+            blockwise(
+                what, teacher, batches, lr=self.lr, steps=self.block_steps,
+                seconds=_BLOCKS * left / max(1, len(student.blocks)), seed=self.seed,
+                optimizer=self.optimizer, descent=self._descent(), path=unit.checkpoint,
+                precision=self.precision,
+            )  # fmt: skip
+            left = self._left(begun, look, unit.deadline)
+        losses = train(
+            what, batches, lambda batch: far(student, batch), judged, lr=self.lr,
+            steps=self.steps, seconds=left, seed=self.seed,
+            optimizer=self.optimizer, descent=self._descent(),
+            penalty=Penalty(self.l1, self.l2, self.group), patience=self.patience if test else 0,
+            start=before, checkpoint=Checkpoint(unit.checkpoint),
+        )  # fmt: skip
+        after = judged()
+        if test and not after < before:
+            return
+        why = f"{len(losses)} steps of distillation"
+        if test:
+            why += f"; held-out loss {before:.4g} to {after:.4g}"
+        yield from self._edits(what, unit.model, why, losses[-1] if losses else before)
+        if losses:
+            yield Edit("curve", self.name, curve_of(losses), why)
+
+    def _wanted(self, name: str) -> bool:
+        return matches(name, self.targets)
+
+    def _trained(self, student: Model, teacher: Model) -> Trained:
+        floats = {
             n: p for n, p in student.parameters() if n not in student.planes and self._wanted(n)
         }
         chosen = [n for n in student.planes if self._wanted(n)]
         behind = dict(teacher.parameters()) if self.codes else {}
         grids = attach(student, chosen, {n: p.detach() for n, p in behind.items()})
-        if not trained and not grids:
+        factors = {}
+        if self.rank:
+            matrices = [n for n, p in floats.items() if p.ndim > 1]
+            factors = adapt(student, matrices, self.rank)
+            # What is smaller than its factors would be, and vectors, move freely; tables stay.
+            floats = {n: p for n, p in floats.items() if n not in factors and p.ndim < 2}
+        if not floats and not grids and not factors:
             raise UsageError("nothing to train", got=", ".join(self.targets) or "only tables")
-        taken, last = self._train(train, trained, grids, student, far)
-        after = judged()
-        if test and not after < before:
-            return
-        why = f"{taken} steps of distillation"
-        if test:
-            why += f"; held-out loss {before:.4g} to {after:.4g}"
-        old = dict(unit.model.parameters())
-        for name, parameter in trained.items():
-            if not torch.equal(parameter.data, old[name].data):
-                yield Edit("weight", name, parameter.detach().clone(), why, {"loss": last})
-        for name, grid in grids.items():
-            yield Edit("quantize", name, grid.result(), f"scales by {why}", {"loss": last})
+        return Trained(student, floats, factors, grids)
 
-    def _wanted(self, name: str) -> bool:
-        return matches(name, self.targets)
+    def _left(self, begun: float, look: float, deadline: float | None) -> float:
+        """Seconds of training; 0 for no limit."""
+        now = time.monotonic()
+        ends = [begun + self.seconds] if self.seconds else []
+        ends += [deadline] if deadline is not None else []
+        return max(min(ends) - now - _SPARE * look, 1e-3) if ends else 0.0
 
-    def _train(
-        self, batches: list[Batch], trained: dict[str, nn.Parameter], grids: dict[str, Grid],
-        student: Model, far: Objective,
-    ) -> tuple[int, float]:  # fmt: skip
-        """Steps made, and the loss of the last."""
-        for parameter in student.module.parameters():
-            parameter.requires_grad_(False)
-        kinds: list[tuple[list[nn.Parameter], float]] = [
-            (list(trained.values()), self.lr),
-            ([p for g in grids.values() for p in g.scales()], self.lr * _SCALES),
-            ([g.v for g in grids.values() if g.v is not None], self.lr * _CODES),
-        ]
-        kinds = [(own, rate) for own, rate in kinds if own]
-        for own, _ in kinds:
-            for parameter in own:
-                parameter.requires_grad_(True)
-        losses = [float("nan")]
-        for taken in descend(
-            batches, kinds, lambda batch, _: far(student, batch),
-            steps=self.steps, seconds=self.seconds, seed=self.seed,
-        ):  # fmt: skip
-            losses.append(taken.loss)
-            with torch.no_grad():
-                for name, mask in student.masks.items():
-                    if name in trained:
-                        trained[name].masked_fill_(~mask, 0)
-        return len(losses) - 1, losses[-1]
+    def _edits(self, what: Trained, model: Model, why: str, loss: float) -> Iterator[Edit]:
+        old = dict(model.parameters())
+        for name in (*what.floats, *what.factors):
+            value: Tensor = what.weight(name).detach().clone()
+            if not torch.equal(value, old[name].data):
+                yield Edit("weight", name, value, why, {"loss": loss})
+        for name, grid in what.grids.items():
+            yield Edit("quantize", name, grid.result(), f"scales by {why}", {"loss": loss})

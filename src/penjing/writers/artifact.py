@@ -79,7 +79,7 @@ def save(
             "recipe": recipe.to_toml() if recipe is not None else None,
             "seed": recipe.seed if recipe is not None else None,
             "versions": _versions(),
-            "metrics": dict(metrics or {}),
+            "metrics": {**(metrics or {}), **({"curves": model.curves} if model.curves else {})},
         }
         _finish(folder, manifest)
 

@@ -1,0 +1,236 @@
+"""Recovery of MiniLM-L6 without two of its six blocks, against the CPU-seconds it takes.
+
+    python bench/recovery.py [recover] ['plain distillation'] [two-bits]
+
+Evaluation: 1,200 sentences about movies, as in bench/quantization.py; error: 1 - cosine to the
+embedding of the whole network in float32, mean with its 95 % interval. Training: sentences of
+State of the Union speeches, of BBC News and of WordNet's glosses, each seen once; settings were
+chosen on 400 other sentences (product reviews and editorials, also of VADER's source package).
+CPU-seconds are of one thread, from the start of the cut to the last step; reading and tokenizing
+texts and evaluating are not among them. Two ways down, with the same optimizer and learning rate:
+`recover` from a greedy cut with its linear patch, hidden states beside the output; and plain
+distillation on the output, from the plain drop by block influence (ShortGPT).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantization import batches, drawn, errors, glosses, movies, news, outputs, speeches
+from torch import Tensor
+
+import penjing
+from penjing.apply import apply
+from penjing.demo import minilm
+from penjing.model import Batch, Model
+from penjing.recipe import Recipe
+from penjing.steps.cut import Cut
+from penjing.steps.quantize import Quantize
+from penjing.steps.recover import Recover
+from penjing.training import Objective, descend
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+BUDGET = 200.0  # CPU-seconds
+MARKS = (25.0, 50.0, 100.0)
+# Steps whose cost is tried, CPU-seconds of the optimizer in one, and what of the budget is planned.
+TRIED, STEP, SAFE = 6, 0.03, 0.94
+SIZE = 16  # sentences of a step
+CALIBRATION = 600  # sentences that the cut and its patch are fitted to
+
+
+def training(model: Model, count: int) -> list[Batch]:
+    """Batches of sentences of about one length, in random order."""
+    texts = [text for seed, kind in enumerate((speeches, news, glosses))
+             for text in drawn(kind(), count // 3, seed)]  # fmt: skip
+    made = [
+        {name: x[rows] for name, x in batch.items()}
+        for batch in batches(model, texts, "recovery")
+        for rows in (slice(0, SIZE), slice(SIZE, None))
+    ]
+    made = [batch for batch in made if len(batch["input_ids"])]
+    random.Random(3).shuffle(made)
+    return made
+
+
+class Clock:
+    """CPU-seconds of this process, without those in which it stood."""
+
+    def __init__(self) -> None:
+        self._start, self._stood = time.process_time(), 0.0
+
+    @property
+    def now(self) -> float:
+        return time.process_time() - self._start - self._stood
+
+    def aside(self, work: Any) -> Any:
+        begin = time.process_time()
+        found = work()
+        self._stood += time.process_time() - begin
+        return found
+
+
+def down(
+    model: Model, train: list[Batch], data: list[Batch], wanted: Tensor, *,
+    criterion: str, patch: str, hidden: float, lr: float,
+) -> list[list[float]]:  # fmt: skip
+    """CPU-seconds, steps, error and half its interval, at each mark and at the end."""
+    clock, rows, marks = Clock(), [], list(MARKS)
+    recipe = Recipe((Cut(layers=2, criterion=criterion, patch=patch),))
+    student = apply(model, recipe, train[: CALIBRATION // SIZE]).model
+    parameters = []
+    for name, parameter in student.module.named_parameters():
+        parameter.requires_grad_(name.startswith("encoder."))
+        parameters += [parameter] if parameter.requires_grad else []
+    far = Objective(model, hidden=hidden)
+
+    def look(done: int) -> None:
+        off = clock.aside(lambda: errors(student, data, wanted))
+        half = 1.96 * float(off.std()) / len(off) ** 0.5
+        rows.append([clock.now, done, float(off.mean()), half])
+        print(f"{patch:8s} {clock.now:6.1f} s {done:4d} steps  {rows[-1][2]:.5f} +- {half:.5f}",
+              flush=True)  # fmt: skip
+
+    look(0)
+    begin = clock.now
+    for batch in train[-TRIED:]:
+        far(student, batch).backward()
+    cost = (clock.now - begin) / TRIED + STEP
+    steps = int(SAFE * (BUDGET - clock.now) / cost)
+    done = 0
+    for _ in descend(
+        train, [(parameters, lr)], lambda batch, _: far(student, batch), steps=steps
+    ):  # fmt: skip
+        done += 1
+        if marks and clock.now >= marks[0]:
+            marks.pop(0)
+            look(done)
+    look(done)
+    return rows
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "recover": {"criterion": "greedy", "patch": "linear", "hidden": 1.0, "lr": 2e-4},
+    "plain distillation": {
+        "criterion": "influence", "patch": "none", "hidden": 0.0, "lr": 2e-4,
+    },
+}
+
+
+def two_bits(model: Model, train: list[Batch], data: list[Batch], wanted: Tensor) -> dict[str, Any]:
+    """Quantization-aware recovery: codes and scales of a 2-bit encoder learn."""
+    quantize = Quantize(
+        bits=2, group=64, method="clip", targets=("encoder.*",), scale_bits=16, alpha=0.0,
+        bias=False,
+    )  # fmt: skip
+    small = apply(model, Recipe((quantize,)), train[:24]).model
+    clock = Clock()
+    step = Recover(seconds=0, steps=60, lr=5e-4, codes=True, hidden=1.0, targets=("encoder.*",))
+    better = apply(small, Recipe((step,)), train[:72], original=model).model
+    seconds = clock.now
+    found: dict[str, Any] = {"seconds": seconds, "steps": step.steps}
+    for name, made in (("before", small), ("after", better)):
+        off = errors(made, data, wanted)
+        found[name] = [float(off.mean()), 1.96 * float(off.std()) / len(off) ** 0.5]
+    for name, planes in better.planes.items():
+        held = planes.dequantize()
+        assert torch.equal(held, better.module.get_parameter(name)), name
+        assert int(planes.codes.max()) <= 3, name
+    found["changed"] = sum(
+        float((p.codes != small.planes[n].codes).float().mean()) for n, p in better.planes.items()
+    ) / len(better.planes)
+    print(found, flush=True)
+    return found
+
+
+def plot(found: dict[str, Any]) -> str:
+    """The curves as SVG."""
+    wide, high, left, low = 640, 360, 64, 44
+    top = max(row[2] for name in WAYS for row in found[name]) * 1.05
+
+    def place(seconds: float, error: float) -> str:
+        x = left + (wide - left - 16) * seconds / (BUDGET * 1.02)
+        return f"{x:.1f},{high - low - (high - low - 16) * error / top:.1f}"
+
+    def text(at: str, words: str, anchor: str = "middle") -> str:
+        x, y = at.split(",")
+        return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>'
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" '
+             'font-family="sans-serif" font-size="13" fill="#222">'
+             f'<rect width="{wide}" height="{high}" fill="#fff"/>']  # fmt: skip
+    for number in range(0, 201, 50):
+        x, _ = place(number, 0).split(",")
+        parts.append(text(f"{x},{high - low + 18}", str(number)))
+    for share in range(int(top / 0.04) + 1):
+        _, y = place(0, share * 0.04).split(",")
+        parts.append(f'<path d="M{left} {y}H{wide - 16}" stroke="#ddd"/>')
+        parts.append(text(f"{left - 8},{float(y) + 4}", f"{share * 0.04:.2f}", "end"))
+    parts.append(text(f"{(wide + left) / 2},{high - 8}", "CPU-seconds"))
+    parts.append(text(f"{left},12", "error, 1 - cosine", "start"))
+    for name, colour in zip(WAYS, ("#0a7d4f", "#b3541e"), strict=True):
+        points = " ".join(place(row[0], row[2]) for row in found[name])
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" '
+                     'stroke-width="2"/>')  # fmt: skip
+        x, y = place(*found[name][1][::2]).split(",")
+        parts.append(f'<g fill="{colour}">{text(f"{float(x) + 6},{float(y) - 8}", name, "start")}'
+                     "</g>")  # fmt: skip
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def table(found: dict[str, Any]) -> str:
+    """What was measured."""
+    about = [part.replace("\n", " ") for part in (__doc__ or "").split("\n\n")[2:]]
+    lines = ["# Recovering MiniLM-L6", "", *about, ""]
+    if all(name in found for name in WAYS):
+        start = found["plain distillation"][0][2]
+        lines += ["## Two of six blocks cut", "",
+                  "| way | CPU-seconds | steps | error, 95 % interval | of the plain cut's |",
+                  "|---|---|---|---|---|"]  # fmt: skip
+        for name in WAYS:
+            for seconds, steps, error, half in found[name]:
+                lines.append(f"| {name} | {seconds:.0f} | {steps} | {error:.4f} ± {half:.4f} "
+                             f"| {error / start:.3f} |")  # fmt: skip
+        lines += ["", "![error against CPU-seconds](recovery-minilm.svg)", ""]
+    if "two-bits" in found:
+        now = found["two-bits"]
+        lines += [
+            "## Quantization-aware, at 2 bits", "",
+            "Rounded to 2 bits with clipped ranges, groups of 64, then `recover` with `codes` for "
+            f"{now['steps']} steps in {now['seconds']:.0f} CPU-seconds; {now['changed']:.1%} of "
+            "the codes changed, and every weight is what its planes say.", "",
+            "| | error, 95 % interval |", "|---|---|",
+        ]  # fmt: skip
+        lines += [f"| {name} | {now[name][0]:.4f} ± {now[name][1]:.4f} |"
+                  for name in ("before", "after")]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(wanted: list[str]) -> None:
+    torch.set_num_threads(1)
+    model = penjing.load(str(minilm()))
+    train = training(model, 1500 if wanted == ["two-bits"] else 9000)
+    data = batches(model, drawn(movies(), 1200, 3), "movies")
+    reference = outputs(model, data)
+    store = RESULTS / "recovery-minilm.json"
+    found = json.loads(store.read_text()) if store.exists() else {}
+    for name, way in WAYS.items():
+        if not wanted or name in wanted:
+            found[name] = down(model, train, data, reference, **way)
+            store.write_text(json.dumps(found, indent=1) + "\n")
+    if not wanted or "two-bits" in wanted:
+        found["two-bits"] = two_bits(model, train, data, reference)
+        store.write_text(json.dumps(found, indent=1) + "\n")
+    if all(name in found for name in WAYS):
+        (RESULTS / "recovery-minilm.svg").write_text(plot(found))
+    (RESULTS / "recovery-minilm.md").write_text(table(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

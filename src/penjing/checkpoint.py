@@ -1,0 +1,121 @@
+"""A checkpoint of training: one file from which it goes on as if nothing had happened.
+
+Tensors as safetensors, all else as JSON in the file's header; no pickle. Written beside its place,
+synced, renamed: after a kill the last whole one is there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from penjing.errors import InputError
+from penjing.files import sync
+
+__all__ = ["Checkpoint", "optimizer_state", "restore_optimizer"]
+
+EVERY = 30.0
+"""Seconds between two checkpoints."""
+
+
+@dataclass
+class Checkpoint:
+    """The place of a checkpoint and what the caller wants to find again.
+
+    Attributes:
+        path: of the file; None keeps nothing.
+        last: keep the end of descent too, for what follows it.
+        tensors, notes: the caller's own, saved and restored with the rest; notes are JSON-ready.
+    """
+
+    path: Path | None = None
+    last: bool = False
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        """Whether it is time for another."""
+        return self.path is not None and time.monotonic() - self._last >= EVERY
+
+    def save(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Put everything on disk.
+
+        Raises:
+            InputError: the disk is full, or the folder is gone.
+        """
+        if self.path is None:
+            return
+        own = {f"own.{n}": t for n, t in self.tensors.items()}
+        whole = {n: t.detach().contiguous() for n, t in {**tensors, **own}.items()}
+        # The same storage twice is refused.
+        whole = {n: t.clone() if n in own else t for n, t in whole.items()}
+        text = json.dumps({"notes": notes, "own": self.notes})
+        beside = self.path.with_suffix(".part")
+        try:
+            safetensors.torch.save_file(whole, beside, {"training": text})
+            sync(beside)
+            beside.replace(self.path)
+        except (OSError, safetensors.SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise InputError(
+                f"cannot write the checkpoint {self.path}",
+                got=error,
+                next="free disk space and run again; the last checkpoint is kept",
+            ) from error
+        self._last = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and notes as they were saved, None where there are none or the file is torn."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            with safetensors.safe_open(self.path, "pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                text = json.loads((file.metadata() or {})["training"])
+                notes, own = dict(text["notes"]), dict(text["own"])
+        except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        self.notes = own
+        self.tensors = {n[4:]: t for n, t in found.items() if n.startswith("own.")}
+        return {n: t for n, t in found.items() if not n.startswith("own.")}, notes
+
+    def remove(self) -> None:
+        """What it was for is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state: tensors by `optimizer.number.name`, and what is no tensor."""
+    tensors, plain = {}, {}
+    for number, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            key = f"optimizer.{number}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            else:
+                plain[key] = value
+    return tensors, plain
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]
+) -> None:
+    """Put back what `optimizer_state` gave, of an optimizer made alike."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **plain}.items():
+        head, _, rest = key.partition(".")
+        number, _, name = rest.partition(".")
+        if head == "optimizer":
+            state.setdefault(int(number), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

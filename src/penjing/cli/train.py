@@ -1,0 +1,122 @@
+"""Training after an edit: recover."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from penjing.cli.options import (
+    TIME,
+    Leaf,
+    data_options,
+    json_option,
+    model_options,
+    output_options,
+    to_option,
+)
+from penjing.cli.work import technique
+from penjing.errors import UsageError
+
+__all__ = ["recover"]
+
+# Seconds that are kept free for the end: for starting to write, for each byte, a share of all; and
+# as long as reading took, which says how fast this machine is now.
+_STARTS, _BYTE, _SHARE = 1.5, 2e-8, 0.02
+
+_SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
+
+
+@click.command()
+@model_options
+@click.option("--within", type=TIME, metavar="10m", help="Time this command may take.")
+@click.option("--seconds", type=TIME, help="Training time.  [default: 60s]")
+@click.option("--steps", type=click.IntRange(1), help="Gradient steps at the most.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Peak learning rate.  [default: 0.0001]",
+)
+@click.option("--loss", type=Leaf("losses", "labels"), help="Default: what fits the output.")
+@click.option(
+    "--hidden",
+    type=click.FloatRange(0),
+    metavar="W",
+    help="Weight of the distance of hidden states.  [default: 0]",
+)
+@click.option("--codes", is_flag=True, default=None, help="Learn the integers of weights too.")
+@click.option(
+    "--block-steps", type=click.IntRange(1), help="Steps on each block before those on the whole."
+)
+@click.option("--rank", type=click.IntRange(1), help="Low-rank changes of matrices, merged.")
+@click.option("--optimizer", help="adamw, sgd, adafactor or file.py:function.  [default: adamw]")
+@click.option("--schedule", type=click.Choice(_SCHEDULES), help="Of --lr.  [default: cosine]")
+@click.option(
+    "--warmup",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of the way in which --lr rises.  [default: 0.05]",
+)
+@click.option("--clip", type=click.FloatRange(0), help="Of gradients' norm, 0: none.  [default: 1]")
+@click.option("--accumulate", type=click.IntRange(1), help="Batches of a step.  [default: 1]")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Of products in training.  [default: auto]",
+)
+@click.option("--weight-decay", type=click.FloatRange(0), help="Of matrices.  [default: 0]")
+@click.option("--l1", type=click.FloatRange(0), help="Times the sum of |w|.")
+@click.option("--l2", type=click.FloatRange(0), help="Times half the sum of w^2.")
+@click.option("--group-lasso", "group", type=click.FloatRange(0), help="Times the norms of rows.")
+@click.option(
+    "--patience",
+    type=click.IntRange(1),
+    help="Looks at held-out data, of 20, without a gain that end it.",
+)
+@data_options(required=True, samples=512)
+@output_options()
+@to_option
+@json_option
+def recover(
+    model: str, within: float | None, seconds: float | None, steps: int | None, output: Path,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Train an edited artifact toward its original.
+
+    \b
+    penjing recover ./cut --data calibration.jsonl --within 10m -o ./recovered
+    penjing recover ./cut --data calibration.jsonl --steps 500 --hidden 1 -o ./recovered
+    torchrun --nproc-per-node 2 -m penjing recover ./cut --data calibration.jsonl -o ./recovered
+    """
+    begin = time.monotonic()
+    if within and seconds:
+        raise UsageError("--within and --seconds", allowed="one of them: --within counts all that "
+                         "the command does, --seconds the training")  # fmt: skip
+    names = (
+        "lr", "loss", "hidden", "codes", "rank", "block_steps", "optimizer", "schedule", "warmup",
+        "clip", "accumulate", "precision", "weight_decay", "l1", "l2", "group", "patience",
+    )  # fmt: skip
+    given = {name: value for name in names if (value := options.pop(name)) is not None}
+    given["seconds"] = within or seconds or (0.0 if steps else 60.0)
+    given["steps"] = steps or 0
+
+    def work(loaded: Any, **more: Any) -> Any:
+        from penjing import api
+
+        size = sum(p.numel() * p.element_size() for p in loaded.module.parameters())
+        spare = _STARTS + size * _BYTE + _SHARE * (within or 0.0) + (time.monotonic() - begin)
+        ends = begin + within - spare if within else None
+        return api.recover(loaded, deadline=ends, **given, **more)
+
+    from penjing.together import group
+
+    with group():
+        technique(work, model, output, remarks=_unhelped, **options)
+
+
+def _unhelped(before: Any, after: Any) -> list[str]:
+    if len(after.curves) > len(before.curves):
+        return []
+    return ["what was learned is no better on held-out data, so weights are as they were; "
+            "try a lower --lr, more time or more --samples"]  # fmt: skip

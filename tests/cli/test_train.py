@@ -1,0 +1,124 @@
+"""recover on the command line: a small network of the user's own, cut and trained."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import penjing
+from penjing.cli import group
+
+NETWORK = """
+import torch
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+    def forward(self, hidden):
+        return hidden + self.down(torch.nn.functional.gelu(self.up(hidden)))
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.Sequential(*(Block() for _ in range(4)))
+        self.out = torch.nn.Linear(8, 5)
+    def forward(self, x):
+        return self.out(self.blocks(x))
+def network():
+    torch.manual_seed(0)
+    return Net()
+def example():
+    return torch.zeros(2, 3, 8)
+"""
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(group, [str(a) for a in arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with `cut`, an artifact without two of its blocks, and `x.npz`."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    x = np.random.default_rng(0).normal(size=(64, 3, 8)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    model, data = f"{tmp_path / 'net.py'}:network", tmp_path / "x.npz"
+    status, _, error = invoke(
+        "cut", model, "--weights", "own", "--layers", 2, "--data", data, "-o", tmp_path / "cut"
+    )
+    assert status == 0, error
+    return tmp_path
+
+
+def _off(place: Path, name: str) -> float:
+    """Distance of an artifact's outputs from the network's own."""
+    x = torch.from_numpy(np.load(place / "x.npz")["x"])
+    with torch.no_grad():
+        wanted = penjing.load(f"{place / 'net.py'}:network", weights="own").module(x)
+        return float((penjing.load(str(place / name)).module(x) - wanted).norm())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        (
+            "--optimizer",
+            "sgd",
+            "--schedule",
+            "one-cycle",
+            "--clip",
+            0.5,
+            "--accumulate",
+            2,
+            "--lr",
+            0.1,
+        ),
+        ("--optimizer", "adafactor", "--schedule", "linear", "--warmup", 0, "--l2", 1e-6),
+        ("--rank", 2, "--precision", "float32", "--weight-decay", 0.01, "--hidden", 1),
+        ("--patience", 3, "--schedule", "constant", "--l1", 1e-7, "--group-lasso", 1e-7),
+    ],
+)
+def test_every_option_trains(place: Path, options: tuple[object, ...]) -> None:
+    arguments = ("--data", place / "x.npz", "--steps", 120, "--lr", 5e-3, "--loss", "mse")
+    status, out, error = invoke(
+        "recover", place / "cut", *arguments, *options, "-o", place / "better"
+    )
+    assert (status, error.count("error")) == (0, 0), error
+    assert "wrote" in out
+    assert _off(place, "better") < _off(place, "cut")
+    assert not (place / "better.journal").exists()
+
+
+def test_within_is_kept_with_loading_and_writing(place: Path) -> None:
+    begin = time.monotonic()
+    arguments = ("--data", place / "x.npz", "--lr", 5e-3, "--loss", "mse", "--within", "6s")
+    status, _, error = invoke("recover", place / "cut", *arguments, "-o", place / "better")
+    took = time.monotonic() - begin
+    assert status == 0, error
+    assert 3 < took < 6
+    assert _off(place, "better") < _off(place, "cut")
+
+
+def test_what_does_not_help_is_said(place: Path) -> None:
+    arguments = ("--data", place / "x.npz", "--steps", 3, "--lr", 0.9, "--optimizer", "sgd")
+    status, _, error = invoke("recover", place / "cut", *arguments, "-o", place / "same")
+    assert status == 0
+    assert "no better on held-out data" in error
+    assert _off(place, "same") == _off(place, "cut")
+
+
+def test_refusals(place: Path) -> None:
+    data = ("--data", place / "x.npz", "-o", place / "o")
+    for options, hint in (
+        (("--within", "1m", "--seconds", "1m"), "one of them"),
+        (("--optimizer", "adagard"), "adamw, sgd, adafactor, file.py:function"),
+        (("--schedule", "stairs"), "one-cycle"),
+        (("--lr", 2), "0<x<1"),
+    ):
+        status, _, error = invoke("recover", place / "cut", *options, *data)
+        assert (status in (1, 2), hint in error, "Traceback" in error) == (True, True, False), error
+    assert not (place / "o").exists()
