@@ -35,7 +35,7 @@ LAYERS = [
     ["steps", "readers", "writers", "runtimes"],
     ["load"],
     ["inspect", "evaluate", "apply", "export", "weights"],
-    ["measure", "learning"],
+    ["measure", "learning", "transferring"],
     ["sizing", "verify", "recover"],
     ["report"],
     ["fit"],
@@ -45,7 +45,8 @@ LAYERS = [
     ["__init__"],
     ["__main__"],
 ]  # fmt: skip
-TOGETHER = {"readers", "steps", "fit", "report", "cli", "data", "writers", "runtimes"}
+TOGETHER = {"readers", "steps", "fit", "report", "cli", "data", "writers", "runtimes",
+            "transferring"}  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
