@@ -36,7 +36,7 @@ LAYERS = [
     ["load"],
     ["inspect", "evaluate", "apply", "export", "weights"],
     ["measure", "learning", "transferring"],
-    ["sizing", "verify", "recover"],
+    ["sizing", "verify", "recover", "transfer"],
     ["report"],
     ["fit"],
     ["api"],

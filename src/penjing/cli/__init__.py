@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
-from penjing.cli.goal import demo, fit, transfer, tune
+from penjing.cli.goal import demo, fit, tune
 from penjing.cli.group import Group
 from penjing.cli.look import evaluate, inspect
 from penjing.cli.shape import cut, prune, quantize, recover, replay, shrink
 from penjing.cli.ship import export, measure, report, verify
+from penjing.cli.transfer import transfer
 
 __all__ = ["group", "main"]
 
