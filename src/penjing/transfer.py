@@ -1,5 +1,6 @@
 """Transfer: what a teacher knows, in a student of another shape.
 
+    structure    the student is derived from the teacher (`penjing.structure`)
     parameters   the student begins with the teacher's weights (`penjing.transferring.parameters`)
     features     hidden states are matched (`penjing.features`)
     outputs      outputs are matched (`penjing.losses`)
@@ -23,6 +24,7 @@ from penjing.errors import InputError, UsageError
 from penjing.gradients import LABELS
 from penjing.load import load
 from penjing.model import Batch, Model
+from penjing.structure import derive
 from penjing.tasks import find
 from penjing.training import check_optimizer
 from penjing.transferring.aim import Aim
@@ -41,9 +43,11 @@ Chosen = str | Iterable[str] | Mapping[str, float]
 
 def transfer(
     teacher: Model | Place,
-    student: Model | Place,
-    data: Dataset | Place,
+    student: Model | Place | None = None,
+    data: Dataset | Place | None = None,
     *,
+    share: float | None = None,
+    of: str = "latency",
     parameters: bool = True,
     features: Chosen = (),
     outputs: Chosen | None = None,
@@ -64,7 +68,9 @@ def transfer(
     """A copy of the student with what it was given of the teacher.
 
     Args:
-        teacher, student: a Model or anything `penjing.load` takes; of one interface.
+        teacher, student: a Model or anything `penjing.load` takes; of one interface. Without a
+            student one is derived that costs `share` of the teacher's `of`: `latency` in
+            onnxruntime, `macs` or `parameters`.
         data: samples; labels are used where `outputs` has `labels`.
         parameters: begin with the teacher's weights.
         features: names of `penjing.features`, with weights where given; default none.
@@ -89,15 +95,27 @@ def transfer(
     check_optimizer(optimizer)
     if not (parameters or matched or wanted or outputs is None):
         raise UsageError("nothing to transfer", allowed="parameters, features or outputs")
-    old, new = (m if isinstance(m, Model) else load(os.fspath(m)) for m in (teacher, student))
+    if (student is None) == (share is None):
+        raise UsageError("transfer", allowed="either a student or the share it may cost")
+    if data is None:
+        raise UsageError("transfer needs data", next="give --data")
+    old = teacher if isinstance(teacher, Model) else load(os.fspath(teacher))
+    new = old if student is None else student
+    new = new if isinstance(new, Model) else load(os.fspath(new))
     _check(old, new)
     if outputs is None:
         wanted = {"cosine" if old.interface == "embedding" else "kl": 1.0}
     given = data if isinstance(data, Dataset) else read_data(data)
     batches = _batches(new, given, samples, batch, length, needed=LABELS in wanted)
+    few = batches[: max(1, 128 // batch)]
     blocks: tuple[int, ...]
-    if parameters:
-        found = inherit(new, old, batches[: max(1, 128 // batch)], criterion=criterion, seed=seed)
+    if share is not None:
+        derived = derive(old, few, share, of, length=length, seed=seed)
+        tell(derived.why)
+        made = derived.model if parameters else _fresh(derived.model, seed)
+        blocks = match(made, old).blocks if matched else ()
+    elif parameters:
+        found = inherit(new, old, few, criterion=criterion, seed=seed)
         made, blocks = found.model, found.blocks
         tell(f"parameters: {found.why}")
         if found.alone:
@@ -114,6 +132,16 @@ def transfer(
         done = distil(made, aim, batches, steps=steps, seconds=within, lr=lr, seed=seed,
                       optimizer=optimizer)  # fmt: skip
         tell(f"{done.steps} steps, held-out loss {done.before:.4g} to {done.after:.4g}")
+    return made
+
+
+def _fresh(model: Model, seed: int) -> Model:
+    """A copy with random numbers in all of its layers that know how to draw them."""
+    made = model.copy()
+    torch.manual_seed(seed)
+    for part in made.module.modules():
+        if callable(draw := getattr(part, "reset_parameters", None)):
+            draw()
     return made
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from penjing.cli.options import (
+    RATIO,
     TIME,
     Leaf,
     check_model,
@@ -21,7 +22,7 @@ from penjing.cli.options import (
 )
 from penjing.cli.show import count, folder_size, show_json, show_pairs
 from penjing.cli.work import note
-from penjing.errors import printable
+from penjing.errors import UsageError, printable
 from penjing.files import check_output
 from penjing.registry import choices
 from penjing.units import format_size, format_time
@@ -57,7 +58,20 @@ class _Weighted(click.ParamType):  # type: ignore[type-arg]
 
 @click.command()
 @click.argument("teacher", metavar="TEACHER")
-@click.argument("student", metavar="STUDENT")
+@click.argument("student", metavar="[STUDENT]", required=False)
+@click.option(
+    "--share",
+    type=RATIO,
+    metavar="50%",
+    help="Without STUDENT: derive one that costs so much of TEACHER.",
+)
+@click.option(
+    "--of",
+    type=click.Choice(["latency", "macs", "parameters"]),
+    default="latency",
+    show_default=True,
+    help="What --share is of; latency is measured in onnxruntime.",
+)
 @click.option("--weights", metavar="FILE", help="Weights of a factory that is the teacher.")
 @click.option(
     "--student-weights",
@@ -123,7 +137,8 @@ class _Weighted(click.ParamType):  # type: ignore[type-arg]
 @json_option
 def transfer(
     teacher: str,
-    student: str,
+    student: str | None,
+    share: float | None,
     weights: str | None,
     student_weights: str | None,
     data: str,
@@ -136,30 +151,45 @@ def transfer(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Give STUDENT, a network of another shape, what TEACHER knows.
+    """Give STUDENT, a network of another shape, what TEACHER knows; or derive one of a cost.
 
     \b
     penjing transfer ./teacher ./student --data texts.jsonl --within 60s -o ./taught
+    penjing transfer ./teacher --share 50% --data texts.jsonl --within 60s -o ./half
     penjing transfer ./teacher ./student --features relations --data texts.jsonl -o ./taught
     penjing transfer net.py:large net.py:small --weights large.pth --outputs dkd,labels
         --data images.npz -o ./taught
     """
-    check_model(teacher)
-    check_model(student)
-    check_output(output, overwrite, (Path(teacher), Path(student), Path(data)))
+    if (student is None) == (share is None):
+        raise UsageError(
+            "either STUDENT or --share", got="both" if student else "neither",
+            next="--share 50% derives a student of half the latency",
+        )  # fmt: skip
+    models = [path for path in (teacher, student) if path is not None]
+    for path in models:
+        check_model(path)
+    check_output(output, overwrite, (*map(Path, models), Path(data)))
     set_threads(threads)
     from penjing import api
     from penjing.readers import factory
 
     begin = time.monotonic()
     old = api.load(teacher, weights=weights)
-    if student_weights is None and factory.recognises(Path(student)):
-        student_weights = "own"
-    new = api.load(student, weights=student_weights)
+    new = None
+    if student is not None:
+        own = "own" if factory.recognises(Path(student)) else None
+        new = api.load(student, weights=student_weights or own)
     seconds = within if within is not None else 0.0 if steps else 60.0
     told: list[str] = []
     done = api.transfer(
-        old, new, data, within=seconds, steps=steps or 0, tell=told.append, **options
+        old,
+        new,
+        data,
+        share=share,
+        within=seconds,
+        steps=steps or 0,
+        tell=told.append,
+        **options,
     )
     api.save(done, output, to=to, overwrite=overwrite)
     for line in told:
