@@ -48,17 +48,16 @@ def sharpen(module: nn.Module, factor: float = 8.0) -> nn.Module:
 
 def bert(layers: int = 3, **options: Any) -> Model:
     torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=layers, num_attention_heads=4, **(TEXT | options))
+    heads = {"num_attention_heads": 4}
+    config = BertConfig(num_hidden_layers=layers, **(TEXT | heads | options))
     module = BertModel(config, add_pooling_layer=False)
     return wrap(sharpen(module), "embedding", text_batch(samples=2))
 
 
 def llama(layers: int = 3, embedding: bool = False, **options: Any) -> Model:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4, head_dim=4,
-        **(TEXT | options),
-    )  # fmt: skip
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+    config = LlamaConfig(num_hidden_layers=layers, **(TEXT | heads | options))
     kind = LlamaModel if embedding else LlamaForCausalLM
     interface: Interface = "embedding" if embedding else "causal"
     return wrap(sharpen(kind(config)), interface, text_batch(samples=2))

@@ -286,7 +286,8 @@ def test_every_option_of_a_step_is_explained() -> None:
     ("family", "page"),
     [("criteria", "docs/steps.md"), ("unitcriteria", "docs/steps.md"),
      ("constraints", "docs/steps.md"),
-     ("quantizers", "docs/steps.md"), ("losses", "docs/steps.md"), ("tasks", "docs/data.md")],
+     ("quantizers", "docs/steps.md"), ("losses", "docs/steps.md"),
+     ("features", "docs/transfer.md"), ("tasks", "docs/data.md")],
 )  # fmt: skip
 def test_every_leaf_is_explained(family: str, page: str) -> None:
     assert not set(choices(family)) - code_words(TEXTS[page])

@@ -21,9 +21,9 @@ LAYERS = [
     ["model"],
     ["linalg", "grids", "masks", "meter", "statistics", "progress", "histogram", "migration",
      "equalize", "norms", "divergence", "patches", "tensorsets", "labels", "shapes",
-     "lagrangian", "gating", "substitutes", "checkpoint", "optimizers"],
-    ["criteria", "unitcriteria", "pruners", "quantizers", "losses", "observers", "neurons",
-     "kernels", "constraints"],
+     "lagrangian", "gating", "substitutes", "checkpoint", "optimizers", "similarity"],
+    ["criteria", "unitcriteria", "pruners", "quantizers", "losses", "features", "observers",
+     "neurons", "kernels", "constraints"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
     ["edits", "batching", "calls", "channels", "residual", "layerstats", "axes",
      "detour", "hiddens"],
@@ -36,11 +36,13 @@ LAYERS = [
     ["steps", "readers", "writers", "runtimes"],
     ["load"],
     ["inspect", "evaluate", "apply", "export", "weights"],
-    ["measure", "learning"],
+    ["measure", "learning", "transferring"],
     ["sizing", "verify", "recover"],
     ["given"],
     ["report"],
     ["fit"],
+    ["structure"],
+    ["transfer"],
     ["judging"],
     ["api"],
     ["demo"],
@@ -48,7 +50,8 @@ LAYERS = [
     ["__init__"],
     ["__main__"],
 ]  # fmt: skip
-TOGETHER = {"readers", "steps", "fit", "report", "cli", "data", "writers", "runtimes"}
+TOGETHER = {"readers", "steps", "fit", "report", "cli", "data", "writers", "runtimes",
+            "transferring"}  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         report,
         save,
         shrink,
+        transfer,
         verify,
     )
 
@@ -48,6 +49,7 @@ __all__ = [
     "report",
     "save",
     "shrink",
+    "transfer",
     "verify",
 ]
 

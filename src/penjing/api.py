@@ -46,13 +46,14 @@ from penjing.steps.quantize import Quantize
 from penjing.steps.recover import Recover
 from penjing.steps.rotate import Rotate
 from penjing.steps.shrink import OF, Shrink
+from penjing.transfer import transfer
 from penjing.verify import verify
 from penjing.writers.artifact import extend
 from penjing.writers.artifact import save as _save
 
 __all__ = [
     "STEPS", "apply", "cut", "evaluate", "export", "fit", "inspect", "load", "measure", "prune",
-    "quantize", "recover", "report", "save", "shrink", "verify",
+    "quantize", "recover", "report", "save", "shrink", "transfer", "verify",
 ]  # fmt: skip
 
 # Samples that show which inputs 8 bits harm.

@@ -94,7 +94,7 @@ def test_demo_does_not_touch_an_existing_output(tmp_path: Path) -> None:
     assert "--overwrite" in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["tune", "transfer"])
+@pytest.mark.parametrize("verb", ["tune"])
 def test_verbs_that_are_not_there_yet(verb: str) -> None:
     done = CliRunner().invoke(group, [verb, "MODEL", "--search", "x"])
     assert done.exit_code == 2

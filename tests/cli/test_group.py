@@ -134,6 +134,6 @@ def test_usage_is_one_line(arguments: list[str]) -> None:
 def test_every_verb_explains_itself(verb: str) -> None:
     done = CliRunner().invoke(group, [verb, "--help"])
     assert done.exit_code == 0
-    if verb not in ("tune", "transfer"):
+    if verb != "tune":
         assert f"penjing {verb} " in done.stdout.split("Options:")[0].split("\n", 1)[1]
         assert "--json" in done.stdout

@@ -1,4 +1,4 @@
-"""Verbs with a goal: demo, fit; tune and transfer have their place."""
+"""Verbs with a goal: demo, fit; tune has its place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from penjing.errors import UsageError, printable
 from penjing.files import check_output
 from penjing.result import Result
 
-__all__ = ["demo", "fit", "transfer", "tune"]
+__all__ = ["demo", "fit", "tune"]
 
 OVER_BUDGET = 3
 
@@ -160,10 +160,3 @@ _ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
 def tune(arguments: tuple[str, ...]) -> None:
     """Search the options of a recipe (not there yet)."""
     raise UsageError("tune is not there yet", next="edit recipe.toml and use penjing apply")
-
-
-@click.command(context_settings=_ANYTHING)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def transfer(arguments: tuple[str, ...]) -> None:
-    """From a teacher to a student (not there yet)."""
-    raise UsageError("transfer is not there yet", next="penjing recover distils from the original")

@@ -1,0 +1,97 @@
+"""Outputs of a teacher, computed once: in memory, or in a folder that later runs read.
+
+Outputs of a language model are too large to keep. Of each token so many classes are drawn with
+their probabilities, and the share of the draws stands for them: cross-entropy with it is right on
+average, which it is not with the most likely classes alone (random sampling distillation, Anshumann
+et al., arXiv 2503.16870, section 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from penjing.model import Batch, Model
+
+__all__ = ["DRAWS", "Kept"]
+
+# Classes drawn for a token: 256 bytes in place of 600 kB of a vocabulary of 150,000.
+DRAWS = 64
+# What stands for the logarithm of 0.
+_NEVER = -1e4
+
+
+class Kept:
+    """A teacher's outputs by batch.
+
+    Args:
+        teacher: gives them.
+        folder: where they are kept; None for memory, and of a language model not at all.
+        seed: of the draws.
+    """
+
+    def __init__(self, teacher: Model, folder: Path | None = None, seed: int = 0) -> None:
+        self.teacher, self.folder, self._seed = teacher, folder, seed
+        self._known: dict[int, Tensor] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether outputs are shares of draws."""
+        return self.folder is not None and self.teacher.interface == "causal"
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, again: bool = False) -> Tensor:
+        """What the teacher gives.
+
+        Args:
+            again: run it even if that is known; its states are wanted.
+        """
+        if again:
+            return self.teacher.run(batch)
+        if id(batch) in self._known:
+            return self._known[id(batch)]
+        if self.folder is None:
+            output = self.teacher.run(batch)
+            if self.teacher.interface != "causal":
+                self._known[id(batch)] = output
+            return output
+        path = self.folder / f"{self._key(batch)}.safetensors"
+        if not path.exists():
+            output = self.teacher.run(batch)
+            kept = {"output": output.contiguous()}
+            if self.sampled:
+                kept = self._drawn(output, batch["attention_mask"].bool())
+            part = path.with_suffix(".part")
+            save_file(kept, part)
+            part.rename(path)
+        kept = load_file(path)
+        return _dense(kept, batch) if self.sampled else kept["output"]
+
+    def _key(self, batch: Batch) -> str:
+        digest = hashlib.sha256(f"{self.teacher.source.fingerprint} {self._seed}".encode())
+        digest.update(repr(self.teacher.structure).encode())
+        for name in sorted(self.teacher.example):
+            digest.update(name.encode() + batch[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def _drawn(self, output: Tensor, there: Tensor) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self._seed)
+        chance = output[there].float().softmax(-1)  # [tokens, vocabulary]
+        drawn = torch.multinomial(chance, DRAWS, replacement=True, generator=generator)
+        return {"drawn": drawn.int(), "classes": torch.tensor(output.shape[-1])}
+
+
+def _dense(kept: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Logarithms of the shares [batch, length, vocabulary]."""
+    drawn, there = kept["drawn"].long(), batch["attention_mask"].bool()
+    shares = torch.zeros(len(drawn), int(kept["classes"]))
+    shares.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / drawn.shape[1]))
+    output = torch.zeros(*there.shape, shares.shape[1])
+    output[there] = shares.log().clamp_min(_NEVER)
+    return output
