@@ -112,8 +112,9 @@ def test_every_technique_from_python(place: Path) -> None:
     data = place / "data.jsonl"
     before = sum(p.numel() for _, p in model.parameters())
     pruned = penjing.prune(model, 0.5, data=data, length=16)
-    weight = pruned.module.encoder.layer[0].intermediate.dense.weight
-    assert (weight == 0).float().mean() == pytest.approx(0.5, abs=0.02)
+    masks = [mask.float().flatten() for mask in pruned.masks.values()]
+    assert torch.cat(masks).mean() == pytest.approx(0.5, abs=0.001)
+    assert all(0.39 < mask.mean() < 0.61 for mask in masks)
     small = penjing.shrink(model, 0.5, data=data, length=16)
     assert small.module.encoder.layer[0].intermediate.dense.weight.shape == (32, 32)
     assert small.module.encoder.layer[0].attention.self.query.weight.shape == (16, 32)
