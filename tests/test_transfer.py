@@ -141,5 +141,18 @@ def test_networks_that_do_not_go_together() -> None:
         transfer(stack(), stack(2), data, outputs="labels", **OPTIONS)
 
 
+def test_a_student_is_derived_and_then_taught() -> None:
+    data = Dataset("arrays", tuple({"x": x[:5].numpy()} for b in arrays() for x in b["x"]))
+    told: list[str] = []
+    made = transfer(stack(), None, data, share=0.3, of="parameters", outputs="mse",
+                    tell=told.append, **(OPTIONS | {"batch": 4, "lr": 1e-3}))  # fmt: skip
+    assert made.parameter_count <= 0.3 * stack().parameter_count
+    assert "structure" in told[0]
+    before, after = (float(part.split()[-1]) for part in told[-1].split(" to "))
+    assert after < before
+    with pytest.raises(UsageError, match="either a student or the share"):
+        transfer(stack(), None, data)
+
+
 def test_the_verb_is_public() -> None:
     assert penjing.transfer is transfer

@@ -7,7 +7,8 @@ solved as an integer program (Puzzle, Bercovich et al., arXiv 2411.19146, sectio
 become of a block is a library of closed forms: every group of units in it whole, at three quarters,
 half or a quarter (`shrink`, with its refit), or the whole block gone (`cut`, with its linear
 patch). The harm of each alone is measured, as the divergence of the network's outputs; groups of
-one block, and blocks, are taken as additive. Units that several blocks share are a block of their own.
+one block, and blocks, are taken as additive. Units that several blocks share are a block of their
+own.
 
 What comes out is counted or timed as a whole, and the limit moved until it meets the budget.
 """

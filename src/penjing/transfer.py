@@ -58,7 +58,7 @@ def transfer(
     within: float = 60.0,
     lr: float = 5e-4,
     optimizer: str = "adamw",
-    samples: int = 512,
+    samples: int = 2048,
     batch: int = 16,
     length: int = 128,
     seed: int = 0,
