@@ -3,8 +3,8 @@
     python bench/transfer_minilm.py [--within 60] [-o bench/results/transfer-minilm.md]
 
 The student is MiniLM-L6 with three blocks. From its teacher's weights (`penjing.transfer`) it is
-trained for `--within` seconds, from random ones for as long and for ten times as long, on three
-quarters of BBC News, toward the teacher's embeddings. Measured on the last quarter: the mean cosine
+trained for `--within` seconds, from random ones for ten times as long, on three quarters of BBC
+News, toward the teacher's embeddings. Measured on the last quarter: the mean cosine
 to the teacher's embedding, and label retrieval.
 """
 
@@ -76,7 +76,7 @@ def main() -> None:
     row("the teacher itself", 0, "", teacher)
     for name, own, seconds in (
         ("its weights", True, 0.0), ("its weights", True, args.within),
-        ("random weights", False, args.within), ("random weights", False, 10 * args.within),
+        ("random weights", False, 10 * args.within),
     ):  # fmt: skip
         told: list[str] = []
         made = penjing.transfer(

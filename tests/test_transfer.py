@@ -145,7 +145,7 @@ def test_a_student_is_derived_and_then_taught() -> None:
     data = Dataset("arrays", tuple({"x": x[:5].numpy()} for b in arrays() for x in b["x"]))
     told: list[str] = []
     made = transfer(stack(), None, data, share=0.3, of="parameters", outputs="mse",
-                    tell=told.append, **(OPTIONS | {"batch": 4}))  # fmt: skip
+                    tell=told.append, **(OPTIONS | {"batch": 4, "lr": 1e-3}))  # fmt: skip
     assert made.parameter_count <= 0.3 * stack().parameter_count
     assert "structure" in told[0]
     before, after = (float(part.split()[-1]) for part in told[-1].split(" to "))
