@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +81,7 @@ def gradients(model: Model, batches: Sequence[Batch]) -> dict[str, Gradient]:
     Raises:
         InputError: a loss that is NaN or infinite.
     """
-    twin = model.copy(shared=True)
-    twin.module.requires_grad_(False)
-    layers = {
-        n: m for n, m in twin.module.named_modules()
-        if is_weighted(m) and not isinstance(m, nn.Embedding)
-    }  # fmt: skip
+    twin, layers = _still(model)
     weights: list[Tensor] = [m.weight.requires_grad_() for m in layers.values()]
     sums = [torch.zeros(2, len(w), w[0].numel()) for w in weights]  # [2, out, in]
     effects: list[list[Tensor]] = [[] for _ in weights]
@@ -122,12 +118,8 @@ def fisher(
     Raises:
         InputError: a loss that is NaN or infinite.
     """
-    twin = model.copy(shared=True)
-    twin.module.requires_grad_(False)
-    wanted = {
-        n: m for n, m in twin.module.named_modules()
-        if is_weighted(m) and not isinstance(m, nn.Embedding) and (layers is None or n in layers)
-    }  # fmt: skip
+    twin, every = _still(model)
+    wanted = {n: m for n, m in every.items() if layers is None or n in layers}
     sums: dict[str, Tensor] = {}
     anchor = torch.ones((), requires_grad=True, device=twin.device)  # no parameter asks for slopes
 
@@ -146,8 +138,8 @@ def fisher(
     # Logits of a vocabulary are large; other samples are quicker together.
     parts = [one for batch in batches for one in _singles(batch)] if twin.interface == "causal" \
         else list(batches)  # fmt: skip
-    every = sum(_size(part) for part in parts)
-    parts = parts[:: max(1, -(-every // _SAMPLES))]
+    samples = sum(_size(part) for part in parts)
+    parts = parts[:: max(1, -(-samples // _SAMPLES))]
     count = 0
     try:
         for part, loss in _losses(twin, parts):
@@ -157,6 +149,16 @@ def fisher(
         for handle in handles:
             handle.remove()
     return {path: total / count for path, total in sums.items()}
+
+
+def _still(model: Model) -> tuple[Model, dict[str, Any]]:
+    """A copy in which nothing asks for slopes, and its layers with a matrix, tables aside."""
+    twin = model.copy(shared=True)
+    twin.module.requires_grad_(False)
+    return twin, {
+        n: m for n, m in twin.module.named_modules()
+        if is_weighted(m) and not isinstance(m, nn.Embedding)
+    }  # fmt: skip
 
 
 def _size(batch: Batch) -> int:
