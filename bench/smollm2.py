@@ -66,6 +66,11 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
         if bits == 2:
             lattice = {"bits": 2, "group": 0, "codes": "e8", "rotate": True}
             made["2 bits, penjing e8 a row, rotated"] = "penjing", lattice
+        if bits < 4:
+            walk = {"bits": bits, "group": 0, "codes": "trellis", "rotate": True}
+            made[f"{bits} bits, penjing trellis a row, rotated"] = "penjing", walk
+            refined = walk | {"refine": 64}
+            made[f"{bits} bits, penjing trellis a row, rotated, refined"] = "penjing", refined
         for axis in (1, 0):
             made[f"{bits} bits, hqq, axis {axis}"] = "hqq", same | {"axis": axis}
         for observer in ("memoryless_minmax", "memoryless_mse"):
