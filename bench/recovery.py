@@ -119,7 +119,10 @@ def down(
 WAYS: dict[str, dict[str, Any]] = {
     "recover": {"criterion": "greedy", "patch": "linear", "hidden": 1.0, "lr": 2e-4},
     "plain distillation": {
-        "criterion": "influence", "patch": "none", "hidden": 0.0, "lr": 2e-4,
+        "criterion": "influence",
+        "patch": "none",
+        "hidden": 0.0,
+        "lr": 2e-4,
     },
 }
 

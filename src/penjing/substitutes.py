@@ -58,5 +58,3 @@ def patch_after(block: nn.Module, args: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (patch(output[0]), *output[1:])
     return patch(output)
-
-

@@ -65,6 +65,13 @@ def prune_file(
         UsageError: options that do not make sense.
     """
     chosen = Pattern.parse(pattern, None if sparsity is None else parse_ratio(sparsity))
+    names = registry.choices("criteria")
+    blind = [n for n in names if not registry.constant("criteria", n, "needs", ())]
+    if isinstance(criterion, str) and ":" not in criterion and criterion not in blind:
+        raise UsageError(
+            "criterion of bare weights", got=criterion, allowed=", ".join(blind),
+            next="others look at data: give the network that the weights are of",
+        )  # fmt: skip
     score = registry.lookup("criteria", criterion, "score")
     if compress and Path(output).suffix != ".npz":
         raise UsageError(

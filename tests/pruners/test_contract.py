@@ -108,9 +108,7 @@ def test_dead_inputs_and_a_gram_matrix_of_rank_one() -> None:
     one = torch.outer(X[0], X[0]).double()
     for name in NAMES:
         for gram in (dead, one, torch.zeros_like(GRAM)):
-            stats = SimpleNamespace(
-                gram=gram, norm=gram.diagonal().sqrt().float(), count=600
-            )
+            stats = SimpleNamespace(gram=gram, norm=gram.diagonal().sqrt().float(), count=600)
             weight, mask = registry.lookup("pruners", name, "fit")(WEIGHT, Pattern(0.5), stats)
             assert torch.isfinite(weight).all()
             assert int(mask.sum()) == mask.numel() // 2

@@ -201,10 +201,14 @@ def test_slopes_rank_a_grouped_convolution_too() -> None:
 def test_a_grouped_convolution_needs_a_criterion_without_data() -> None:
     model = net.wrap(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "tensor",
                      {"x": torch.randn(1, 4, 5, 5)})  # fmt: skip
-    left = apply(model, Recipe((Prune(0.5),)), [model.example]).model
-    assert left.masks == {}
-    assert "no one vector of inputs" in left.left["0"]
-    assert set(apply(model, Recipe((Prune(0.5, "magnitude"),))).model.masks) == {"0.weight"}
+    for ranking in ("layer", "global"):
+        step = Prune(0.5, "admm", ranking=ranking)
+        left = apply(model, Recipe((step,)), [model.example]).model
+        assert left.masks == {}
+        assert "no one vector of inputs: fisher, magnitude" in left.left["0"]
+    for name in ("magnitude", "fisher"):
+        made = apply(model, Recipe((Prune(0.5, name),)), [model.example]).model
+        assert set(made.masks) == {"0.weight"}
 
 
 def test_options() -> None:

@@ -74,7 +74,8 @@ def fractions(model: Model, step: Prune, batches: Sequence[Batch]) -> dict[str, 
             score = _scores(step, layer, stats)
             if score is not None:
                 curves[path], sizes[path] = _curve(score), score.numel()
-    return _shared(curves, sizes, step.sparsity)
+    # Layers that have no scores stay as they are, and the step says why.
+    return dict.fromkeys(layers, 0.0) | _shared(curves, sizes, step.sparsity)
 
 
 def _scores(step: Prune, layer: nn.Module, stats: LayerStats) -> Tensor | None:

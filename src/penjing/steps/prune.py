@@ -77,7 +77,10 @@ class Prune:
             raise UsageError("ranking", got=repr(self.ranking), allowed=", ".join(RANKINGS))
         if self.ranking == "global":
             if self.pattern is not None:
-                raise UsageError("a pattern with ranking global", got=self.pattern, allowed="none")
+                raise UsageError(
+                    "a pattern with ranking global", got=self.pattern, allowed="none",
+                    next="leave the ranking out: a pattern is the same in every layer",
+                )  # fmt: skip
             check_comparable(self.criterion)
         given = {} if self.fractions is None else self.fractions
         if not isinstance(given, Mapping) or any(not 0 <= part < 1 for part in given.values()):
@@ -148,7 +151,7 @@ class Prune:
             matrix = weight.reshape(len(weight), -1).float()  # [out, in]
             own = stats.get(path)
             if "gram" in self.needs and (own is None or own.norm is None):
-                why = "its outputs have no one vector of inputs: magnitude and taylor can prune it"
+                why = f"its outputs have no one vector of inputs: {_without_inputs()} can prune it"
                 yield Edit("left", path, None, why)
                 continue
             if "gradient" in self.needs and (own is None or own.gradient is None):
@@ -188,3 +191,10 @@ class Prune:
             return masked_least_squares(weight, stats.gram, mask, weight), mask
 
         return fit
+
+
+def _without_inputs() -> str:
+    """Criteria that look at no inputs of a layer, said."""
+    names = (n for n in choices("criteria") if "gram" not in constant("criteria", n, "needs", ()))
+    *most, last = sorted(names)
+    return f"{', '.join(most)} and {last}"
