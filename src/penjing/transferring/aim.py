@@ -19,6 +19,7 @@ from penjing.errors import UsageError
 from penjing.gradients import LABELS
 from penjing.model import Batch, Model
 from penjing.registry import constant, lookup
+from penjing.transferring.maps import check_maps, mapped
 from penjing.transferring.projection import Projection
 from penjing.transferring.store import Kept
 from penjing.transferring.taps import alike, attention_of, mask_of, tapped
@@ -83,9 +84,9 @@ class Aim:
         """
         with processor.autocast(self.student.device.type), ExitStack() as stack:
             seen = {
-                of: (stack.enter_context(tapped(self.student, own)),
-                     stack.enter_context(tapped(self.teacher, theirs)))
-                for of, (own, theirs) in self._taps.items()
+                of: [stack.enter_context(_TAPS.get(of, tapped)(model, layers))
+                     for model, layers in zip((self.student, self.teacher), both, strict=True)]
+                for of, both in self._taps.items()
             }  # fmt: skip
             output = self.student.run(batch)
             wanted = None
@@ -131,7 +132,7 @@ class _Feature:
 
     def __init__(self, name: str, weight: float, blocks: int) -> None:
         self.weight, self._loss = weight, lookup("features", name, "loss")
-        self.of: str = constant("features", name, "of", "blocks")
+        self._name, self.of = name, str(constant("features", name, "of", "blocks"))
         kind = constant("features", name, "projection", None)
         self.maps = [Projection(kind == "learned") for _ in range(blocks if kind else 0)]
 
@@ -140,6 +141,11 @@ class _Feature:
         found = []
         for number, (own, theirs) in enumerate(zip(student, teacher, strict=True)):
             for s, t in zip(own, theirs, strict=True):
+                if self.of == "maps" and s.shape[1] != t.shape[1]:
+                    raise UsageError(
+                        f"{self._name} of student and teacher", got=f"{s.shape[1]} and "
+                        f"{t.shape[1]} places", allowed="as many places", next="take hidden",
+                    )  # fmt: skip
                 s, t = alike(s, t)
                 mask = mask_of(batch, s)
                 if self.maps:
@@ -164,5 +170,13 @@ def _cross_entropy(model: Model, output: Tensor, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(output.float(), labels)
 
 
-def _layers(model: Model, of: str) -> list[list[str]]:
+# How what features are of is noted, where it is not what layers give.
+_TAPS: dict[str, Any] = {"maps": mapped}
+
+
+def _layers(model: Model, of: str) -> list[Any]:
+    """By block what is noted of it."""
+    if of == "maps":
+        check_maps(model)
+        return list(model.blocks)
     return attention_of(model) if of == "attention" else [[block] for block in model.blocks]
