@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from tests.networks import ResNet, arrays, bert, resnet, stack, wrap
+from tests.transferring.test_spans import TEXTS, bytes_bpe
+from tests.transferring.test_spans import model as speaker
 
 import penjing
 from penjing.data import Dataset
@@ -156,3 +158,49 @@ def test_a_student_is_derived_and_then_taught() -> None:
 
 def test_the_verb_is_public() -> None:
     assert penjing.transfer is transfer
+
+
+def texts() -> Dataset:
+    return Dataset("text", tuple(f"{a} {b} {a}" for a in TEXTS for b in TEXTS))
+
+
+def test_a_language_model_of_another_tokenizer_is_taught() -> None:
+    teacher, start = (speaker(bytes_bpe(size)) for size in (290, 262))
+    told: list[str] = []
+    options: dict[str, Any] = {"parameters": False, "tell": told.append, **(OPTIONS | {"batch": 4})}
+    made = transfer(teacher, start, texts(), length=16, **options)
+    before, after = (float(part.split()[-1]) for part in told[-1].split(" to "))
+    assert after < 0.7 * before
+    # On a text that was not trained on, counted by hand: the sum over its tokens.
+    wanted, was, now = (said(model, "a mat and the hat") for model in (teacher, start, made))
+    assert abs(now - wanted) < abs(was - wanted)
+    for more, words in (
+        ({"parameters": True}, "--no-parameters"), ({"features": "hidden"}, "--features"),
+        ({"outputs": "jsd"}, "kl at temperature 1"),
+    ):  # fmt: skip
+        with pytest.raises(PenjingError, match=words):
+            transfer(teacher, start, texts(), **(options | more))
+
+
+def said(model: Model, text: str) -> float:
+    """log p of a text."""
+    found = model.tokenizer([text], return_tensors="pt")
+    with torch.no_grad():
+        logs = model.run(found).log_softmax(-1)[0]
+    ids = found["input_ids"][0].tolist()
+    return sum(float(logs[n, token]) for n, token in enumerate(ids[1:]))
+
+
+def test_an_encoder_of_another_tokenizer_is_taught() -> None:
+    teacher, start = bert(2, vocab_size=290), bert(1, vocab_size=262)
+    teacher.tokenizer, start.tokenizer = bytes_bpe(290), bytes_bpe(262)
+    teacher.example = start.example = {n: x[:, :8] % 200 for n, x in teacher.example.items()}
+    made = transfer(teacher, start, texts(), parameters=False, length=16,
+                    **(OPTIONS | {"batch": 4}))  # fmt: skip
+
+    def near(model: Model) -> float:
+        found = [m.run(m.tokenizer(["a mat and the hat"], return_tensors="pt"))
+                 for m in (model, teacher)]  # fmt: skip
+        return float(torch.cosine_similarity(*found).detach())
+
+    assert near(made) > near(start)

@@ -37,9 +37,9 @@ __all__ = ["OF", "Derived", "derive"]
 
 OF = ("latency", "macs", "parameters")
 
-# Networks that are counted or timed until one of a number of blocks meets the budget, and how
-# much less than asked for is no reason to try again.
-_MOST, _NEAR = 4, 0.03
+# Networks of a number of blocks that are counted or timed until one meets the budget, and how much
+# less one may cost than what was added up and not be tried again.
+_MOST, _NEAR = 4, 0.02
 # Networks that are made and judged.
 _FINALISTS = 3
 _RUNTIME, _FILE = "onnxruntime", "model.onnx"
@@ -54,7 +54,7 @@ class Derived:
     """A student.
 
     Attributes:
-        share: of the teacher's cost, as counted or measured.
+        share: of the teacher's cost, counted or measured again; latencies vary by a percent or two.
         harm: divergence of its outputs from the teacher's, on samples it was not fitted to.
         why: what became of the blocks.
     """
@@ -100,41 +100,60 @@ def derive(
                 next="ask for more, or quantize what comes out",
             )  # fmt: skip
         made = []
-        for picked, cost, _ in found[:_FINALISTS]:
+        for picked, _, _ in found[:_FINALISTS]:
             recipe = forms.recipe(picked, seed)
             model = apply(teacher, recipe, fit).model
             model.recipe = recipe
-            made.append(Derived(model, cost, _harm(model, teacher, held), _said(picked, cost)))
-    return min(made, key=lambda one: one.harm)
+            made.append((_harm(model, teacher, held), model, picked))
+        harm, model, picked = min(made, key=lambda one: one[0])
+        cost = measure(model)
+        return Derived(model, cost, harm, f"{_said(picked)}, {cost:.1%} of the teacher's {of}")
 
 
 def _choices(
     options: Mapping[str, list[Option]], forms: Forms, share: float
 ) -> Iterator[tuple[Picked, float, float]]:
     """For every number of blocks that go the best choice, its cost and its harm."""
-    limit = share  # what the sum may be that is share as a whole
-    costs = [[o.cost for o in own] for own in options.values()]
-    harms = [[o.harm for o in own] for own in options.values()]
+    harms, costs = ([[getattr(o, what) for o in own] for own in options.values()]
+                    for what in ("harm", "cost"))  # fmt: skip
     gone = [[float(BLOCK in o.gone) for o in own] for own in options.values()]
-    for count in range(sum(max(own) > 0 for own in gone)):
+    scale = 1.0  # what networks cost as a whole, over what was added up
+    for count in range(1 + sum(max(own) > 0 for own in gone)):
         best: tuple[Picked, float, float] | None = None
         for _ in range(_MOST):
-            chosen = solve(harms, {
-                "cost": Constraint(costs, limit - 1), "most": Constraint(gone, count),
+            rules = {
+                "cost": Constraint(costs, share / scale - 1), "most": Constraint(gone, count),
                 "least": Constraint([[-x for x in own] for own in gone], -count),
-            })  # fmt: skip
+            }  # fmt: skip
+            chosen = solve(harms, rules | _one_stays(list(options), gone))
             if chosen is None:
                 break
             picked = {name: options[name][n] for name, n in zip(options, chosen, strict=True)}
             cost = forms.measure(forms.form(picked))
+            found = cost / (1 + sum(option.cost for option in picked.values()))
             harm = sum(option.harm for option in picked.values())
-            if cost <= share and (best is None or harm < best[2]):
+            fits = cost <= share
+            if fits and (best is None or harm < best[2]):
                 best = picked, cost, harm
-            if share - _NEAR <= cost <= share:
+            if fits and found > scale - _NEAR:  # a looser limit would let nothing more in
                 break
-            limit = min(limit * share / cost * (0.99 if cost > share else 1.0), 1.0)
+            scale = found if fits else max(found, 1.01 * scale)
         if best is not None:
             yield best
+
+
+def _one_stays(names: Sequence[str], gone: Sequence[Sequence[float]]) -> dict[str, Constraint]:
+    """Of the blocks of every list."""
+    lists: dict[str, list[bool]] = {}
+    for name, own in zip(names, gone, strict=True):
+        if max(own) > 0:
+            place = name.rpartition(".")[0]
+            lists[place] = [other.rpartition(".")[0] == place for other in names]
+    return {
+        f"in {place}": Constraint([[x * inside for x in own] for own, inside in
+                                   zip(gone, these, strict=True)], sum(these) - 1)
+        for place, these in lists.items()
+    }  # fmt: skip
 
 
 def _harm(model: Model, teacher: Model, held: Sequence[Batch]) -> float:
@@ -172,10 +191,10 @@ def _exported(model: Model, folder: Path) -> Candidate:
     return Candidate(folder / _FILE, _RUNTIME, model.parameter_count)
 
 
-def _said(picked: Picked, share: float) -> str:
+def _said(picked: Picked) -> str:
     gone = [option.gone for option in picked.values()]
     narrow = sum(bool(option.kept) for option in picked.values())
     halves = "".join(f", {n} without {part}" for part in ("attention", "mlp")
                      if (n := sum(part in own for own in gone)))  # fmt: skip
     cut = sum(BLOCK in own for own in gone)
-    return f"structure: {cut} blocks cut{halves}, {narrow} narrowed, {share:.1%} of the cost"
+    return f"structure: {cut} blocks cut{halves}, {narrow} narrowed"

@@ -8,7 +8,16 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-from penjing.features import attention, attention_maps, crd, fitnets, hidden, relations, rkd, similarity
+from penjing.features import (
+    attention,
+    attention_maps,
+    crd,
+    fitnets,
+    hidden,
+    relations,
+    rkd,
+    similarity,
+)
 
 GENERATOR = torch.Generator().manual_seed(3)
 S = torch.randn(4, 3, 6, generator=GENERATOR)
@@ -89,7 +98,8 @@ def test_crd() -> None:
 
 @pytest.mark.parametrize("heads", [2, 3])
 def test_attention_maps(heads: int) -> None:
-    s, t = torch.randn(2, 4, 2, 4, generator=GENERATOR), torch.randn(2, 4, heads, 4, generator=GENERATOR)
+    s = torch.randn(2, 4, 2, 4, generator=GENERATOR)
+    t = torch.randn(2, 4, heads, 4, generator=GENERATOR)
     rows = [softmax(x.double().numpy(), axis=-1) for x in (t, s)]
     if heads != 2:
         rows = [own.mean(2, keepdims=True) for own in rows]

@@ -199,9 +199,7 @@ class Probe:
     def divergence(self, group: Group, stats: dict[str, LayerStats], keep: int) -> float:
         """Of its outputs, with so many units, from those of the whole."""
         twin = self.model.copy(shared=True)
-        kept, fits, _ = choose(
-            twin, group.units, group.readers, stats, keep, self.step.criterion
-        )
+        kept, fits, _ = choose(twin, group.units, group.readers, stats, keep, self.step.criterion)
         silence(twin.module, [(group.units, kept)])
         for path, fit in fits.items() if self.step.repair else ():
             put(twin.module, twin.module.get_submodule(path), fit)

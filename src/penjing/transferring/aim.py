@@ -21,6 +21,7 @@ from penjing.model import Batch, Model
 from penjing.registry import constant, lookup
 from penjing.transferring.maps import check_maps, mapped
 from penjing.transferring.projection import Projection
+from penjing.transferring.spans import Bridge, differ
 from penjing.transferring.store import Kept
 from penjing.transferring.taps import alike, attention_of, mask_of, tapped
 
@@ -62,6 +63,14 @@ class Aim:
                 "sampled outputs of a language model", got=", ".join(outputs),
                 allowed="kl at temperature 1, labels", next="leave out --cache",
             )  # fmt: skip
+        self._bridge = None
+        if differ(student, teacher) and teacher.interface == "causal":
+            if set(outputs) - {"kl", LABELS} or temperature not in (None, 1) or self._kept.sampled:
+                raise UsageError(
+                    "outputs over different tokenizers", got=", ".join(outputs),
+                    allowed="kl at temperature 1, labels; no --cache",
+                )  # fmt: skip
+            self._bridge = Bridge(student, teacher)
         if features and not blocks:
             raise UsageError("features need repeated blocks", next="leave out --features")
         self._taps = {
@@ -106,6 +115,8 @@ class Aim:
         if loss is None:
             return _cross_entropy(self.student, output, batch)
         assert wanted is not None
+        if self._bridge is not None:
+            return self._bridge.distance(output, wanted, batch)
         if output.shape[-1] != wanted.shape[-1]:
             if self.teacher.interface != "embedding":
                 raise UsageError(

@@ -5,7 +5,7 @@ A form has its weights as they come; the recipe of the same options makes what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -112,7 +112,7 @@ class Forms:
     def priced(self, name: str, option: Option) -> Option:
         """The same with its cost, measured once for all blocks of one shape.
 
-        In all of them at once, so that what is timed is more than the noise; of blocks that go
+        In all of them at once, so that what is timed is more than the noise; of a list of blocks
         one stays.
         """
         if not option.kept and not option.gone:
@@ -122,8 +122,11 @@ class Forms:
         known = {free.group.name for free in self._narrow.groups}
         if any(group not in known for one in plain.values() for group, _ in one.kept):
             plain = {name: option}
-        if BLOCK in option.gone and len(plain) == len(self.model.blocks):
-            plain.pop(twins[0])
+        if BLOCK in option.gone:
+            for place in {_place(twin) for twin in twins}:
+                own = [b for b in self.model.blocks if _place(b) == place]
+                if set(own) <= set(plain):
+                    plain.pop(own[0])
         key = (twins[0], _renamed(option, name, twins[0]))
         if key not in self._known:
             self._known[key] = min(0.0, (self.measure(self.form(plain)) - 1) / len(plain))
@@ -140,7 +143,7 @@ class Forms:
         return [(path, value.shape) for path, value in named]
 
     def recipe(self, picked: Picked, seed: int = 0) -> Recipe:
-        """What makes it: units first, then halves, then blocks, while all have their old numbers."""
+        """What makes it: units, then halves, then blocks, while all have their old numbers."""
         kept = dict(pair for option in picked.values() for pair in option.kept)
         steps: list[Shrink | Cut] = [Shrink(kept=kept)] if kept else []
         for part in (*_HALVES, BLOCK):
@@ -152,6 +155,11 @@ class Forms:
 
 def _of(picked: Picked, name: str) -> Option:
     return picked.get(name, Option())
+
+
+def _place(block: str) -> str:
+    """The list that a block is in."""
+    return block.rpartition(".")[0]
 
 
 def _renamed(option: Option, name: str, twin: str) -> Option:
