@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.networks import ResNet, arrays, bert, resnet, stack, wrap
+from tests.networks import ResNet, arrays, bert, resnet, stack, vit, wrap
 from tests.transferring.test_spans import TEXTS, bytes_bpe
 from tests.transferring.test_spans import model as speaker
 
@@ -141,6 +141,27 @@ def test_networks_that_do_not_go_together() -> None:
     data = Dataset("arrays", tuple({"x": x.numpy()} for b in arrays() for x in b["x"]))
     with pytest.raises(PenjingError, match="class"):
         transfer(stack(), stack(2), data, outputs="labels", **OPTIONS)
+
+
+def test_connections_that_a_student_has_lost_stay_away() -> None:
+    start = penjing.prune(student(), 0.5, criterion="magnitude")
+    for parameters in (True, False):
+        made = transfer(resnet(), start, pictures(), parameters=parameters, **OPTIONS)
+        assert made.masks
+        for name, mask in made.masks.items():
+            weight = made.module.get_parameter(name)
+            assert not bool(weight[~mask].any())
+            assert not torch.equal(weight, start.module.get_parameter(name))
+
+
+def test_random_weights_are_random_everywhere() -> None:
+    from penjing.transfer import _fresh
+
+    model = vit()
+    made = _fresh(model, 0)
+    for (name, own), (_, was) in zip(made.parameters(), model.parameters(), strict=True):
+        if own.ndim > 1:
+            assert float((own - was).abs().max()) > 1e-3, name
 
 
 def test_a_student_is_derived_and_then_taught() -> None:

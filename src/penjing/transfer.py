@@ -29,7 +29,7 @@ from penjing.tasks import find
 from penjing.training import check_optimizer
 from penjing.transferring.aim import Aim
 from penjing.transferring.depth import by_cka
-from penjing.transferring.distil import distil
+from penjing.transferring.distil import distil, keep_masks
 from penjing.transferring.matching import match
 from penjing.transferring.parameters import inherit
 from penjing.transferring.spans import OTHER, Bridge, differ
@@ -133,6 +133,7 @@ def transfer(
     else:
         made = new.copy()
         blocks = match(made, old).blocks if matched else ()
+    keep_masks(made)
     if matched and layers == "cka":
         blocks = by_cka(made, old, batches)
         tell(f"blocks of the teacher by CKA: {', '.join(map(str, blocks))}")
@@ -146,12 +147,16 @@ def transfer(
 
 
 def _fresh(model: Model, seed: int) -> Model:
-    """A copy with random numbers in all of its layers that know how to draw them."""
+    """A copy with random numbers: as layers draw them, small ones where a layer does not."""
     made = model.copy()
     torch.manual_seed(seed)
     for part in made.module.modules():
         if callable(draw := getattr(part, "reset_parameters", None)):
             draw()
+        else:
+            for own in part.parameters(recurse=False):
+                if own.ndim > 1:  # tokens and positions of their own, not gains and shifts
+                    torch.nn.init.normal_(own, std=0.02)
     return made
 
 

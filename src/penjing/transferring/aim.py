@@ -23,7 +23,7 @@ from penjing.transferring.maps import check_maps, mapped
 from penjing.transferring.projection import Projection
 from penjing.transferring.spans import Bridge, differ
 from penjing.transferring.store import Kept
-from penjing.transferring.taps import alike, attention_of, mask_of, tapped
+from penjing.transferring.taps import States, alike, attention_of, mask_of, tapped
 
 __all__ = ["Aim"]
 
@@ -92,11 +92,7 @@ class Aim:
             fit: whether solved projections learn from the batch.
         """
         with processor.autocast(self.student.device.type), ExitStack() as stack:
-            seen = {
-                of: [stack.enter_context(_TAPS.get(of, tapped)(model, layers))
-                     for model, layers in zip((self.student, self.teacher), both, strict=True)]
-                for of, both in self._taps.items()
-            }  # fmt: skip
+            seen = {of: self._watched(stack, of) for of in self._taps}
             output = self.student.run(batch)
             wanted = None
             if self._features or any(loss for _, loss in self._outputs):
@@ -108,6 +104,12 @@ class Aim:
             for one in self._features:
                 total = total + one.weight * one(*seen[one.of], batch, fit)
         return total
+
+    def _watched(self, stack: ExitStack, of: str) -> tuple[States, States]:
+        tap, (own, theirs) = _TAPS.get(of, tapped), self._taps[of]
+        both = (self.student, own), (self.teacher, theirs)
+        one, two = (stack.enter_context(tap(model, layers)) for model, layers in both)
+        return one, two
 
     def _of_outputs(
         self, loss: Any, output: Tensor, wanted: Tensor | None, batch: Batch, fit: bool

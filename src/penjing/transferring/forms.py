@@ -77,7 +77,8 @@ class Forms:
         for _, block, calls, outputs in Stream(self.model, [self.sample]).walk():
             path = self.model.blocks[len(self.halves)]
             plain = outputs[0].ndim == 3 and outputs[0].shape == calls[0].hidden.shape
-            self.halves[path] = dict(halves_of(block, calls[0])) if plain else {}
+            found = halves_of(block, calls[0]) if plain else {}
+            self.halves[path] = {str(name): half for name, half in found.items()}
             self._width = outputs[0].shape[2] if plain else self._width
 
     def form(self, picked: Picked) -> Model:

@@ -11,6 +11,7 @@ a linear assignment (weight matching, Ainsworth et al., arXiv 2209.04836, sectio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -28,7 +29,7 @@ __all__ = ["even_runs", "merged"]
 def even_runs(blocks: int, count: int) -> list[range]:
     """So many runs of neighbours of all blocks, as even as they can be."""
     ends = [number * blocks // count for number in range(count + 1)]
-    return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    return [range(first, last) for first, last in pairwise(ends)]
 
 
 @torch.no_grad()
@@ -48,11 +49,10 @@ def merged(model: Model, runs: Sequence[Sequence[int]]) -> Model:
             for group in groups:
                 _ordered(group, mine, theirs)
         for path, name in _places(model, last):
-            own = tensors_of(made.module.get_submodule(path))[name]
-            key = f"{path}.{name}"
-            if own.is_floating_point():
-                every = [theirs[key] for _, theirs in members]
-                own.copy_(torch.stack([own, *every]).mean(0))
+            tensor = tensors_of(made.module.get_submodule(path))[name]
+            if tensor.is_floating_point():
+                every = [theirs[f"{path}.{name}"] for _, theirs in members]
+                tensor.copy_(torch.stack([tensor, *every]).mean(0))
     return made
 
 

@@ -191,8 +191,8 @@ def _ends(
 
 def _spelled(model: Model) -> dict[str, int]:
     """Tokens by what they stand for; marks of a space are spaces."""
-    special = set(model.tokenizer.all_special_tokens)  # type: ignore[attr-defined]
-    vocabulary = model.tokenizer.get_vocab()  # type: ignore[attr-defined]
+    special = set(model.tokenizer.all_special_tokens)
+    vocabulary = model.tokenizer.get_vocab()
     return {
         text.replace("\u0120", " ").replace("\u2581", " "): number
         for text, number in sorted(vocabulary.items()) if text not in special
