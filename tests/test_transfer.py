@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.networks import ResNet, arrays, bert, resnet, stack, vit, wrap
+from tests.networks import ResNet, arrays, bert, resnet, stack, text_batch, vit, wrap
 from tests.transferring.test_spans import TEXTS, bytes_bpe
 from tests.transferring.test_spans import model as speaker
 
@@ -72,6 +72,21 @@ def test_relations_of_a_text_network_and_blocks_by_cka(tmp_path: Path) -> None:
     found = distil(small, aim, batches * 3, steps=20, seconds=0, lr=3e-3)
     assert found.steps == 20
     assert found.after < found.before
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_maps_come_nearer(heads: int) -> None:
+    from penjing.transferring.aim import Aim
+    from penjing.transferring.distil import distil
+
+    teacher, batches = bert(4), [text_batch(n) for n in range(4)]
+    small = bert(2, hidden_size=16, intermediate_size=24, num_attention_heads=heads)
+    aim = Aim(small, teacher, {}, {"attention-maps": 1.0}, (1, 3))
+    found = distil(small, aim, batches, steps=60, seconds=0, lr=1e-2)
+    assert found.after < 0.7 * found.before
+    pictures_of = resnet()
+    with pytest.raises(UsageError, match="attention in every block"):
+        Aim(pictures_of, pictures_of, {}, {"attention-maps": 1.0}, (0, 1, 2, 3))
 
 
 def test_parameters_alone_train_nothing() -> None:

@@ -28,6 +28,7 @@ from penjing.export import export
 from penjing.fit.solve import Constraint, solve
 from penjing.measure import Candidate, measure_files, median_ratio
 from penjing.model import Batch, Model
+from penjing.steps._depth import judges
 from penjing.steps._ladder import COSTS
 from penjing.training import held_out
 from penjing.transferring.forms import BLOCK, Forms, Option, Picked
@@ -89,6 +90,8 @@ def derive(
         raise UsageError("structure needs data", next="give --data")
     fit, held = held_out(batches)
     held = held or fit
+    if teacher.interface == "causal":  # every token is judged: few samples are enough
+        held = judges(teacher, held)
     with _measure(teacher, of, length, threads or torch.get_num_threads()) as measure:
         forms = Forms(teacher, fit[0], measure)
         options = library(teacher, forms, fit, held)

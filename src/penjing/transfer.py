@@ -37,6 +37,9 @@ from penjing.transferring.store import Kept
 
 __all__ = ["transfer"]
 
+# Samples that units and forms of blocks are chosen by.
+_CALIBRATION = 128
+
 Place = str | os.PathLike[str]
 # Names, or their weights by name.
 Chosen = str | Iterable[str] | Mapping[str, float]
@@ -117,10 +120,12 @@ def transfer(
     given = data if isinstance(data, Dataset) else read_data(data)
     batches = _batches(new, given, samples, batch, length, labels=LABELS in wanted,
                        teacher=old if bridged else None)  # fmt: skip
-    few = batches[: max(1, 128 // batch)]
+    few = batches[: max(1, _CALIBRATION // batch)]
     blocks: tuple[int, ...]
     if share is not None:
-        derived = derive(old, few, share, of, length=length, seed=seed)
+        count = _CALIBRATION if old.interface == "causal" else 3 * _CALIBRATION
+        some = batches[: max(1, count // batch)]
+        derived = derive(old, some, share, of, length=length, seed=seed)
         tell(derived.why)
         made = derived.model if parameters else _fresh(derived.model, seed)
         blocks = match(made, old).blocks if matched else ()
