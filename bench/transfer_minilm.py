@@ -9,7 +9,8 @@ times as many: as many steps as the student's own forward and backward pass allo
 teacher's come on top, once for every text), toward the teacher's embeddings, on three quarters of
 BBC News in batches of 16, cut at 64 tokens. Measured on the last quarter: the mean cosine to the
 teacher's embedding (of the narrow student through an affine map, fitted to 512 of the training
-texts), and label retrieval. One seed. Every row that is made is kept in bench/results/transfer-minilm.json.
+texts), and label retrieval. One seed. Every row that is made is kept in
+bench/results/transfer-minilm.json.
 """
 
 from __future__ import annotations
