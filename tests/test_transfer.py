@@ -1,5 +1,6 @@
 """The verb: what is matched comes nearer, alone and together; what cannot be is refused."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,18 @@ def test_attention_maps_come_nearer(heads: int) -> None:
     pictures_of = resnet()
     with pytest.raises(UsageError, match="attention in every block"):
         Aim(pictures_of, pictures_of, {}, {"attention-maps": 1.0}, (0, 1, 2, 3))
+
+
+def test_attention_maps_of_other_numbers_of_places_are_refused() -> None:
+    from penjing.transferring.aim import Aim
+
+    teacher, coarse = vit(2), vit(2)
+    config = copy.deepcopy(teacher.module.config)
+    config.patch_size = 8
+    coarse.module = type(teacher.module)(config).eval()
+    aim = Aim(coarse, teacher, {}, {"attention-maps": 1.0}, (0, 1))
+    with pytest.raises(UsageError, match="5 and 17 places"):
+        aim(teacher.example)
 
 
 def test_parameters_alone_train_nothing() -> None:
