@@ -62,7 +62,7 @@ def narrow(teacher: Model, train: Dataset) -> Model:
     for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
         setattr(config, name, getattr(config, name) // 2)
     made = teacher.copy()
-    made.module = type(teacher.module)(config).eval()
+    made.module = type(teacher.module)(config, add_pooling_layer=False).eval()
     return made
 
 
