@@ -3,64 +3,51 @@
     minimise    sum over blocks of the harm of what becomes of each
     subject to  sum over blocks of what each costs <= limit
 
-solved as an integer program (Puzzle, Bercovich et al., arXiv 2411.19146, section 2). What can
-become of a block is a library of closed forms: every group of units in it whole, at three quarters,
-half or a quarter (`shrink`, with its refit), or the whole block gone (`cut`, with its linear
-patch). The harm of each alone is measured, as the divergence of the network's outputs; groups of
-one block, and blocks, are taken as additive. Units that several blocks share are a block of their
-own.
-
-What comes out is counted or timed as a whole, and the limit moved until it meets the budget.
+solved as an integer program (Puzzle, Bercovich et al., arXiv 2411.19146, section 2), over the
+library of `penjing.transferring.library`. Costs are counted, or measured in the runtime once for
+every shape of a block. Harms of cut blocks do not add up, so the program is solved for every number
+of them; what comes out is counted or timed as a whole, the limit moved until it meets the budget,
+made, and judged as a whole on samples that nothing was fitted to. The least harm wins.
 """
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from penjing.apply import apply
-from penjing.channelmap import Free, channel_map
 from penjing.divergence import divergence
 from penjing.errors import InputError, UsageError
 from penjing.export import export
 from penjing.fit.solve import Constraint, solve
 from penjing.measure import Candidate, measure_files, median_ratio
 from penjing.model import Batch, Model
-from penjing.progress import track
-from penjing.recipe import Edit, Recipe
-from penjing.steps._ladder import COSTS, Forms
-from penjing.steps.cut import Cut
-from penjing.steps.shrink import Shrink
+from penjing.steps._depth import judges
+from penjing.steps._ladder import COSTS
+from penjing.training import held_out
+from penjing.transferring.forms import BLOCK, Forms, Option, Picked
+from penjing.transferring.library import library
 
 __all__ = ["OF", "Derived", "derive"]
 
 OF = ("latency", "macs", "parameters")
 
-_SHARES = (0.75, 0.5, 0.25)
-_MOST = 5  # networks that are counted or timed
+# Networks of a number of blocks that are counted or timed until one meets the budget, and how much
+# less one may cost than what was added up and not be tried again.
+_MOST, _NEAR = 4, 0.02
+# Networks that are made and judged.
+_FINALISTS = 3
 _RUNTIME, _FILE = "onnxruntime", "model.onnx"
+# That two files are timed.
+_SECONDS = 4.0
 
-
-@dataclass(frozen=True)
-class Option:
-    """What can become of a block.
-
-    Attributes:
-        kept: units that stay, by group; others stay whole.
-        gone: the block leaves.
-        harm: divergence of the outputs.
-        cost: multiply-adds, or parameters, over the whole network's: of what leaves, negative.
-    """
-
-    kept: tuple[tuple[str, int], ...] = ()
-    gone: bool = False
-    harm: float = 0.0
-    cost: float = 0.0
+Measure = Callable[[Model], float]
 
 
 @dataclass(frozen=True)
@@ -68,12 +55,14 @@ class Derived:
     """A student.
 
     Attributes:
-        share: of the teacher's cost, as counted or measured.
+        share: of the teacher's cost, counted or measured again; latencies vary by a percent or two.
+        harm: divergence of its outputs from the teacher's, on samples it was not fitted to.
         why: what became of the blocks.
     """
 
     model: Model
     share: float
+    harm: float
     why: str
 
 
@@ -84,7 +73,7 @@ def derive(
     """The student with the least harm that costs no more than a share of its teacher.
 
     Args:
-        batches: calibration data; the library is made and judged on them.
+        batches: calibration data; an eighth of them is not fitted to but judged on.
         share: 0 to 1.
         of: `latency` in onnxruntime (batch 1), `macs` or `parameters`.
         length: tokens of a text whose latency is measured.
@@ -99,154 +88,116 @@ def derive(
         raise UsageError("share", got=share, allowed="0 < share < 1")
     if not batches:
         raise UsageError("structure needs data", next="give --data")
-    library = _library(teacher, batches, "parameters" if of == "parameters" else "macs")
-    if of == "latency":
-        cores = threads or torch.get_num_threads()
-
-        def cost(student: Model) -> float:
-            return _latency(student, teacher, length, cores)
-    else:
-
-        def cost(student: Model) -> float:
-            return COSTS[of](student) / COSTS[of](teacher)
-
-    return _search(teacher, batches, library, share, cost, seed)
-
-
-def _search(
-    teacher: Model, batches: Sequence[Batch], library: Mapping[str, list[Option]], share: float,
-    cost: Callable[[Model], float], seed: int,
-) -> Derived:  # fmt: skip
-    """The limit of the program moves by what the last network cost over what was asked for."""
-    limit, best = share, None
-    for _ in range(_MOST):
-        chosen = solve(
-            [[o.harm for o in options] for options in library.values()],
-            {"cost": Constraint([[o.cost for o in own] for own in library.values()], limit - 1)},
-        )
-        if chosen is None:
-            break
-        picked = {name: library[name][n] for name, n in zip(library, chosen, strict=True)}
-        student = _made(teacher, batches, picked, seed)
-        found = cost(student)
-        if found <= share and (best is None or found > best.share):
-            best = Derived(student, found, _said(picked, found))
-        if share - 0.03 <= found <= share:
-            break
-        limit = min(limit * share / found * (0.99 if found > share else 1.0), 1.0)
-    if best is None:
-        raise InputError(
-            f"no student of {share:.0%} can be derived",
-            got=f"at least {1 + sum(min(o.cost for o in own) for own in library.values()):.0%}",
-            next="ask for more, or quantize what comes out",
-        )  # fmt: skip
-    return best
+    fit, held = held_out(batches)
+    held = held or fit
+    if teacher.interface == "causal":  # every token is judged: few samples are enough
+        held = judges(teacher, held)
+    with _measure(teacher, of, length, threads or torch.get_num_threads()) as measure:
+        forms = Forms(teacher, fit[0], measure)
+        options = library(teacher, forms, fit, held)
+        found = sorted(_choices(options, forms, share), key=lambda one: one[2])
+        if not found:
+            raise InputError(
+                f"no student of {share:.0%} can be derived",
+                got=f"at least {1 + sum(min(o.cost for o in own) for own in options.values()):.0%}",
+                next="ask for more, or quantize what comes out",
+            )  # fmt: skip
+        made = []
+        for picked, _, _ in found[:_FINALISTS]:
+            recipe = forms.recipe(picked, seed)
+            model = apply(teacher, recipe, fit).model
+            model.recipe = recipe
+            made.append((_harm(model, teacher, held), model, picked))
+        harm, model, picked = min(made, key=lambda one: one[0])
+        cost = measure(model)
+        return Derived(model, cost, harm, f"{_said(picked)}, {cost:.1%} of the teacher's {of}")
 
 
-def _library(teacher: Model, batches: Sequence[Batch], counted: str) -> dict[str, list[Option]]:
-    """Options of each block, and of each group that no block has for itself."""
-    free = channel_map(teacher).free
-    forms, judge = Forms(teacher, free), _Judge(teacher, batches)
-    inside = {b: [f for f in free if _within(f, b)] for b in teacher.blocks}
-    owned = {f.group.name for groups in inside.values() for f in groups}
-    units = inside | {f.group.name: [f] for f in free if f.group.name not in owned}
-    whole = COSTS[counted](teacher)
-    library = {}
-    for name, groups in track(list(units.items()), "variants"):
-        each = [[Option(), *_narrower(f, forms, judge, counted)] for f in groups]
-        options = [_joined(parts) for parts in itertools.product(*each)]
-        if name in inside and _can_go(teacher, name):
-            left = _cut(teacher, name)
-            saved = COSTS[counted](left) / whole - 1
-            step = Cut(blocks=(name,))
-            options.append(Option((), True, judge(Recipe((step,))), saved))
-        library[name] = options
-    return library
+def _choices(
+    options: Mapping[str, list[Option]], forms: Forms, share: float
+) -> Iterator[tuple[Picked, float, float]]:
+    """For every number of blocks that go the best choice, its cost and its harm."""
+    harms, costs = ([[getattr(o, what) for o in own] for own in options.values()]
+                    for what in ("harm", "cost"))  # fmt: skip
+    gone = [[float(BLOCK in o.gone) for o in own] for own in options.values()]
+    scale = 1.0  # what networks cost as a whole, over what was added up
+    for count in range(1 + sum(max(own) > 0 for own in gone)):
+        best: tuple[Picked, float, float] | None = None
+        for _ in range(_MOST):
+            rules = {
+                "cost": Constraint(costs, share / scale - 1), "most": Constraint(gone, count),
+                "least": Constraint([[-x for x in own] for own in gone], -count),
+            }  # fmt: skip
+            chosen = solve(harms, rules | _one_stays(list(options), gone))
+            if chosen is None:
+                break
+            picked = {name: options[name][n] for name, n in zip(options, chosen, strict=True)}
+            cost = forms.measure(forms.form(picked))
+            found = cost / (1 + sum(option.cost for option in picked.values()))
+            harm = sum(option.harm for option in picked.values())
+            fits = cost <= share
+            if fits and (best is None or harm < best[2]):
+                best = picked, cost, harm
+            if fits and found > scale - _NEAR:  # a looser limit would let nothing more in
+                break
+            scale = found if fits else max(found, 1.01 * scale)
+        if best is not None:
+            yield best
 
 
-def _within(free: Free, block: str) -> bool:
-    return all(member.name.startswith(f"{block}.") for member in free.group.members)
+def _one_stays(names: Sequence[str], gone: Sequence[Sequence[float]]) -> dict[str, Constraint]:
+    """Of the blocks of every list."""
+    lists: dict[str, list[bool]] = {}
+    for name, own in zip(names, gone, strict=True):
+        if max(own) > 0:
+            place = name.rpartition(".")[0]
+            lists[place] = [other.rpartition(".")[0] == place for other in names]
+    return {
+        f"in {place}": Constraint([[x * inside for x in own] for own, inside in
+                                   zip(gone, these, strict=True)], sum(these) - 1)
+        for place, these in lists.items()
+    }  # fmt: skip
 
 
-def _narrower(free: Free, forms: Forms, judge: _Judge, counted: str) -> list[Option]:
-    made = []
-    group = free.group
-    for count in dict.fromkeys(max(1, round(group.count * share)) for share in _SHARES):
-        if count < group.count:
-            kept = {group.name: count}
-            harm = judge(Recipe((Shrink(kept=kept),)))
-            saved = forms.share(kept, counted) - 1
-            made.append(Option(((group.name, count),), False, harm, saved))
-    return made
+def _harm(model: Model, teacher: Model, held: Sequence[Batch]) -> float:
+    with torch.no_grad():
+        wanted, outputs = ([one.run(batch) for batch in held] for one in (teacher, model))
+    return divergence(teacher.interface, held, wanted, outputs)
 
 
-def _joined(parts: Sequence[Option]) -> Option:
-    kept = tuple(pair for part in parts for pair in part.kept)
-    return Option(kept, False, sum(p.harm for p in parts), sum(p.cost for p in parts))
+@contextmanager
+def _measure(teacher: Model, of: str, length: int, threads: int) -> Iterator[Measure]:
+    """What a network costs, over its teacher."""
+    if of != "latency":
+        whole = COSTS[of](teacher)
+        yield lambda model: COSTS[of](model) / whole
+        return
+    with tempfile.TemporaryDirectory(prefix="penjing.") as folder:
+        first = _exported(teacher, Path(folder) / "teacher")
+        yield partial(_latency, first, teacher, Path(folder), length, threads)
 
 
-def _can_go(model: Model, block: str) -> bool:
-    """Whether it can be cut and the network runs on, of the same shape."""
-    try:
-        with torch.no_grad():
-            _cut(model, block).run(model.example)
-    except (InputError, RuntimeError):
-        return False
-    return True
-
-
-def _cut(model: Model, block: str) -> Model:
-    from penjing.edits import perform
-
-    twin = model.copy(shared=True)
-    perform(twin, Edit("drop", block, None, ""))
-    return twin
-
-
-class _Judge:
-    """Divergence of what a recipe makes of the teacher."""
-
-    def __init__(self, teacher: Model, batches: Sequence[Batch]) -> None:
-        self.teacher, self.batches = teacher, batches
-        self._wanted = self._outputs(teacher)
-
-    def _outputs(self, model: Model) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [model.run(batch) for batch in self.batches]
-
-    def __call__(self, recipe: Recipe) -> float:
-        made = apply(self.teacher, recipe, self.batches).model
-        return divergence(self.teacher.interface, self.batches, self._wanted, self._outputs(made))
-
-
-def _made(
-    teacher: Model, batches: Sequence[Batch], picked: Mapping[str, Option], seed: int
-) -> Model:
-    """Units first, while blocks have the teacher's numbers."""
-    kept = dict(pair for option in picked.values() for pair in option.kept)
-    gone = tuple(name for name, option in picked.items() if option.gone)
-    steps = (*((Shrink(kept=kept),) if kept else ()), *((Cut(blocks=gone),) if gone else ()))
-    recipe = Recipe(steps, seed)
-    made = apply(teacher, recipe, batches).model
-    made.recipe = recipe
-    return made
-
-
-def _latency(student: Model, teacher: Model, length: int, threads: int) -> float:
-    """Over the teacher's, both exported and timed in turn."""
-    with tempfile.TemporaryDirectory(prefix="penjing.") as place:
-        files = []
-        for name, model in (("teacher", teacher), ("student", student)):
-            folder = Path(place) / name
-            folder.mkdir()
-            export(model, folder, ("onnx",))
-            files.append(Candidate(folder / _FILE, _RUNTIME, model.parameter_count))
+def _latency(
+    first: Candidate, teacher: Model, folder: Path, length: int, threads: int, model: Model
+) -> float:
+    """Over the teacher's, both timed in turn."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        files = [first, _exported(model, Path(own))]
         was, now = measure_files(files, teacher, length=length, threads=threads, runs=300,
-                                 seconds=6.0)  # fmt: skip
+                                 seconds=_SECONDS)  # fmt: skip
     return 1 / median_ratio(was, now)
 
 
-def _said(picked: Mapping[str, Option], share: float) -> str:
-    gone = sum(option.gone for option in picked.values())
+def _exported(model: Model, folder: Path) -> Candidate:
+    folder.mkdir(exist_ok=True)
+    export(model, folder, ("onnx",))
+    return Candidate(folder / _FILE, _RUNTIME, model.parameter_count)
+
+
+def _said(picked: Picked) -> str:
+    gone = [option.gone for option in picked.values()]
     narrow = sum(bool(option.kept) for option in picked.values())
-    return f"structure: {gone} blocks cut, {narrow} narrowed, {share:.1%} of the teacher's cost"
+    halves = "".join(f", {n} without {part}" for part in ("attention", "mlp")
+                     if (n := sum(part in own for own in gone)))  # fmt: skip
+    cut = sum(BLOCK in own for own in gone)
+    return f"structure: {cut} blocks cut{halves}, {narrow} narrowed"

@@ -29,12 +29,16 @@ from penjing.tasks import find
 from penjing.training import check_optimizer
 from penjing.transferring.aim import Aim
 from penjing.transferring.depth import by_cka
-from penjing.transferring.distil import distil
+from penjing.transferring.distil import distil, keep_masks
 from penjing.transferring.matching import match
 from penjing.transferring.parameters import inherit
+from penjing.transferring.spans import OTHER, Bridge, differ
 from penjing.transferring.store import Kept
 
 __all__ = ["transfer"]
+
+# Samples that units and forms of blocks are chosen by.
+_CALIBRATION = 128
 
 Place = str | os.PathLike[str]
 # Names, or their weights by name.
@@ -53,6 +57,7 @@ def transfer(
     outputs: Chosen | None = None,
     temperature: float | None = None,
     criterion: str = "gram",
+    merge: bool = False,
     layers: str = "place",
     steps: int = 0,
     within: float = 60.0,
@@ -78,6 +83,7 @@ def transfer(
             `kl`; an empty one for none.
         temperature: of the losses that have one; None for their own.
         criterion: how units are chosen, as `penjing.shrink` takes it.
+        merge: blocks that a shallower student has not are merged into their neighbours.
         layers: how blocks are matched for features, by `place` in depth or by `cka`.
         steps, within: the end of training, whichever is first; 0 for none. Within is seconds.
         lr: peak learning rate; `optimizer` as `penjing.training.descend` takes it.
@@ -103,19 +109,28 @@ def transfer(
     new = old if student is None else student
     new = new if isinstance(new, Model) else load(os.fspath(new))
     _check(old, new)
+    if (bridged := differ(new, old)) and (parameters or matched):
+        raise InputError(
+            "tokenizers of student and teacher differ",
+            got="parameters" if parameters else "features", allowed="outputs alone",
+            next="--no-parameters" if parameters else "leave out --features",
+        )  # fmt: skip
     if outputs is None:
         wanted = {"cosine" if old.interface == "embedding" else "kl": 1.0}
     given = data if isinstance(data, Dataset) else read_data(data)
-    batches = _batches(new, given, samples, batch, length, needed=LABELS in wanted)
-    few = batches[: max(1, 128 // batch)]
+    batches = _batches(new, given, samples, batch, length, labels=LABELS in wanted,
+                       teacher=old if bridged else None)  # fmt: skip
+    few = batches[: max(1, _CALIBRATION // batch)]
     blocks: tuple[int, ...]
     if share is not None:
-        derived = derive(old, few, share, of, length=length, seed=seed)
+        count = _CALIBRATION if old.interface == "causal" else 3 * _CALIBRATION
+        some = batches[: max(1, count // batch)]
+        derived = derive(old, some, share, of, length=length, seed=seed)
         tell(derived.why)
         made = derived.model if parameters else _fresh(derived.model, seed)
         blocks = match(made, old).blocks if matched else ()
     elif parameters:
-        found = inherit(new, old, few, criterion=criterion, seed=seed)
+        found = inherit(new, old, few, criterion=criterion, merge=merge, seed=seed)
         made, blocks = found.model, found.blocks
         tell(f"parameters: {found.why}")
         if found.alone:
@@ -123,6 +138,7 @@ def transfer(
     else:
         made = new.copy()
         blocks = match(made, old).blocks if matched else ()
+    keep_masks(made)
     if matched and layers == "cka":
         blocks = by_cka(made, old, batches)
         tell(f"blocks of the teacher by CKA: {', '.join(map(str, blocks))}")
@@ -136,12 +152,16 @@ def transfer(
 
 
 def _fresh(model: Model, seed: int) -> Model:
-    """A copy with random numbers in all of its layers that know how to draw them."""
+    """A copy with random numbers: as layers draw them, small ones where a layer does not."""
     made = model.copy()
     torch.manual_seed(seed)
     for part in made.module.modules():
         if callable(draw := getattr(part, "reset_parameters", None)):
             draw()
+        else:
+            for own in part.parameters(recurse=False):
+                if own.ndim > 1:  # tokens and positions of their own, not gains and shifts
+                    torch.nn.init.normal_(own, std=0.02)
     return made
 
 
@@ -173,35 +193,53 @@ def _check(teacher: Model, student: Model) -> None:
             "student and teacher", got=f"{student.interface} and {teacher.interface}",
             allowed="networks of one kind",
         )  # fmt: skip
-    if student.tokenizer is not None and teacher.tokenizer is not None:
-        own, other = (m.tokenizer.get_vocab() for m in (student, teacher))
-        if own != other:
-            raise InputError(
-                "tokenizers of student and teacher differ", allowed="one vocabulary for both"
-            )
 
 
 def _batches(
-    model: Model, given: Dataset, samples: int, size: int, length: int, *, needed: bool
+    model: Model, given: Dataset, samples: int, size: int, length: int, *, labels: bool,
+    teacher: Model | None,
 ) -> list[Batch]:  # fmt: skip
-    """Batches in random order, of texts those of one length together; with labels if needed."""
+    """Batches in random order, of texts those of one length together; with labels if wanted.
+
+    With a teacher they have its own inputs too.
+    """
     for what, value in (("samples", samples), ("batch", size), ("length", length)):
         if value < 1:
             raise UsageError(what, got=value, allowed="1 or more")
     length = model.at_most(length)
-    labelled = needed and model.interface != "causal"
+    labelled = labels and model.interface != "causal"
     if labelled:
         find("classification", given, model).check(given, model)
-    dataset = prepare(given, model, length).spread(samples)
-    if dataset.kind == "text":
-        order = sorted(range(len(dataset.samples)), key=lambda n: len(dataset.samples[n]))
+    if teacher is not None and model.interface == "causal":
+        made = _bridged(model, teacher, given, samples, size, length)
     else:
-        order = np.random.default_rng(0).permutation(len(dataset.samples)).tolist()
-    dataset = dataset.subset(order)
-    made = list(encode(dataset, model, length=length, batch=size))
-    if labelled:
-        made = list(_labelled(made, align(dataset, model).labels))
+        dataset = prepare(given, model, length).spread(samples)
+        if dataset.kind == "text":
+            order = sorted(range(len(dataset.samples)), key=lambda n: len(dataset.samples[n]))
+        else:
+            order = np.random.default_rng(0).permutation(len(dataset.samples)).tolist()
+        dataset = dataset.subset(order)
+        made = list(encode(dataset, model, length=length, batch=size))
+        if teacher is not None:
+            others = encode(dataset, teacher, length=teacher.at_most(length), batch=size)
+            made = [batch | {f"{OTHER}{name}": x for name, x in other.items()}
+                    for batch, other in zip(made, others, strict=True)]  # fmt: skip
+        if labelled:
+            made = list(_labelled(made, align(dataset, model).labels))
     return [made[i] for i in np.random.default_rng(0).permutation(len(made))]
+
+
+def _bridged(
+    model: Model, teacher: Model, given: Dataset, samples: int, size: int, length: int
+) -> list[Batch]:
+    if given.kind != "text":
+        raise InputError("data for two tokenizers", got=given.kind, allowed="texts")
+    found = list(Bridge(model, teacher).encode(given.spread(samples).samples, length, size))
+    if not found:
+        raise InputError(
+            "no text in which tokens of both end at one place", next="give longer texts"
+        )
+    return found
 
 
 def _labelled(batches: Iterable[Batch], labels: Any) -> Iterator[Batch]:

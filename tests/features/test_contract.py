@@ -47,6 +47,8 @@ def test_what_is_padding_does_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_widths_may_differ_or_there_is_a_projection(name: str) -> None:
+    if registry.constant("features", name, "of", "blocks") == "maps":
+        return  # a row is as wide as there are places
     if registry.constant("features", name, "projection", None) is None:
         found = registry.lookup("features", name, "loss")(OTHER[..., :4], TEACHER)
         assert torch.isfinite(found)

@@ -8,7 +8,16 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-from penjing.features import attention, crd, fitnets, hidden, relations, rkd, similarity
+from penjing.features import (
+    attention,
+    attention_maps,
+    crd,
+    fitnets,
+    hidden,
+    relations,
+    rkd,
+    similarity,
+)
 
 GENERATOR = torch.Generator().manual_seed(3)
 S = torch.randn(4, 3, 6, generator=GENERATOR)
@@ -85,3 +94,17 @@ def test_crd() -> None:
     assert float(crd.loss(S, T)) == pytest.approx(np.mean(both), rel=1e-5)
     same = T[:1].expand_as(T)
     assert float(crd.loss(same, same)) == pytest.approx(math.log(4), rel=1e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+def test_attention_maps(heads: int) -> None:
+    s = torch.randn(2, 4, 2, 4, generator=GENERATOR)
+    t = torch.randn(2, 4, heads, 4, generator=GENERATOR)
+    rows = [softmax(x.double().numpy(), axis=-1) for x in (t, s)]
+    if heads != 2:
+        rows = [own.mean(2, keepdims=True) for own in rows]
+    wanted = rel_entr(*rows).sum(-1)  # [batch, places, heads]
+    assert float(attention_maps.loss(s, t)) == pytest.approx(wanted.mean(), rel=1e-5)
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    kept = wanted[mask.numpy()].mean()
+    assert float(attention_maps.loss(s, t, mask)) == pytest.approx(kept, rel=1e-5)

@@ -44,7 +44,11 @@ def test_another_batch_or_teacher_is_not_taken_for_it(tmp_path: Path) -> None:
     other = bert()
     other.structure.append({"kind": "drop", "path": "x"})
     Kept(other, tmp_path)(text_batch(0))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    taught = bert()  # of the same source, as two artifacts can be
+    with torch.no_grad():
+        taught.module.encoder.layer[0].output.dense.weight.add_(1)
+    assert not torch.equal(Kept(taught, tmp_path)(text_batch(0)), first)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
 def test_draws_of_a_language_model_are_right_on_average(

@@ -52,7 +52,7 @@ from penjing.steps._select import matches
 if TYPE_CHECKING:
     from penjing.steps.shrink import Shrink
 
-__all__ = ["OF", "RANKINGS", "Group", "groups_for", "harms", "ladder_of"]
+__all__ = ["OF", "RANKINGS", "Group", "Probe", "bundles", "groups_for", "harms", "ladder_of"]
 
 OF = ("units", "parameters", "macs")
 RANKINGS = ("layer", "global", "measured")
@@ -162,8 +162,8 @@ def harms(
             batches, held = batches[:-number], batches[-number:]
     about = {one.path for group in groups for one in group.readers}
     stream = Stream(model, batches, slopes(model, batches, needs, about))
-    probe = _Probe(model, step, held or batches) if step.ranking == "measured" else None
-    for some in _bundles(model, groups):
+    probe = Probe(model, step, held or batches) if step.ranking == "measured" else None
+    for some in bundles(model, groups):
         paths = {one.path: model.module.get_submodule(one.path) for g in some for one in g.readers}
         stats = collect(stream, paths, needs)
         for group in track(some, "ranking"):
@@ -173,7 +173,7 @@ def harms(
             harm = _harm(model, step.criterion, group, stats)
             if probe is not None:
                 up_to = float(harm[: group.units.count - group.half].sum())
-                harm = harm * (probe.divergence(group, stats) / max(up_to, 1e-30))
+                harm = harm * (probe.divergence(group, stats, group.half) / max(up_to, 1e-30))
             yield group, harm
 
 
@@ -188,20 +188,18 @@ def _harm(model: Model, criterion: str, group: Group, stats: dict[str, LayerStat
     return scores if is_absolute(used) else scores / scores.mean().clamp_min(1e-30)
 
 
-class _Probe:
-    """Runs the network with one group halved."""
+class Probe:
+    """Runs the network with fewer units of one group."""
 
     def __init__(self, model: Model, step: Shrink, batches: Sequence[Batch]) -> None:
         self.model, self.step, self.batches = model, step, batches
         with torch.no_grad():
             self.wanted = [model.run(batch) for batch in batches]
 
-    def divergence(self, group: Group, stats: dict[str, LayerStats]) -> float:
-        """Of its outputs from those of the whole."""
+    def divergence(self, group: Group, stats: dict[str, LayerStats], keep: int) -> float:
+        """Of its outputs, with so many units, from those of the whole."""
         twin = self.model.copy(shared=True)
-        kept, fits, _ = choose(
-            twin, group.units, group.readers, stats, group.half, self.step.criterion
-        )
+        kept, fits, _ = choose(twin, group.units, group.readers, stats, keep, self.step.criterion)
         silence(twin.module, [(group.units, kept)])
         for path, fit in fits.items() if self.step.repair else ():
             put(twin.module, twin.module.get_submodule(path), fit)
@@ -210,7 +208,7 @@ class _Probe:
             return divergence(self.model.interface, self.batches, self.wanted, outputs)
 
 
-def _bundles(model: Model, groups: list[Group]) -> Iterator[list[Group]]:
+def bundles(model: Model, groups: list[Group]) -> Iterator[list[Group]]:
     """Groups whose statistics are held at once."""
     some: list[Group] = []
     size = 0

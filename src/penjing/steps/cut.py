@@ -18,6 +18,7 @@ from penjing.calls import Call
 from penjing.detour import Detours, Passed, Way
 from penjing.errors import InputError, UsageError
 from penjing.layerstats import unpadded
+from penjing.model import Model
 from penjing.recipe import Edit, Patch
 from penjing.steps._depth import (
     Trials,
@@ -32,7 +33,7 @@ from penjing.steps._gaps import Fit, Writer, fit_map, low_rank, refit, sums, wri
 from penjing.steps._halves import Half, halves_of
 from penjing.steps._select import LEARNED
 
-__all__ = ["CRITERIA", "PARTS", "PATCHES", "Cut", "fit_patch", "influence"]
+__all__ = ["CRITERIA", "PARTS", "PATCHES", "Cut", "Patches", "fit_patch", "influence"]
 
 PARTS = ("block", "attention", "mlp")
 CRITERIA = ("influence", "angular", "greedy", "evolution", "random")
@@ -185,11 +186,11 @@ class Cut:
             gone = set(sorted(scores, key=lambda i: (scores[i], i))[:count])
         return {i: f"block influence {scores[i]:.3f}, by {self.criterion}" for i in gone}
 
-    def _patcher(self, unit: Unit) -> _Patcher:
+    def _patcher(self, unit: Unit) -> Patches:
         count = len(unit.batches)
         patched = self.patch != "none" and self.part == "block"
         train = unit.batches[: count - max(1, count // 4)] if count > 1 else unit.batches
-        return _Patcher(unit, train if patched else (), self.strength)
+        return Patches(unit.model, train if patched else (), self.strength)
 
     def _repair(
         self, stream: Stream, gone: set[int], halves: dict[int, Half] | None
@@ -278,14 +279,16 @@ def _told(fit: Fit) -> str:
     return f"; held-out error {fit.before:.3f} to {fit.after:.3f}"
 
 
-class _Patcher:
+class Patches:
     """Patches of runs of blocks, fitted to what the whole network has around them."""
 
-    def __init__(self, unit: Unit, batches: Sequence[dict[str, Tensor]], strength: float) -> None:
+    def __init__(
+        self, model: Model, batches: Sequence[dict[str, Tensor]], strength: float = 0.01
+    ) -> None:
         self._strength, self._known = strength, dict[tuple[int, int], Way]()
         self._batches, self._states = batches, [Passed() for _ in batches]
         if batches:
-            detours = Detours(unit.model, {n: x[:1] for n, x in batches[0].items()})
+            detours = Detours(model, {n: x[:1] for n, x in batches[0].items()})
             for batch, passed in zip(batches, self._states, strict=True):
                 detours.run(batch, {}, passed)
 

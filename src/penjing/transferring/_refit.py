@@ -10,6 +10,7 @@ the teacher's whole layer onto the narrower input, solved in the order in which 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,8 +72,8 @@ def _sums(
     layer = student.module.get_submodule(mine)
     total: list[Any] = []
     for batch in batches:
-        got = _last(student, mine, batch, given=True)
-        wanted = _last(teacher, theirs, batch, given=False)
+        got = _first(student, mine, batch, given=True)
+        wanted = _first(teacher, theirs, batch, given=False)
         if got is None or wanted is None:
             return None
         x, y = _rows(layer, got, batch), _rows(None, wanted, batch)
@@ -87,18 +88,24 @@ def _sums(
     return tuple(total) if total and total[0] else None
 
 
-def _last(model: Model, path: str, batch: Batch, *, given: bool) -> Tensor | None:
-    """What a layer got, or gave, in a run."""
+class _Seen(Exception):
+    """What comes behind the layer need not run."""
+
+
+def _first(model: Model, path: str, batch: Batch, *, given: bool) -> Tensor | None:
+    """What a layer got, or gave, when it first ran."""
     found: list[Tensor] = []
 
     def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         value = (args[0] if args else next(iter(kwargs.values()))) if given else output
         if isinstance(value, Tensor):
-            found[:] = [value]
+            found.append(value)
+        raise _Seen
 
     handle = model.module.get_submodule(path).register_forward_hook(note, with_kwargs=True)
     try:
-        model.run(batch)
+        with suppress(_Seen):
+            model.run(batch)
     finally:
         handle.remove()
     return found[0] if found else None

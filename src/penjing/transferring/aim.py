@@ -19,9 +19,11 @@ from penjing.errors import UsageError
 from penjing.gradients import LABELS
 from penjing.model import Batch, Model
 from penjing.registry import constant, lookup
+from penjing.transferring.maps import check_maps, mapped
 from penjing.transferring.projection import Projection
+from penjing.transferring.spans import Bridge, differ
 from penjing.transferring.store import Kept
-from penjing.transferring.taps import alike, attention_of, mask_of, tapped
+from penjing.transferring.taps import States, alike, attention_of, mask_of, tapped
 
 __all__ = ["Aim"]
 
@@ -61,6 +63,14 @@ class Aim:
                 "sampled outputs of a language model", got=", ".join(outputs),
                 allowed="kl at temperature 1, labels", next="leave out --cache",
             )  # fmt: skip
+        self._bridge = None
+        if differ(student, teacher) and teacher.interface == "causal":
+            if set(outputs) - {"kl", LABELS} or temperature not in (None, 1) or self._kept.sampled:
+                raise UsageError(
+                    "outputs over different tokenizers", got=", ".join(outputs),
+                    allowed="kl at temperature 1, labels; no --cache",
+                )  # fmt: skip
+            self._bridge = Bridge(student, teacher)
         if features and not blocks:
             raise UsageError("features need repeated blocks", next="leave out --features")
         self._taps = {
@@ -82,11 +92,7 @@ class Aim:
             fit: whether solved projections learn from the batch.
         """
         with processor.autocast(self.student.device.type), ExitStack() as stack:
-            seen = {
-                of: (stack.enter_context(tapped(self.student, own)),
-                     stack.enter_context(tapped(self.teacher, theirs)))
-                for of, (own, theirs) in self._taps.items()
-            }  # fmt: skip
+            seen = {of: self._watched(stack, of) for of in self._taps}
             output = self.student.run(batch)
             wanted = None
             if self._features or any(loss for _, loss in self._outputs):
@@ -99,12 +105,20 @@ class Aim:
                 total = total + one.weight * one(*seen[one.of], batch, fit)
         return total
 
+    def _watched(self, stack: ExitStack, of: str) -> tuple[States, States]:
+        tap, (own, theirs) = _TAPS.get(of, tapped), self._taps[of]
+        both = (self.student, own), (self.teacher, theirs)
+        one, two = (stack.enter_context(tap(model, layers)) for model, layers in both)
+        return one, two
+
     def _of_outputs(
         self, loss: Any, output: Tensor, wanted: Tensor | None, batch: Batch, fit: bool
     ) -> Tensor:
         if loss is None:
             return _cross_entropy(self.student, output, batch)
         assert wanted is not None
+        if self._bridge is not None:
+            return self._bridge.distance(output, wanted, batch)
         if output.shape[-1] != wanted.shape[-1]:
             if self.teacher.interface != "embedding":
                 raise UsageError(
@@ -131,7 +145,7 @@ class _Feature:
 
     def __init__(self, name: str, weight: float, blocks: int) -> None:
         self.weight, self._loss = weight, lookup("features", name, "loss")
-        self.of: str = constant("features", name, "of", "blocks")
+        self._name, self.of = name, str(constant("features", name, "of", "blocks"))
         kind = constant("features", name, "projection", None)
         self.maps = [Projection(kind == "learned") for _ in range(blocks if kind else 0)]
 
@@ -140,6 +154,11 @@ class _Feature:
         found = []
         for number, (own, theirs) in enumerate(zip(student, teacher, strict=True)):
             for s, t in zip(own, theirs, strict=True):
+                if self.of == "maps" and s.shape[1] != t.shape[1]:
+                    raise UsageError(
+                        f"{self._name} of student and teacher", got=f"{s.shape[1]} and "
+                        f"{t.shape[1]} places", allowed="as many places", next="take hidden",
+                    )  # fmt: skip
                 s, t = alike(s, t)
                 mask = mask_of(batch, s)
                 if self.maps:
@@ -164,5 +183,13 @@ def _cross_entropy(model: Model, output: Tensor, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(output.float(), labels)
 
 
-def _layers(model: Model, of: str) -> list[list[str]]:
+# How what features are of is noted, where it is not what layers give.
+_TAPS: dict[str, Any] = {"maps": mapped}
+
+
+def _layers(model: Model, of: str) -> list[Any]:
+    """By block what is noted of it."""
+    if of == "maps":
+        check_maps(model)
+        return list(model.blocks)
     return attention_of(model) if of == "attention" else [[block] for block in model.blocks]

@@ -14,7 +14,7 @@ from penjing.progress import track
 from penjing.training import descend, held_out
 from penjing.transferring.aim import Aim
 
-__all__ = ["Distilled", "distil"]
+__all__ = ["Distilled", "distil", "keep_masks"]
 
 
 class Distilled:
@@ -35,7 +35,8 @@ def distil(
 ) -> Distilled:  # fmt: skip
     """Train the student in place.
 
-    Batch norms follow the batches, everything else is as in evaluation (no dropout).
+    Batch norms follow the batches, everything else is as in evaluation (no dropout); pruned
+    connections stay away.
 
     Args:
         steps, seconds: the end, whichever is first; 0 for none.
@@ -72,6 +73,7 @@ def distil(
                       seed=seed, optimizer=optimizer)  # fmt: skip
         for _ in track(way, "distillation", steps or None):
             found.steps += 1
+            keep_masks(student)
     for parameter in own:
         parameter.requires_grad_(False)
     found.after = judged()
@@ -79,6 +81,13 @@ def distil(
         student.module.load_state_dict(begun)
         found.after, found.steps = found.before, 0
     return found
+
+
+@torch.no_grad()
+def keep_masks(model: Model) -> None:
+    """Connections that are gone stay at 0."""
+    for name, mask in model.masks.items():
+        model.module.get_parameter(name).mul_(mask)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch import nn
 from penjing.errors import InputError
 from penjing.model import Model
 
-__all__ = ["Match", "match"]
+__all__ = ["Match", "counterparts", "match"]
 
 # What a block a whole depth away costs: less than one layer in twenty that has no counterpart.
 _PLACE = 0.05
@@ -68,6 +68,13 @@ def match(student: Model, teacher: Model, blocks: Sequence[int] | None = None) -
         )
     alone = tuple(path for part in own for path, _ in part if path not in layers)
     return Match(tuple(blocks), layers, alone)
+
+
+def counterparts(model: Model, block: int, other: int) -> dict[str, str]:
+    """Layers of another block of the same network by those of one, by their numbers."""
+    parts = _parts(model)
+    one, two = parts[1 + block], parts[1 + other]
+    return {one[i][0]: two[j][0] for i, j in _common(one, two)}
 
 
 _Part = list[tuple[str, Any]]
@@ -162,7 +169,7 @@ def _assigned(own: list[_Part], other: list[_Part]) -> tuple[int, ...]:
 
 
 def _cost(one: _Part, two: _Part) -> float:
-    """Share of the layers without a counterpart, and of those unlike in width to each other."""
+    """Share of the layers without a counterpart."""
     return 1 - 2 * len(_common(one, two)) / max(1, len(one) + len(two))
 
 

@@ -27,6 +27,7 @@ from penjing.steps.shrink import Shrink
 from penjing.transferring._idle import idle
 from penjing.transferring._refit import refit
 from penjing.transferring.matching import Match, match
+from penjing.transferring.merging import even_runs, merged
 from penjing.transferring.widths import Widths, kept_units, tensors_of
 
 __all__ = ["Inherited", "inherit"]
@@ -50,7 +51,7 @@ class Inherited:
 
 def inherit(
     student: Model, teacher: Model, batches: Sequence[Batch] = (), *, criterion: str = "gram",
-    seed: int = 0,
+    merge: bool = False, seed: int = 0,
 ) -> Inherited:  # fmt: skip
     """A copy of the student with parameters made of the teacher's.
 
@@ -58,22 +59,27 @@ def inherit(
         batches: calibration data of the teacher; without any, units are chosen by their size and
             nothing is refitted.
         criterion: as `penjing.steps.shrink` takes it.
+        merge: blocks that have no counterpart are merged with their neighbours.
         seed: of the shares of copies.
 
     Raises:
         InputError: as `match`.
     """
     made = student.copy()
-    found = match(made, teacher)
+    near, blocks = teacher, None
+    if merge and 0 < len(made.blocks) < len(teacher.blocks):
+        runs = even_runs(len(teacher.blocks), len(made.blocks))
+        near, blocks = merged(teacher, runs), tuple(run[-1] for run in runs)
+    found = match(made, near, blocks)
     blocks, said = found.blocks, []
-    near = teacher
     gone = [b for n, b in enumerate(teacher.blocks) if n not in blocks]
     if gone and batches and blocks and _droppable(teacher, gone):
         near = apply(near, Recipe((Cut(blocks=tuple(gone), patch="none"),)), batches).model
         places = [sorted(set(blocks)).index(b) for b in blocks]
         found = match(made, near, places)
     if gone:
-        said.append(f"{len(set(blocks))} of {len(teacher.blocks)} blocks")
+        how = ", neighbours merged" if merge else ""
+        said.append(f"{len(set(blocks))} of {len(teacher.blocks)} blocks{how}")
     if batches and (kept := kept_units(made, near, found.layers)):
         step = Shrink(criterion=criterion, kept=kept)
         near = apply(near, Recipe((step,), seed), batches).model

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from penjing.model import Batch, Model
+from penjing.transferring.spans import OTHER
 
 __all__ = ["DRAWS", "Kept"]
 
@@ -37,6 +38,7 @@ class Kept:
     def __init__(self, teacher: Model, folder: Path | None = None, seed: int = 0) -> None:
         self.teacher, self.folder, self._seed = teacher, folder, seed
         self._known: dict[int, Tensor] = {}
+        self._teacher = b""
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -53,17 +55,17 @@ class Kept:
             again: run it even if that is known; its states are wanted.
         """
         if again:
-            return self.teacher.run(batch)
+            return self.teacher.run(_given(self.teacher, batch))
         if id(batch) in self._known:
             return self._known[id(batch)]
         if self.folder is None:
-            output = self.teacher.run(batch)
+            output = self.teacher.run(_given(self.teacher, batch))
             if self.teacher.interface != "causal":
                 self._known[id(batch)] = output
             return output
         path = self.folder / f"{self._key(batch)}.safetensors"
         if not path.exists():
-            output = self.teacher.run(batch)
+            output = self.teacher.run(_given(self.teacher, batch))
             kept = {"output": output.contiguous()}
             if self.sampled:
                 kept = self._drawn(output, batch["attention_mask"].bool())
@@ -74,10 +76,14 @@ class Kept:
         return _dense(kept, batch) if self.sampled else kept["output"]
 
     def _key(self, batch: Batch) -> str:
-        digest = hashlib.sha256(f"{self.teacher.source.fingerprint} {self._seed}".encode())
-        digest.update(repr(self.teacher.structure).encode())
-        for name in sorted(self.teacher.example):
-            digest.update(name.encode() + batch[name].contiguous().numpy().tobytes())
+        if not self._teacher:  # its numbers, not its source: two artifacts can have one source
+            digest = hashlib.sha256(f"{self._seed} {self.teacher.structure}".encode())
+            for name, tensor in self.teacher.module.state_dict().items():
+                digest.update(name.encode() + _bytes(tensor))
+            self._teacher = digest.digest()
+        digest = hashlib.sha256(self._teacher)
+        for name, tensor in sorted(_given(self.teacher, batch).items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + _bytes(tensor))
         return digest.hexdigest()[:32]
 
     def _drawn(self, output: Tensor, there: Tensor) -> dict[str, Tensor]:
@@ -85,6 +91,15 @@ class Kept:
         chance = output[there].float().softmax(-1)  # [tokens, vocabulary]
         drawn = torch.multinomial(chance, DRAWS, replacement=True, generator=generator)
         return {"drawn": drawn.int(), "classes": torch.tensor(output.shape[-1])}
+
+
+def _given(model: Model, batch: Batch) -> Batch:
+    """A teacher's inputs: its own, where it reads the text by other tokens."""
+    return {name: batch.get(f"{OTHER}{name}", batch[name]) for name in model.example}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _dense(kept: dict[str, Tensor], batch: Batch) -> Tensor:
