@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from penjing.errors import InputError
-from penjing.files import sync
+from penjing.files import write_tensors
 
 __all__ = ["Checkpoint", "optimizer_state", "restore_optimizer"]
 
@@ -59,18 +57,8 @@ class Checkpoint:
         # The same storage twice is refused.
         whole = {n: t.clone() if n in own else t for n, t in whole.items()}
         text = json.dumps({"notes": notes, "own": self.notes})
-        beside = self.path.with_suffix(".part")
-        try:
-            safetensors.torch.save_file(whole, beside, {"training": text})
-            sync(beside)
-            beside.replace(self.path)
-        except (OSError, safetensors.SafetensorError) as error:
-            beside.unlink(missing_ok=True)
-            raise InputError(
-                f"cannot write the checkpoint {self.path}",
-                got=error,
-                next="free disk space and run again; the last checkpoint is kept",
-            ) from error
+        kept = "the last checkpoint is kept"
+        write_tensors(self.path, whole, {"training": text}, "the checkpoint", kept)
         self._last = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -282,8 +282,7 @@ def descend(
                 continue
             own = value(batch, done) / parts
             total += float(own.detach())
-            if math.isfinite(total):
-                own.backward()  # type: ignore[no-untyped-call]
+            own.backward()  # type: ignore[no-untyped-call]
         total = together.total(total)
         if not math.isfinite(total):
             raise InputError("the loss is not finite", got=total, next="lower lr")
@@ -292,8 +291,8 @@ def descend(
             nn.utils.clip_grad_norm_(trained, how.clip)
         down.step()
         step += 1
-        longest = max(longest, time.monotonic() - begun)
         yield Taken(done, total, down)
+        longest = max(longest, time.monotonic() - begun)  # with what the caller does after it
 
 
 def _restore(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from penjing.cli.options import (
     to_option,
 )
 from penjing.cli.work import technique
-from penjing.errors import UsageError
+from penjing.errors import PenjingError, UsageError
 
 __all__ = ["recover"]
 
@@ -109,10 +113,29 @@ def recover(
         ends = begin + within - spare if within else None
         return api.recover(loaded, deadline=ends, **given, **more)
 
-    from penjing.together import group
+    with _several():
+        technique(work, model, output, remarks=_unhelped, **options)
+
+
+@contextlib.contextmanager
+def _several() -> Iterator[None]:
+    """Where `torchrun` starts several processes they work as one, and the first alone speaks.
+
+    All meet the same errors of input and usage; what one meets alone, a defect or too little
+    memory, it says itself.
+    """
+    from penjing.together import group, rank
 
     with group():
-        technique(work, model, output, remarks=_unhelped, **options)
+        if not rank():
+            yield
+            return
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+                    contextlib.redirect_stderr(nowhere):  # fmt: skip
+                yield
+        except PenjingError as error:
+            sys.exit(error.exit_status)
 
 
 def _unhelped(before: Any, after: Any) -> list[str]:

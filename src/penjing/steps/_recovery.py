@@ -128,7 +128,7 @@ def train(
     judged: Callable[[], float], *, lr: float, steps: int, seconds: float, seed: int,
     optimizer: str, descent: Descent, penalty: Penalty, patience: int, start: float,
     checkpoint: Checkpoint,
-) -> list[float]:  # fmt: skip
+) -> tuple[list[float], float]:  # fmt: skip
     """Go down, and leave what is best in place.
 
     Args:
@@ -139,7 +139,7 @@ def train(
         checkpoint: see `penjing.training.descend`.
 
     Returns:
-        The loss of every step.
+        The loss of every step, and `judged` at the end.
     """
     groups = what.groups(lr)
     leaves = [p for own, _ in groups for p in own]
@@ -169,8 +169,10 @@ def train(
                 notes["stale"] += 1
             if notes["stale"] >= patience:
                 break
-    if checkpoint.tensors and judged() > checkpoint.notes["best"]:
+    after = judged()
+    if checkpoint.tensors and after > checkpoint.notes["best"]:
+        after = float(checkpoint.notes["best"])
         with torch.no_grad():
             for number, parameter in enumerate(leaves):
                 parameter.copy_(checkpoint.tensors[f"{number}"])
-    return [float(loss) for loss in checkpoint.notes["losses"]]
+    return [float(loss) for loss in checkpoint.notes["losses"]], after

@@ -138,14 +138,13 @@ class Recover:
                 precision=self.precision,
             )  # fmt: skip
             left = self._left(begun, look, unit.deadline)
-        losses = train(
+        losses, after = train(
             what, batches, lambda batch: far(student, batch), judged, lr=self.lr,
             steps=self.steps, seconds=left, seed=self.seed,
             optimizer=self.optimizer, descent=self._descent(),
             penalty=Penalty(self.l1, self.l2, self.group), patience=self.patience if test else 0,
             start=before, checkpoint=Checkpoint(unit.checkpoint),
         )  # fmt: skip
-        after = judged()
         if test and not after < before:
             return
         why = f"{len(losses)} steps of distillation"
