@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -253,7 +254,10 @@ class Journal:
         if self.folder is not None:
             together.meet()  # the others may still be reading
             for path in self.folder.glob(f"{step:02d}-training*"):
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def write(self, step: int, unit: str, edits: list[Edit]) -> None:
         """Put a finished unit on disk: its file first, then its line."""

@@ -91,7 +91,7 @@ def total(value: float) -> float:
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace every gradient by its sum over all processes; none counts as zero."""
-    if not _is_on():
+    if not _is_on() or not parameters:
         return
     for parameter in parameters:
         if parameter.grad is None:

@@ -78,6 +78,9 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
     type=click.IntRange(1),
     help="Looks at held-out data, of 20, without a gain that end it.",
 )
+@click.option(
+    "--shard", is_flag=True, default=None, help="Divide the network between torchrun's processes."
+)
 @data_options(required=True, samples=512)
 @output_options()
 @to_option
@@ -100,6 +103,7 @@ def recover(
     names = (
         "lr", "loss", "hidden", "codes", "rank", "block_steps", "optimizer", "schedule", "warmup",
         "clip", "accumulate", "precision", "weight_decay", "l1", "l2", "group", "patience",
+        "shard",
     )  # fmt: skip
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given["seconds"] = within or seconds or (0.0 if steps else 60.0)

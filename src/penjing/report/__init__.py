@@ -23,8 +23,9 @@ def write(folder: Path) -> Path:
     """Write report.html into an artifact folder, whole or not at all; gives its path.
 
     Reads results.json, recipe.toml and manifest.json; without the first the page shows the curves
-    of training that the manifest holds. Replaces report.html and its entry in the manifest. The command is the manifest's `command`, of its top or its `metrics`, else the one
-    that replays the recipe; the title likewise its `name`, else the last part of the source's path.
+    of training that the manifest holds. Replaces report.html and its entry in the manifest. The
+    command is the manifest's `command`, of its top or its `metrics`, else the one that replays the
+    recipe; the title likewise its `name`, else the last part of the source's path.
 
     Raises:
         InputError: a file is missing or malformed, or the folder cannot be written.

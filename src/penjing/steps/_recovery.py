@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from penjing import sharding
 from penjing.checkpoint import Checkpoint
 from penjing.model import Batch, Model, parent_of
 from penjing.progress import curve
@@ -101,9 +102,9 @@ class Trained:
         )
 
     def weight(self, name: str) -> Tensor:
-        """As the network computes with it."""
+        """As the network computes with it, whole."""
         holder, own = parent_of(self.student.module, name)
-        return getattr(holder, own)  # type: ignore[no-any-return]
+        return sharding.whole(getattr(holder, own))
 
     def matrices(self) -> list[Tensor]:
         """Float weights with rows."""
@@ -114,7 +115,8 @@ class Trained:
         """Removed connections are zero again."""
         for name, mask in self.student.masks.items():
             if name in self.floats:
-                self.floats[name].masked_fill_(~mask, 0)
+                held = self.floats[name]
+                held.masked_fill_(sharding.like(~mask, held), 0)
 
 
 def curve_of(losses: Sequence[float]) -> Tensor:
