@@ -34,16 +34,16 @@ class Checkpoint:
     Attributes:
         path: of the file; None keeps nothing.
         last: keep the end of descent too, for what follows it.
+        tensors, notes: the caller's own, saved and restored with the rest; notes are JSON-ready.
         divided: a folder with a file of each process, see `penjing.sharding`; without it the first
             process writes all.
-        tensors, notes: the caller's own, saved and restored with the rest; notes are JSON-ready.
     """
 
     path: Path | None = None
     last: bool = False
-    divided: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    divided: bool = False
     _last: float = field(default_factory=time.monotonic)
 
     def due(self) -> bool:

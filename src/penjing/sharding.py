@@ -77,9 +77,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], notes: Mapping[
     Raises:
         InputError: the disk is full, or another process has ended.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint import save as write
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as write
 
     made = folder / f"{step:09d}"
     try:
@@ -114,8 +114,8 @@ def load(folder: Path, trained: Sequence[Tensor]) -> tuple[dict[str, Tensor], An
     found = max((p.parent for p in folder.glob("*/notes.json")), default=None)
     if found is None:
         return None
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-    from torch.distributed.checkpoint import load as read
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as read
     from torch.distributed.tensor import zeros
 
     about = HuggingFaceStorageReader(str(found)).read_metadata().state_dict_metadata

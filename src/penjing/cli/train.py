@@ -16,6 +16,7 @@ from penjing.cli.options import (
     TIME,
     Leaf,
     data_options,
+    descent_options,
     json_option,
     model_options,
     output_options,
@@ -37,12 +38,7 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
 @model_options
 @click.option("--within", type=TIME, metavar="10m", help="Time this command may take.")
 @click.option("--seconds", type=TIME, help="Training time.  [default: 60s]")
-@click.option("--steps", type=click.IntRange(1), help="Gradient steps at the most.")
-@click.option(
-    "--lr",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Peak learning rate.  [default: 0.0001]",
-)
+@descent_options(lr=1e-4)
 @click.option("--loss", type=Leaf("losses", "labels"), help="Default: what fits the output.")
 @click.option(
     "--hidden",
@@ -55,7 +51,6 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
     "--block-steps", type=click.IntRange(1), help="Steps on each block before those on the whole."
 )
 @click.option("--rank", type=click.IntRange(1), help="Low-rank changes of matrices, merged.")
-@click.option("--optimizer", help="adamw, sgd, adafactor or file.py:function.  [default: adamw]")
 @click.option("--schedule", type=click.Choice(_SCHEDULES), help="Of --lr.  [default: cosine]")
 @click.option(
     "--warmup",
