@@ -13,7 +13,7 @@ LAYERS = [
     ["errors"],
     ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames",
      "processor", "rotation", "cache", "indices", "together"],
-    ["scales", "bitmask"],
+    ["scales", "bitmask", "sharding"],
     ["stored"],
     ["planes", "result"],
     ["sparsecodes"],

@@ -32,6 +32,7 @@ from penjing.load import load, original
 from penjing.model import Batch, Model
 from penjing.processor import weight_bits
 from penjing.recipe import Recipe
+from penjing.report import of_training
 from penjing.report import write as report
 from penjing.sensitivity import in_floats
 from penjing.sizing import for_latency
@@ -382,13 +383,20 @@ def save(
     recipe: Recipe | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an artifact, with exports (as `penjing export --to`) that passed parity."""
+    """Write an artifact, with exports (as `penjing export --to`) that passed parity.
+
+    What was trained has its curves in `report.html`.
+    """
 
     def extra(folder: Path) -> None:
         if to:
             _export(model, folder, tuple(to))
+        if model.curves:
+            page = of_training(model, made_by, Path(output).name)
+            (folder / "report.html").write_text(page, encoding="utf-8")
 
-    _save(model, Path(output), recipe=recipe or model.recipe, extra=extra, overwrite=overwrite)
+    made_by = recipe or model.recipe
+    _save(model, Path(output), recipe=made_by, extra=extra, overwrite=overwrite)
 
 
 def export(artifact: Place, to: Sequence[str] = ("onnx",)) -> dict[str, float]:

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -29,7 +29,7 @@ from penjing.batching import rebatched
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import pack, perform, unpack
 from penjing.errors import InputError
-from penjing.files import sync
+from penjing.files import sync, write_tensors
 from penjing.gradients import slopes
 from penjing.graph import is_weighted
 from penjing.model import Batch, Model
@@ -254,7 +254,10 @@ class Journal:
         if self.folder is not None:
             together.meet()  # the others may still be reading
             for path in self.folder.glob(f"{step:02d}-training*"):
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def write(self, step: int, unit: str, edits: list[Edit]) -> None:
         """Put a finished unit on disk: its file first, then its line."""
@@ -262,23 +265,20 @@ class Journal:
             return
         tensors, text = pack(edits)
         path = self.folder / f"{step:02d}-{unit.replace('/', '_')}.safetensors"
-        beside = path.with_suffix(".part")
+        kept = "finished blocks are kept"
+        write_tensors(path, tensors, {"edits": text}, "the journal's file", kept)
         try:
-            safetensors.torch.save_file(tensors, beside, {"edits": text})
-            sync(beside)
-            beside.replace(path)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             entry = {"step": step, "unit": unit, "file": path.name, "sha256": digest}
             with open(self._lines, "a") as file:
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, safetensors.SafetensorError) as error:
-            beside.unlink(missing_ok=True)
+        except OSError as error:
             raise InputError(
                 f"cannot write the journal {self.folder}",
                 got=error,
-                next="free disk space and run again; finished blocks are kept",
+                next=f"free disk space and run again; {kept}",
             ) from error
 
 

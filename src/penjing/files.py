@@ -13,17 +13,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from penjing.errors import InputError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = [
     "check_output", "disk_errors", "fingerprint", "folder_beside", "read_json", "sha256", "sync",
-    "whole_file", "whole_folder", "write_json",
+    "whole_file", "whole_folder", "write_json", "write_tensors",
 ]  # fmt: skip
 
 
@@ -168,6 +171,35 @@ def whole_file(output: Path, write: Callable[[Path], object], overwrite: bool = 
             sync(output.parent)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str], what: str, kept: str
+) -> None:
+    """Replace a safetensors file, whole or not at all; what was there stays until then.
+
+    Args:
+        notes: of its header.
+        what, kept: for the error: what it is, and what of earlier work is left.
+
+    Raises:
+        InputError: the disk is full, or the folder is gone.
+    """
+    from safetensors.torch import save_file  # torch takes a second
+
+    beside = path.with_suffix(".part")
+    try:
+        save_file(dict(tensors), beside, dict(notes))
+        sync(beside)
+        beside.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {what} {path}",
+            got=error,
+            next=f"free disk space and run again; {kept}",
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

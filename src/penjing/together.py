@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
+from penjing.errors import InputError
+
 __all__ = ["agreed", "count", "group", "meet", "rank", "sum_gradients", "total"]
 
 
@@ -44,10 +46,27 @@ def group() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@contextmanager
+def _all_here() -> Iterator[None]:
+    """What all processes do at once, and none can alone.
+
+    Raises:
+        InputError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(
+            "another process has ended before its time", got=str(error).splitlines()[0],
+            next="see what it said, and run again: training goes on from its last checkpoint",
+        ) from error  # fmt: skip
+
+
 def meet() -> None:
     """Wait until all processes are here."""
     if _is_on():
-        distributed.barrier()
+        with _all_here():
+            distributed.barrier()
 
 
 def agreed(value: float) -> float:
@@ -55,7 +74,8 @@ def agreed(value: float) -> float:
     if not _is_on():
         return value
     held = torch.tensor(value, dtype=torch.float64)
-    distributed.broadcast(held, 0)
+    with _all_here():
+        distributed.broadcast(held, 0)
     return float(held)
 
 
@@ -64,19 +84,21 @@ def total(value: float) -> float:
     if not _is_on():
         return value
     held = torch.tensor(value, dtype=torch.float64)
-    distributed.all_reduce(held)
+    with _all_here():
+        distributed.all_reduce(held)
     return float(held)
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace every gradient by its sum over all processes; none counts as zero."""
-    if not _is_on():
+    if not _is_on() or not parameters:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-    distributed.all_reduce(flat)
+    with _all_here():
+        distributed.all_reduce(flat)
     for parameter, part in zip(
         parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
     ):

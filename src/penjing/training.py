@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penjing import processor, together
+from penjing import processor, sharding, together
 from penjing.checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from penjing.errors import InputError, UsageError
 from penjing.gradients import LABELS
@@ -239,7 +239,7 @@ def descend(
     generator = torch.Generator().manual_seed(seed)
     step, before = 0, 0.0
     order: list[int] = []
-    if checkpoint is not None and (found := checkpoint.load()) is not None:
+    if checkpoint is not None and (found := checkpoint.load(trained)) is not None:
         _restore(trained, down, generator, *found)
         notes = found[1]
         step, before, order = int(notes["step"]), float(notes["seconds"]), list(notes["order"])
@@ -255,7 +255,7 @@ def descend(
             checkpoint.save(tensors, where)
 
     while True:
-        if checkpoint is not None and checkpoint.due() and not together.rank():
+        if checkpoint is not None and checkpoint.due():
             keep()
         done = step / steps if steps else 0.0
         begun = time.monotonic()
@@ -266,7 +266,7 @@ def descend(
             done, late = together.agreed(done), bool(together.agreed(late))
         # A step is not begun that would end after the time is over.
         if done >= 1 or late:
-            if checkpoint is not None and checkpoint.last and not together.rank():
+            if checkpoint is not None and checkpoint.last:
                 keep()
             return
         share = schedule(done, how.schedule, how.warmup)
@@ -282,18 +282,17 @@ def descend(
                 continue
             own = value(batch, done) / parts
             total += float(own.detach())
-            if math.isfinite(total):
-                own.backward()  # type: ignore[no-untyped-call]
+            own.backward()  # type: ignore[no-untyped-call]
         total = together.total(total)
         if not math.isfinite(total):
             raise InputError("the loss is not finite", got=total, next="lower lr")
-        together.sum_gradients(trained)
+        together.sum_gradients([p for p in trained if not sharding.is_divided(p)])
         if how.clip:
             nn.utils.clip_grad_norm_(trained, how.clip)
         down.step()
         step += 1
-        longest = max(longest, time.monotonic() - begun)
         yield Taken(done, total, down)
+        longest = max(longest, time.monotonic() - begun)  # with what the caller does after it
 
 
 def _restore(

@@ -1,5 +1,9 @@
 """recover on the command line: a small network of the user's own, cut and trained."""
 
+import json
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -122,3 +126,55 @@ def test_refusals(place: Path) -> None:
         status, _, error = invoke("recover", place / "cut", *options, *data)
         assert (status in (1, 2), hint in error, "Traceback" in error) == (True, True, False), error
     assert not (place / "o").exists()
+
+
+def _under_torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    run += ["--nproc-per-node", "2", "-m", "penjing", *(str(a) for a in arguments)]
+    return subprocess.run(run, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_make_what_one_does_and_the_first_alone_speaks(place: Path) -> None:
+    common = ("--data", place / "x.npz", "--steps", 30, "--lr", 5e-3, "--loss", "mse",
+              "--precision", "float32", "--json")  # fmt: skip
+    done = _under_torchrun("recover", place / "cut", *common, "--to", "onnx", "-o", place / "two")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(place / "two")  # one object, once
+    status, _, error = invoke(
+        "recover", place / "cut", *common, "--accumulate", 2, "-o", place / "one"
+    )
+    assert status == 0, error
+    assert (place / "two" / "model.onnx").is_file()
+    one, two, was = (penjing.load(str(place / name)) for name in ("one", "two", "cut"))
+    for name, parameter in one.parameters():
+        moved = (parameter - dict(was.parameters())[name]).norm()
+        assert (dict(two.parameters())[name] - parameter).norm() <= 1e-3 * moved, name
+    curves = [
+        json.loads((place / name / "manifest.json").read_text())["metrics"]["curves"][0]["losses"]
+        for name in ("one", "two")
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    left = {p.name for p in place.iterdir()} - {"net.py", "x.npz", "cut", "one", "two"}
+    assert left <= {"__pycache__"}
+
+
+def test_what_two_processes_refuse_is_said_once(place: Path) -> None:
+    (place / "there").mkdir()
+    arguments = ("--data", place / "x.npz", "--steps", 3, "-o", place / "there")
+    done = _under_torchrun("recover", place / "cut", *arguments)
+    assert done.returncode != 0
+    assert done.stderr.count("penjing: error: the output exists") == 1
+
+
+def test_the_report_of_a_recovery_has_its_curve(place: Path) -> None:
+    arguments = ("--data", place / "x.npz", "--steps", 40, "--lr", 5e-3, "--loss", "mse")
+    status, _, error = invoke("recover", place / "cut", *arguments, "-o", place / "better")
+    assert status == 0, error
+    page = (place / "better" / "report.html").read_text("utf-8")
+    (path,) = re.findall(r'class="front" d="M([^"]+)"', page)
+    assert len(path.split(" L")) == 40
+    assert "steps = 40" in page
+    assert all(check.ok for check in penjing.verify(place / "better"))
+    status, out, error = invoke("report", place / "better")
+    assert (status, out.strip()) == (0, str(place / "better" / "report.html")), error
+    assert (place / "better" / "report.html").read_text("utf-8") == page

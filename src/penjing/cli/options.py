@@ -14,6 +14,7 @@ from penjing.registry import choices
 from penjing.units import parse_ratio, parse_size, parse_time
 
 __all__ = [
+    "RATE",
     "RATIO",
     "SIZE",
     "TIME",
@@ -21,6 +22,7 @@ __all__ = [
     "check_model",
     "data_option",
     "data_options",
+    "descent_options",
     "json_option",
     "learn_options",
     "learning",
@@ -60,6 +62,7 @@ class _Quantity(click.ParamType):  # type: ignore[type-arg]
 SIZE = _Quantity("size", parse_size, positive=True)
 TIME = _Quantity("time", parse_time, positive=True)
 RATIO = _Quantity("ratio", parse_ratio, positive=False)
+RATE = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
 class Leaf(click.ParamType):  # type: ignore[type-arg]
@@ -147,7 +150,7 @@ learn_options = _together(
     click.option("--steps", type=click.IntRange(1), help="Of gradient descent.  [default: 200]"),
     click.option(
         "--lr",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        type=RATE,
         help="Learning rate of the gates.  [default: 0.05]",
     ),
     click.option(
@@ -174,6 +177,22 @@ def learning(options: dict[str, Any]) -> dict[str, Any]:
         name = next(iter(given)).replace("_", "-")
         raise UsageError(f"--{name} goes with --learn", next="add --learn gates")
     return given
+
+
+def descent_options(lr: float) -> Callable[[F], F]:
+    """Gradient descent on weights: how many steps, how long each, and by what."""
+    return _together(
+        click.option(
+            "--steps", type=click.IntRange(1), help="At the most; without a time, as many as these."
+        ),
+        click.option("--lr", type=RATE, default=lr, show_default=True, help="Peak learning rate."),
+        click.option(
+            "--optimizer",
+            default="adamw",
+            show_default=True,
+            help="adamw, sgd, adafactor or file.py:function.",
+        ),
+    )
 
 
 threads_option = click.option(

@@ -140,10 +140,6 @@ def report(artifact: str, as_json: bool) -> None:
     penjing report ./fitted
     """
     folder = _check_artifact(artifact)
-    if not (folder / "results.json").is_file():
-        raise InputError(
-            "no results.json to report on", got=artifact, allowed="an artifact of penjing fit"
-        )
     from penjing import api
 
     page = api.report(folder)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,14 @@ from penjing.cli.options import (
     TIME,
     Leaf,
     data_options,
+    descent_options,
     json_option,
     model_options,
     output_options,
     to_option,
 )
 from penjing.cli.work import technique
-from penjing.errors import UsageError
+from penjing.errors import PenjingError, UsageError
 
 __all__ = ["recover"]
 
@@ -33,12 +38,7 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
 @model_options
 @click.option("--within", type=TIME, metavar="10m", help="Time this command may take.")
 @click.option("--seconds", type=TIME, help="Training time.  [default: 60s]")
-@click.option("--steps", type=click.IntRange(1), help="Gradient steps at the most.")
-@click.option(
-    "--lr",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Peak learning rate.  [default: 0.0001]",
-)
+@descent_options(lr=1e-4)
 @click.option("--loss", type=Leaf("losses", "labels"), help="Default: what fits the output.")
 @click.option(
     "--hidden",
@@ -51,7 +51,6 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
     "--block-steps", type=click.IntRange(1), help="Steps on each block before those on the whole."
 )
 @click.option("--rank", type=click.IntRange(1), help="Low-rank changes of matrices, merged.")
-@click.option("--optimizer", help="adamw, sgd, adafactor or file.py:function.  [default: adamw]")
 @click.option("--schedule", type=click.Choice(_SCHEDULES), help="Of --lr.  [default: cosine]")
 @click.option(
     "--warmup",
@@ -73,6 +72,9 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
     "--patience",
     type=click.IntRange(1),
     help="Looks at held-out data, of 20, without a gain that end it.",
+)
+@click.option(
+    "--shard", is_flag=True, default=None, help="Divide the network between torchrun's processes."
 )
 @data_options(required=True, samples=512)
 @output_options()
@@ -96,6 +98,7 @@ def recover(
     names = (
         "lr", "loss", "hidden", "codes", "rank", "block_steps", "optimizer", "schedule", "warmup",
         "clip", "accumulate", "precision", "weight_decay", "l1", "l2", "group", "patience",
+        "shard",
     )  # fmt: skip
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given["seconds"] = within or seconds or (0.0 if steps else 60.0)
@@ -109,10 +112,29 @@ def recover(
         ends = begin + within - spare if within else None
         return api.recover(loaded, deadline=ends, **given, **more)
 
-    from penjing.together import group
+    with _several():
+        technique(work, model, output, remarks=_unhelped, **options)
+
+
+@contextlib.contextmanager
+def _several() -> Iterator[None]:
+    """Where `torchrun` starts several processes they work as one, and the first alone speaks.
+
+    All meet the same errors of input and usage; what one meets alone, a defect or too little
+    memory, it says itself.
+    """
+    from penjing.together import group, rank
 
     with group():
-        technique(work, model, output, remarks=_unhelped, **options)
+        if not rank():
+            yield
+            return
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+                    contextlib.redirect_stderr(nowhere):  # fmt: skip
+                yield
+        except PenjingError as error:
+            sys.exit(error.exit_status)
 
 
 def _unhelped(before: Any, after: Any) -> list[str]:

@@ -14,6 +14,7 @@ from penjing.cli.options import (
     Leaf,
     check_model,
     data_option,
+    descent_options,
     json_option,
     output_options,
     set_threads,
@@ -28,8 +29,6 @@ from penjing.registry import choices
 from penjing.units import format_size, format_time
 
 __all__ = ["transfer"]
-
-_RATE = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
 class _Weighted(click.ParamType):  # type: ignore[type-arg]
@@ -117,9 +116,7 @@ class _Weighted(click.ParamType):  # type: ignore[type-arg]
 )
 @data_option(required=True, help="Training data: .jsonl .csv .parquet .npz or an image folder.")
 @click.option("--within", type=TIME, metavar="60s", help="Training time.  [default: 60s]")
-@click.option("--steps", type=click.IntRange(1), help="Of training; without --within no time.")
-@click.option("--lr", type=_RATE, default=5e-4, show_default=True, help="Learning rate.")
-@click.option("--optimizer", default="adamw", show_default=True, help="adamw, sgd, file.py:name.")
+@descent_options(lr=5e-4)
 @click.option(
     "--samples", type=click.IntRange(1), default=2048, show_default=True, help="At the most."
 )

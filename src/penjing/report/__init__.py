@@ -10,35 +10,39 @@ from typing import Any
 
 from penjing.errors import InputError
 from penjing.files import read_json, sha256, whole_file, write_json
+from penjing.model import Model
+from penjing.recipe import Recipe
 from penjing.report.page import render
 from penjing.report.text import finite
 from penjing.result import FORMAT, Result
 
-__all__ = ["render", "write"]
+__all__ = ["of_training", "render", "write"]
 
 
 def write(folder: Path) -> Path:
     """Write report.html into an artifact folder, whole or not at all; gives its path.
 
-    Reads results.json, recipe.toml and manifest.json; replaces report.html and its entry in the
-    manifest. The command is the manifest's `command`, of its top or its `metrics`, else the one
-    that replays the recipe; the title likewise its `name`, else the last part of the source's path.
+    Reads results.json, recipe.toml and manifest.json; without the first the page shows the curves
+    of training that the manifest holds. Replaces report.html and its entry in the manifest. The
+    command is the manifest's `command`, of its top or its `metrics`, else the one that replays the
+    recipe; the title likewise its `name`, else the last part of the source's path.
 
     Raises:
         InputError: a file is missing or malformed, or the folder cannot be written.
     """
     if not folder.is_dir():
         raise InputError("no such artifact folder", got=folder)
-    result = _read_result(folder / "results.json")
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict):
         raise InputError(f"{folder / 'manifest.json'} is not a table", got=type(manifest).__name__)
+    trainings, results = _trainings(manifest), folder / "results.json"
+    result = None if trainings and not results.exists() else _read_result(results)
     page = render(
         result,
         title=_named(manifest, "name") or _source(manifest) or folder.absolute().name,
         recipe_toml=_recipe(folder / "recipe.toml", manifest),
         command=_named(manifest, "command") or _REPLAY,
-        trainings=_trainings(manifest),
+        trainings=trainings,
     )
     output = folder / "report.html"
     whole_file(output, lambda path: _write_text(path, page), overwrite=True)
@@ -50,6 +54,13 @@ def write(folder: Path) -> Path:
             folder / "manifest.json", lambda path: write_json(path, manifest), overwrite=True
         )
     return output
+
+
+def of_training(model: Model, recipe: Recipe | None, name: str) -> str:
+    """The page of an artifact that was trained and not measured."""
+    text = recipe.to_toml() if recipe else "# no steps"
+    return render(None, title=Path(model.source.path or name).name, recipe_toml=text,
+                  command=_REPLAY, trainings=model.curves)  # fmt: skip
 
 
 def _named(manifest: dict[str, Any], key: str) -> str:

@@ -54,13 +54,14 @@ _ICON = (
 
 
 def render(
-    result: Result, *, title: str, recipe_toml: str, command: str,
+    result: Result | None, *, title: str, recipe_toml: str, command: str,
     trainings: Sequence[Mapping[str, Any]] = (),
 ) -> str:  # fmt: skip
     """The whole page as one string.
 
     Args:
         result: what was measured; missing parts and numbers that are not finite become a dash.
+            None where nothing was: the page shows the training alone.
         title: the model's name.
         recipe_toml: shown as it is.
         command: the command line that makes the artifact again.
@@ -72,8 +73,11 @@ def render(
         f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    body = "\n".join(
-        (
+    if result is None:
+        parts = [f"{_top(title)}<main><h1>Trained, not measured.</h1>", curves(trainings),
+                 _reproduce({}, recipe_toml, command)]  # fmt: skip
+    else:
+        parts = [
             _verdict(result, title),
             _table(result),
             figures.drop(result),
@@ -81,9 +85,9 @@ def render(
             figures.units(result),
             curves(trainings),
             _notes(result),
-            _reproduce(result, recipe_toml, command),
-        )
-    )
+            _reproduce(_facts(result), recipe_toml, command),
+        ]
+    body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -151,11 +155,16 @@ def _verdict(result: Result, title: str) -> str:
     )
     note = f'<p class="soft">{why}.</p>' if result.met and why else ""
     return (
+        f'{_top(title)}<main><h1>{state} {rest}</h1>{note}<p class="soft">{asked}</p>'
+        f'<dl class="ratios">{cells}</dl>'
+    )
+
+
+def _top(title: str) -> str:
+    return (
         '<header class="top"><svg class="tree" viewBox="0 0 48 48" aria-hidden="true">'
         f"{_TREE}</svg>"
         f"<p><strong>{safe(title)}</strong><br>Penjing report</p></header>\n"
-        f'<main><h1>{state} {rest}</h1>{note}<p class="soft">{asked}</p>'
-        f'<dl class="ratios">{cells}</dl>'
     )
 
 
@@ -278,10 +287,13 @@ def _notes(result: Result) -> str:
     return f'<section><h2>Notes</h2><ul class="notes">{items}</ul></section>'
 
 
-def _reproduce(result: Result, recipe_toml: str, command: str) -> str:
+def _facts(result: Result) -> dict[str, Any]:
+    return {"seed": result.seed, "threads": result.threads, **result.versions}
+
+
+def _reproduce(facts: Mapping[str, Any], recipe_toml: str, command: str) -> str:
     # words of their own, so that a narrow page does not break a line inside `--option`
     words = " ".join(f'<span class="word">{w}</span>' for w in lines(command).split(" "))
-    facts = {"seed": result.seed, "threads": result.threads, **result.versions}
     versions = "".join(
         f"<div><dt>{safe(k, 80)}</dt><dd>{safe(v, 80)}</dd></div>" for k, v in facts.items()
     )
@@ -289,5 +301,6 @@ def _reproduce(result: Result, recipe_toml: str, command: str) -> str:
         '<section><h2>How to reproduce</h2><h3>Command</h3><pre class="wrap"><code>'
         f"{words}</code></pre><h3>Recipe</h3>"
         f'<pre tabindex="0"><code>{lines(recipe_toml)}</code></pre>'
-        f'<h3>Seed and versions</h3><dl class="facts">{versions}</dl></section></main>'
+        + (f'<h3>Seed and versions</h3><dl class="facts">{versions}</dl>' if facts else "")
+        + "</section></main>"
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from penjing import sharding
 from penjing.checkpoint import Checkpoint
 from penjing.model import Batch, Model, parent_of
 from penjing.progress import curve
@@ -101,9 +102,9 @@ class Trained:
         )
 
     def weight(self, name: str) -> Tensor:
-        """As the network computes with it."""
+        """As the network computes with it, whole."""
         holder, own = parent_of(self.student.module, name)
-        return getattr(holder, own)  # type: ignore[no-any-return]
+        return sharding.whole(getattr(holder, own))
 
     def matrices(self) -> list[Tensor]:
         """Float weights with rows."""
@@ -114,7 +115,8 @@ class Trained:
         """Removed connections are zero again."""
         for name, mask in self.student.masks.items():
             if name in self.floats:
-                self.floats[name].masked_fill_(~mask, 0)
+                held = self.floats[name]
+                held.masked_fill_(sharding.like(~mask, held), 0)
 
 
 def curve_of(losses: Sequence[float]) -> Tensor:
@@ -128,7 +130,7 @@ def train(
     judged: Callable[[], float], *, lr: float, steps: int, seconds: float, seed: int,
     optimizer: str, descent: Descent, penalty: Penalty, patience: int, start: float,
     checkpoint: Checkpoint,
-) -> list[float]:  # fmt: skip
+) -> tuple[list[float], float]:  # fmt: skip
     """Go down, and leave what is best in place.
 
     Args:
@@ -139,7 +141,7 @@ def train(
         checkpoint: see `penjing.training.descend`.
 
     Returns:
-        The loss of every step.
+        The loss of every step, and `judged` at the end.
     """
     groups = what.groups(lr)
     leaves = [p for own, _ in groups for p in own]
@@ -169,8 +171,10 @@ def train(
                 notes["stale"] += 1
             if notes["stale"] >= patience:
                 break
-    if checkpoint.tensors and judged() > checkpoint.notes["best"]:
+    after = judged()
+    if checkpoint.tensors and after > checkpoint.notes["best"]:
+        after = float(checkpoint.notes["best"])
         with torch.no_grad():
             for number, parameter in enumerate(leaves):
                 parameter.copy_(checkpoint.tensors[f"{number}"])
-    return [float(loss) for loss in checkpoint.notes["losses"]]
+    return [float(loss) for loss in checkpoint.notes["losses"]], after

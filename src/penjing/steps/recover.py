@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from penjing import together
+from penjing import sharding, together
 from penjing.calibrate import LayerStats, Unit
 from penjing.checkpoint import Checkpoint
 from penjing.errors import UsageError
@@ -68,6 +68,8 @@ class Recover:
         block_steps: steps on the output of each block, one after the other, before those on the
             whole; see `penjing.steps._blockwise`.
         rank: of what float matrices move by; 0 for matrices that move freely.
+        shard: divide the trained network between the processes of `torchrun`, see
+            `penjing.sharding`.
     """
 
     name: ClassVar[str] = "recover"
@@ -95,6 +97,7 @@ class Recover:
     patience: int = 0
     block_steps: int = 0
     rank: int = 0
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.seconds < 0 or self.steps < 0 or not (self.seconds or self.steps):
@@ -109,6 +112,13 @@ class Recover:
         for name in ("hidden", "l1", "l2", "group", "patience", "block_steps", "rank"):
             if getattr(self, name) < 0:
                 raise UsageError(name, got=getattr(self, name), allowed="0 or more")
+        if not self.shard:
+            return
+        if self.optimizer not in ("adamw", "sgd"):
+            raise UsageError("optimizer with shard", got=self.optimizer, allowed="adamw, sgd")
+        for name in ("codes", "rank", "block_steps", "l1", "l2", "group"):
+            if value := getattr(self, name):
+                raise UsageError(f"{name} with shard", got=value, next="leave one of them out")
 
     def _descent(self) -> Descent:
         return Descent(self.schedule, self.warmup, self.clip, self.accumulate, self.weight_decay)
@@ -138,14 +148,13 @@ class Recover:
                 precision=self.precision,
             )  # fmt: skip
             left = self._left(begun, look, unit.deadline)
-        losses = train(
+        losses, after = train(
             what, batches, lambda batch: far(student, batch), judged, lr=self.lr,
             steps=self.steps, seconds=left, seed=self.seed,
             optimizer=self.optimizer, descent=self._descent(),
             penalty=Penalty(self.l1, self.l2, self.group), patience=self.patience if test else 0,
-            start=before, checkpoint=Checkpoint(unit.checkpoint),
+            start=before, checkpoint=Checkpoint(unit.checkpoint, divided=self.shard),
         )  # fmt: skip
-        after = judged()
         if test and not after < before:
             return
         why = f"{len(losses)} steps of distillation"
@@ -159,6 +168,10 @@ class Recover:
         return matches(name, self.targets)
 
     def _trained(self, student: Model, teacher: Model) -> Trained:
+        if self.shard:
+            if student.planes:
+                raise UsageError("shard of a quantized network", next="leave shard out")
+            sharding.divide(student.module, student.blocks)
         floats = {
             n: p for n, p in student.parameters() if n not in student.planes and self._wanted(n)
         }

@@ -13,6 +13,8 @@ import contextlib
 import hashlib
 import io
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -237,7 +239,7 @@ def _traced(model: Model) -> onnx.ModelProto:
         names, outputs = list(model.example), ["output"]
         axes = {0: "batch"} if model.interface in ("image", "tensor") or model.is_image else None
         shapes = (tuple(axes or {0: "batch", 1: "length"} for _ in names),)
-    with _without_fake_quantization(model), _silence(), torch.no_grad():
+    with _uninterrupted(), _without_fake_quantization(model), _silence(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 wrapper,
@@ -330,6 +332,36 @@ def _without_fake_quantization(model: Model) -> Iterator[None]:
     finally:
         for module, hooks in held:
             module._forward_pre_hooks.update(hooks)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back to the end of the body; a second one is let through.
+
+    An exception that a handler raises amid the tracer goes through torch's dispatcher, which loses
+    it or ends the process ("trying to set the current mode, but one already exists").
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    were = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    own = {kind: was for kind, was in were.items() if callable(was)}
+
+    def hold(number: int, _: object) -> None:
+        held.append(number)
+        for kind, was in own.items():
+            signal.signal(kind, was)
+
+    for kind in own:
+        signal.signal(kind, hold)
+    try:
+        yield
+    finally:
+        for kind, was in own.items():
+            signal.signal(kind, was)
+        for number in held:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
