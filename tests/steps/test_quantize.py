@@ -19,11 +19,11 @@ from penjing.errors import InputError, UsageError
 from penjing.model import Model
 from penjing.planes import Scheme
 from penjing.quantizers import gptq
-from penjing.recipe import ActivationRange, Recipe
+from penjing.recipe import Recipe
 from penjing.registry import lookup
 from penjing.rotation import Rotation
 from penjing.steps.prune import Prune
-from penjing.steps.quantize import Quantize, _rounded
+from penjing.steps.quantize import Quantize
 
 TEXTS = [net.text_batch(seed) for seed in (1, 2)]
 
@@ -524,19 +524,3 @@ def test_a_rotated_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path)
     for name, planes in whole.planes.items():
         assert torch.equal(again.planes[name].codes, planes.codes)
         assert torch.equal(again.module.get_parameter(name), whole.module.get_parameter(name))
-
-
-def test_second_moments_of_rounded_inputs() -> None:
-    """Against the moments of inputs that were rounded."""
-    random = np.random.default_rng(0)
-    channels = np.array([0.5, 1.0, 2.0])
-    x = random.normal(size=(100_000, 3)) @ random.normal(size=(3, 3))
-    step = 0.7
-    rounded = np.rint(x / channels / step) * step * channels
-    before, after = (torch.from_numpy(y.T @ y / len(y)) for y in (x, rounded))
-    inputs = ActivationRange(step, 0, torch.from_numpy(channels).float())
-    made = _rounded(LayerStats(gram=before, grams=before.expand(2, 3, 3)), inputs)
-    off = float((made.gram - after).norm())
-    assert off < 0.1 * float((before - after).norm())
-    torch.testing.assert_close(made.grams, made.gram.expand(2, 3, 3))
-    assert _rounded(LayerStats(gram=before), ActivationRange(0.0, 0)).gram is before

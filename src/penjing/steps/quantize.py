@@ -240,7 +240,7 @@ class Quantize:
                 found = self._range(layer, path, own, channels)
             if name not in unit.model.planes:
                 tied = id(layer.weight) in shared
-                yield from self._quantized(unit, path, layer, name, own, found, tied=tied)
+                yield from self._quantized(unit, path, layer, name, own, channels, tied=tied)
             elif found is None:
                 bits = "+".join(f"{b:g}" for b in unit.model.planes[name].bits)
                 yield Edit("left", path, None, f"already in {bits} bits, left as they are")
@@ -263,12 +263,11 @@ class Quantize:
         layer: nn.Module,
         name: str,
         own: LayerStats,
-        inputs: ActivationRange | None = None,
+        channels: Tensor | None = None,
         *,
         tied: bool = False,
     ) -> list[Edit]:
         table = isinstance(layer, nn.Embedding)
-        channels = None if inputs is None else inputs.channels
         bits = self._bits(layer)
         weight: Tensor = layer.weight.detach()  # type: ignore[operator]
         group = self.embedding_group if table else self.group
@@ -286,7 +285,6 @@ class Quantize:
         mean, was = own.mean, own.mean if own.was is None else own.was
         if bias is not None:
             own = _about_mean(own)
-        own = _rounded(own, inputs)
         target = matrix
         if own.gram is not None and own.cross is not None and self.alpha:
             target = asymmetric_target(matrix, own.gram, own.cross, self.alpha)
@@ -349,23 +347,6 @@ def _about_mean(stats: LayerStats) -> LayerStats:
     dead = gram.diagonal() <= 1e-9 * stats.gram.diagonal()
     gram[dead], gram[:, dead] = 0.0, 0.0
     return replace(stats, gram=gram, cross=cross)
-
-
-def _rounded(stats: LayerStats, inputs: ActivationRange | None) -> LayerStats:
-    """Second moments of the inputs as they arrive: each has the variance of its rounding more.
-
-    Errors of rounding are uniform and independent of the input and of each other (Bennett 1948),
-    so what was before stays in `cross` as it is.
-    """
-    if inputs is None or not inputs.scale:
-        return stats
-    step = inputs.scale * (1.0 if inputs.channels is None else inputs.channels.double())
-    noise = torch.as_tensor(step * step / 12, dtype=torch.float64)
-
-    def noisy(gram: Tensor | None) -> Tensor | None:
-        return None if gram is None else gram + torch.diag(noise.expand(gram.shape[-1]))
-
-    return replace(stats, gram=noisy(stats.gram), grams=noisy(stats.grams))
 
 
 def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
