@@ -41,7 +41,7 @@ from penjing.demo import minilm
 from penjing.model import Batch, Model
 from penjing.recipe import Recipe
 from penjing.statistics import paired_bootstrap
-from penjing.steps._depth import Trials, judges
+from penjing.steps._trials import Piece, Trials, judges
 from penjing.steps.cut import Cut
 
 STORE = HERE / "results" / "cutting.json"
@@ -118,12 +118,12 @@ def sleb(model: Model, data: list[Batch], count: int) -> list[str]:
         return float(torch.stack(found).mean())
 
     trials = Trials(model, judging, lambda first, last: None, loss)
-    gone: list[int] = []
+    gone: list[Piece] = []
     for _ in range(count):
-        tried = {i: trials(frozenset([*gone, i])) for i in trials.able if i not in gone}
+        tried = {p: trials(frozenset([*gone, p])) for p in trials.able if p not in gone}
         gone.append(min(tried, key=tried.__getitem__))
         trials.settle(frozenset(gone))
-    return [model.blocks[i] for i in gone]
+    return [model.blocks[piece.index] for piece in gone]
 
 
 def main() -> None:

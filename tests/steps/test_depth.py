@@ -17,7 +17,8 @@ from penjing.calibrate import Stream
 from penjing.divergence import divergence
 from penjing.model import Model
 from penjing.recipe import Recipe
-from penjing.steps._depth import Trials, angles, evolution, greedy, judges, runs
+from penjing.steps._depth import Budget, angles, evolution, greedy
+from penjing.steps._trials import Piece, Trials, judges, runs, stages
 from penjing.steps.cut import Cut
 
 TEXTS = [net.text_batch(seed) for seed in range(8)]
@@ -32,6 +33,15 @@ def _off(model: Model, gone: tuple[int, ...], batches: list[net.Batch]) -> float
         return divergence(model.interface, batches, reference, [small.run(b) for b in batches])
 
 
+def _blocks(*indices: int) -> frozenset[Piece]:
+    return frozenset(Piece(i) for i in indices)
+
+
+def _count(model: Model, amount: int) -> Budget:
+    costs = {Piece(i): 1.0 for i in range(len(model.blocks))}
+    return Budget(costs, amount, stages(model.blocks))
+
+
 def _bare(model: Model) -> Trials:
     return Trials(model, TEXTS[:2], lambda first, last: None)
 
@@ -41,17 +51,17 @@ def test_a_trial_is_the_network_really_cut(make) -> None:  # type: ignore[no-unt
     model = make(5)
     trials = _bare(model)
     for base in ((), (2,), (2, 3), (0, 3)):
-        trials.settle(frozenset(base))
+        trials.settle(_blocks(*base))
         for extra in range(5):
             gone = tuple(sorted({*base, extra}))
-            assert trials(frozenset(gone)) == pytest.approx(
+            assert trials(_blocks(*gone)) == pytest.approx(
                 _off(model, gone, TEXTS[:2]), rel=1e-3, abs=1e-6
             )
 
 
 def test_greedy_is_brute_force_round_by_round() -> None:
     model = net.llama(5)
-    found = list(greedy(_bare(model), 3))
+    found = [p.index for p in greedy(_bare(model), _count(model, 3))]
     base: list[int] = []
     left = set(range(5))
     for number in range(3):
@@ -65,7 +75,8 @@ def test_greedy_is_brute_force_round_by_round() -> None:
 def test_evolution_is_no_worse_than_single_scores_and_finds_the_best_of_few() -> None:
     model = net.bert(5)
     best = min(itertools.combinations(range(5), 2), key=lambda g: _off(model, g, TEXTS[:2]))
-    assert tuple(sorted(evolution(_bare(model), 2, 6, 0))) == best
+    found = evolution(_bare(model), _count(model, 2), 6, 0)
+    assert tuple(sorted(p.index for p in found)) == best
 
 
 def test_angles_by_hand() -> None:
@@ -111,6 +122,7 @@ def test_greedy_looks_at_the_patched_network() -> None:
 def test_runs() -> None:
     assert runs(frozenset({1, 2, 4, 7, 8, 9})) == [(1, 2), (4, 4), (7, 9)]
     assert runs(frozenset()) == []
+    assert runs({1, 2, 3}, {0, 3}) == [(1, 2), (3, 3)]
 
 
 def test_judges_are_the_last_samples_and_few() -> None:
