@@ -240,6 +240,7 @@ def cut(
     ratio: float | None = None,
     data: Dataset | Place | None = None,
     part: str = "block",
+    of: str = "parameters",
     criterion: str = "influence",
     patch: str = "linear",
     refit: bool = False,
@@ -250,8 +251,9 @@ def cut(
     """A copy without the least important blocks; see `penjing.steps.cut`.
 
     Args:
-        layers: how many blocks go; a fraction below 1 is a ratio.
-        part, criterion, patch, refit: as in the step.
+        layers: how many blocks go, or with the part `any` as much as so many have; a fraction
+            below 1 is a ratio.
+        part, of, criterion, patch, refit: as in the step.
         learn: learn what goes in training, see `prune`. Where the weights are trained along there
             is no patch: they have made up for what is gone.
     """
@@ -273,7 +275,8 @@ def cut(
         )
         recipe = learning(learn, "layers", budget, step, seed, options, criterion=criterion)
         return apply(loaded, recipe, data, **options)
-    step = Cut(count, ratio, part=part, criterion=criterion, patch=patch, refit=refit, seed=seed)
+    step = Cut(count, ratio, part=part, of=of, criterion=criterion, patch=patch, refit=refit,
+               seed=seed)  # fmt: skip
     return apply(loaded, Recipe((step,), seed), data, **options)
 
 

@@ -228,10 +228,18 @@ def shrink(
 @click.option("--ratio", type=RATIO, metavar="0.25", help="which fraction of them.")
 @click.option(
     "--part",
-    type=click.Choice(["block", "attention", "mlp"]),
+    type=click.Choice(["block", "attention", "mlp", "any"]),
     default="block",
     show_default=True,
-    help="What goes of a block.",
+    help="What goes of a block; any: whichever harms least for what it saves, "
+    "until as much is gone as so many blocks have.",
+)
+@click.option(
+    "--of",
+    type=click.Choice(["parameters", "macs"]),
+    default="parameters",
+    show_default=True,
+    help="What --part any saves.",
 )
 @click.option(
     "--criterion",
@@ -266,6 +274,7 @@ def cut(
     penjing cut ./my-model --layers 2 --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --criterion greedy --refit --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --part attention --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --ratio 0.2 --part any --criterion greedy --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --learn gates --data calibration.jsonl -o ./cut
     """
     training = learning(options)
