@@ -86,6 +86,8 @@ def perform(model: Model, edit: Edit) -> None:
                 )
         elif edit.kind == "fold":
             touched = [f"{edit.path}.weight"]
+        elif edit.kind == "merge":
+            touched = [f"{path}.weight" for path in (edit.path, str(value))]
         elif edit.kind == "untie":
             touched = [edit.path]
         _refuse_quantized(model, edit.kind, touched)
@@ -148,6 +150,8 @@ def _structural(edit: Edit) -> dict[str, Any]:
         entry |= {"width": edit.value.width, "more": edit.value.more}
     elif edit.kind == "fold":
         entry["norm"] = edit.value
+    elif edit.kind == "merge":
+        entry["second"] = edit.value
     return entry
 
 
@@ -191,6 +195,8 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
         _untie(model.module, path)
     elif kind == "fold":
         _fold(model.module, path, entry["norm"])
+    elif kind == "merge":
+        _merge(model.module, path, entry["second"])
     else:
         raise InputError("unknown structural edit", got=kind)
     model.structure.append(entry)
@@ -299,6 +305,36 @@ def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
         conv.bias = nn.Parameter(bias + norm.bias if norm.affine else bias)
     holder, name = parent_of(module, norm_path)
     setattr(holder, name, nn.Identity())
+
+
+def _merge(module: nn.Module, first: str, second: str) -> None:
+    """One convolution in place of two, see `penjing.steps.merge`."""
+    one, two = (cast(nn.Conv2d, module.get_submodule(path)) for path in (first, second))
+    (s, t), (h, w), (u, v) = one.stride, one.kernel_size, two.kernel_size
+    with torch.no_grad():
+        # The first's kernel as images [in, mid, h, w], which the second's, spread, slides over.
+        spread = two.weight.new_zeros(*two.weight.shape[:2], (u - 1) * s + 1, (v - 1) * t + 1)
+        spread[:, :, ::s, ::t] = two.weight
+        kernel = nn.functional.conv2d(
+            one.weight.transpose(0, 1).double(), spread.flip(2, 3).double(),
+            padding=(spread.shape[2] - 1, spread.shape[3] - 1),
+        ).transpose(0, 1)  # fmt: skip
+        made = nn.Conv2d(
+            one.in_channels, two.out_channels, kernel.shape[2:],  # type: ignore[arg-type]
+            (s * two.stride[0], t * two.stride[1]),
+            (one.padding[0] + s * two.padding[0], one.padding[1] + t * two.padding[1]),  # type: ignore[operator]
+            bias=one.bias is not None or two.bias is not None,
+            device=one.weight.device, dtype=one.weight.dtype,
+        )  # fmt: skip
+        made.weight = nn.Parameter(kernel.to(one.weight.dtype).contiguous())
+        if made.bias is not None:
+            bias = torch.zeros_like(made.bias) if two.bias is None else two.bias
+            if one.bias is not None:
+                bias = bias + two.weight.sum((2, 3)) @ one.bias
+            made.bias = nn.Parameter(bias)
+    for path, left in ((first, made.train(one.training)), (second, nn.Identity())):
+        holder, name = parent_of(module, path)
+        setattr(holder, name, left)
 
 
 def _patch(model: Model, edit: Edit, patch: Patch) -> None:

@@ -256,6 +256,13 @@ def shrink(
     help="What stands in for whole blocks; fused costs nothing at run time.",
 )
 @click.option("--refit", is_flag=True, help="Refit what writes the hidden state behind a gap.")
+@click.option(
+    "--train",
+    type=click.IntRange(0),
+    default=0,
+    metavar="STEPS",
+    help="Then train the patches alone, toward the outputs of the whole network; 100 are enough.",
+)
 @learn_options
 @data_options(required=True)
 @output_options()
