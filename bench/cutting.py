@@ -129,7 +129,7 @@ def sleb(model: Model, data: list[Batch], count: int) -> list[str]:
         tried = {p: trials(frozenset([*gone, p])) for p in trials.able if p not in gone}
         gone.append(min(tried, key=tried.__getitem__))
         trials.settle(frozenset(gone))
-    return [model.blocks[piece.index] for piece in gone]
+    return [model.blocks[piece.block] for piece in gone]
 
 
 def main() -> None:

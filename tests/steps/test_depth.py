@@ -63,7 +63,7 @@ def test_a_trial_is_the_network_really_cut(make) -> None:  # type: ignore[no-unt
 
 def test_greedy_is_brute_force_round_by_round() -> None:
     model = net.llama(5)
-    found = [p.index for p in greedy(_bare(model), _count(model, 3))]
+    found = [p.block for p in greedy(_bare(model), _count(model, 3))]
     base: list[int] = []
     left = set(range(5))
     for number in range(3):
@@ -78,7 +78,7 @@ def test_evolution_is_no_worse_than_single_scores_and_finds_the_best_of_few() ->
     model = net.bert(5)
     best = min(itertools.combinations(range(5), 2), key=lambda g: _off(model, g, TEXTS[:2]))
     found = evolution(_bare(model), _count(model, 2), 6, 0)
-    assert tuple(sorted(p.index for p in found)) == best
+    assert tuple(sorted(p.block for p in found)) == best
 
 
 def test_angles_by_hand() -> None:
@@ -153,7 +153,7 @@ def test_a_trial_of_blocks_and_halves_is_the_network_really_cut() -> None:
     for some in (gone, gone - {Piece(0, "mlp")}):  # with and without what was known
         small = model
         for piece in sorted(some, reverse=True):
-            step = Cut(blocks=(f"model.layers.{piece.index}",), part=piece.part, patch="none")
+            step = Cut(blocks=(f"model.layers.{piece.block}",), part=piece.part, patch="none")
             small = apply(small, Recipe((step,)), TEXTS).model
         reference = [model.run(b).detach() for b in TEXTS[:2]]
         with torch.no_grad():

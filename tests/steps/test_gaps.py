@@ -202,3 +202,35 @@ def test_a_cut_decoder_writes_in_onnxruntime_with_its_cache(
         made.append(int(logits[0, -1].argmax()))
         given = np.array([[made[-1]]])
     assert made == written[0].tolist()
+
+
+def test_a_merged_block_is_between_the_two_it_stands_for() -> None:
+    model, batches = net.stack(4), net.arrays(8)
+    with torch.no_grad():  # both are small steps, and the second of the two is the larger one
+        one, two = model.module.blocks[1], model.module.blocks[2]
+        two.load_state_dict(one.state_dict())
+        two.down.weight.mul_(2.0)
+        two.down.bias.mul_(2.0)
+    done = _cut(model, batches, 2, patch="merged")
+    plain = _cut(model, batches, 2, patch="none").model
+    assert {d.path for d in done.done if d.kind == "weight"} == {
+        f"blocks.1.{layer}.{kind}" for layer in ("up", "down") for kind in ("weight", "bias")
+    }
+    share = float(next(d.why for d in done.done if d.kind == "weight").split("%")[0].split()[1])
+    assert share == 100  # x + f(x) + 2 f(x), as far as x stays the same
+    merged = done.model.module.blocks[1]
+    torch.testing.assert_close(merged.down.weight, 2 * one.down.weight)
+    torch.testing.assert_close(merged.up.weight, one.up.weight)
+    assert done.model.parameter_count == plain.parameter_count
+    assert _off(model, done.model, batches[-1]) < _off(model, plain, batches[-1])
+
+
+def test_a_merged_block_that_does_not_help_stays_as_it_was() -> None:
+    model, batches = net.stack(4), net.arrays(8)
+    with torch.no_grad():
+        model.module.blocks[2].scale = 0.0  # it does nothing, so there is nothing to take on
+        for parameter in model.module.blocks[2].parameters():
+            parameter.normal_()
+    done = _cut(model, batches, 2, patch="merged")
+    assert {d.kind for d in done.done} == {"drop"}
+    assert net.same(done.model, _cut(model, batches, 2, patch="none").model)

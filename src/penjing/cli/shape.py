@@ -250,10 +250,10 @@ def shrink(
 )
 @click.option(
     "--patch",
-    type=click.Choice(["linear", "low-rank", "fused", "none"]),
+    type=click.Choice(["linear", "low-rank", "fused", "merged", "none"]),
     default="linear",
     show_default=True,
-    help="What stands in for whole blocks; fused costs nothing at run time.",
+    help="What stands in for whole blocks; fused and merged cost nothing at run time.",
 )
 @click.option("--refit", is_flag=True, help="Refit what writes the hidden state behind a gap.")
 @click.option(
@@ -281,7 +281,7 @@ def cut(
     penjing cut ./my-model --layers 2 --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --criterion greedy --refit --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --part attention --data calibration.jsonl -o ./cut
-    penjing cut ./my-model --ratio 0.2 --part any --criterion greedy --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --ratio 0.2 --part any --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --learn gates --data calibration.jsonl -o ./cut
     """
     training = learning(options)

@@ -75,17 +75,17 @@ class Budget:
 
     def open(self, gone: frozenset[Piece]) -> list[Piece]:
         """Pieces that may be next; of a block that has lost a half, only all of it."""
-        touched = {piece.index for piece in gone}
+        touched = {piece.block for piece in gone}
         return [
             piece for piece in self.costs
-            if piece.index not in (touched if piece.part != "block" else blocks_of(gone))
+            if piece.block not in (touched if piece.part != "block" else blocks_of(gone))
             and self.fits(joined(gone, piece))
         ]  # fmt: skip
 
 
 def joined(gone: frozenset[Piece], piece: Piece) -> frozenset[Piece]:
     """With one more; a block takes the place of its half."""
-    return frozenset(other for other in gone if other.index != piece.index) | {piece}
+    return frozenset(other for other in gone if other.block != piece.block) | {piece}
 
 
 def influence(stream: Stream, ends: Mapping[Piece, str] | None = None) -> dict[Piece, float]:
@@ -103,7 +103,7 @@ def influence(stream: Stream, ends: Mapping[Piece, str] | None = None) -> dict[P
         if all(c.hidden.shape == o.shape for c, o in zip(calls, outputs, strict=True)):
             scores[Piece(index)] = _turned(stream, [c.hidden for c in calls], outputs)
         for piece, path in (ends or {}).items():
-            if piece.index == index:
+            if piece.block == index:
                 with silent(stream.model.module, [path]):
                     without = [call.run(block, call.hidden) for call in calls]
                 scores[piece] = _turned(stream, without, outputs)

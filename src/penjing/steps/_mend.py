@@ -2,6 +2,14 @@
 
 Everything is fitted on the network as it is cut so far, toward what the whole network has at the
 same place. What is fitted and kept: see `_gaps`.
+
+A merged patch is no fit: the block l in front of a gap takes on a share of what tells the blocks
+that go from it, in every parameter (LaCo, Yang et al., arXiv 2402.11187, section 2, where it takes
+all of it),
+
+    theta_l + share * sum over blocks k of the gap of (theta_k - theta_l)
+
+where that brings its output nearer to the whole network's on held-out data.
 """
 
 from __future__ import annotations
@@ -26,11 +34,16 @@ from penjing.steps._trials import Piece, blocks_of, runs, stages
 
 __all__ = ["PATCHES", "Mending", "Patches", "fit_patch"]
 
-PATCHES = ("linear", "low-rank", "fused", "none")
+PATCHES = ("linear", "low-rank", "fused", "merged", "none")
 # Of a low-rank patch, of the width.
 _RANK = 8
+# Of the difference between blocks that go and the one in front of them, what this one may take on.
+_SHARES = (0.25, 0.5, 0.75, 1.0)
 # Samples of a patch that is only tried: this many times the width, and no fewer than that.
 _TIMES, _FEWEST = 32, 8192
+
+# In front of a gap: index of the block, a copy of it, its calls and what enters it.
+Near = tuple[int, nn.Module, list[Call], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,37 +65,40 @@ class Mending:
     ) -> Iterator[Edit]:
         """Patches and weights, in the numbering of the whole network."""
         blocks = blocks_of(gone)
-        fused = self.patch == "fused" and bool(blocks)
-        refits = self.refit or fused
-        last = max((p.index for p in gone), default=-1) if refits else max(blocks, default=-1)
+        absorbed = self.patch in ("fused", "merged") and bool(blocks)  # by the block in front
+        refits = self.refit or (self.patch == "fused" and absorbed)
+        last = max((p.block for p in gone), default=-1) if refits else max(blocks, default=-1)
         if last < 0 or (self.patch == "none" and not refits):
             return
-        first = min(piece.index for piece in gone)
+        first = min(piece.block for piece in gone)
         parts = stages(stream.model.blocks)
         ends = {end for _, end in runs(blocks, {min(part) for part in parts})}
         hidden: list[Tensor] = []  # of the cut network, one a batch
         gave: list[Tensor] = []  # of the whole network, by the block before
-        near: tuple[int, nn.Module, list[Call], list[Tensor]] | None = None  # in front of a gap
+        near: Near | None = None
         for index, block, calls, outputs in stream.walk():
             entered = [call.hidden for call in calls]
             if not all(x is y or torch.equal(x, y) for x, y in zip(entered, gave, strict=False)):
                 hidden, near = [], None  # something stands between, and cannot be run alone
             hidden, gave = hidden or entered, outputs
             if index not in blocks:
-                without = [halves[piece].writer.path for piece in gone if piece.index == index]
-                if refits or without:
+                without = [halves[piece].writer.path for piece in gone if piece.block == index]
+                if refits or absorbed or without:
                     block = copy.deepcopy(block)
                 for path in without:
                     block.get_submodule(path).register_forward_hook(zeros)
                 if refits and index >= first:
                     yield from self._refit(stream, index, block, calls, hidden, without)
-                if fused:
+                if absorbed:
                     near = (index, block, calls, hidden)
                 hidden = [c.run(block, h) for c, h in zip(calls, hidden, strict=True)]
             elif index not in ends:
                 continue
-            elif self.patch == "fused" and near is not None:
-                yield from self._fused(stream, near, outputs)
+            elif near is not None:
+                if self.patch == "fused":
+                    yield from self._fused(stream, near, outputs)
+                else:
+                    yield from _merged(stream, near, range(near[0] + 1, index + 1), outputs)
                 _, block, calls, hidden = near
                 hidden = [c.run(block, h) for c, h in zip(calls, hidden, strict=True)]
             elif self.patch in ("linear", "low-rank") and outputs[0].ndim == 3:
@@ -109,10 +125,7 @@ class Mending:
         note = {"before": fit.before, "after": fit.after}
         return Edit("patch", stream.model.blocks[at], patch, why, note)
 
-    def _fused(
-        self, stream: Stream, near: tuple[int, nn.Module, list[Call], list[Tensor]],
-        outputs: list[Tensor],
-    ) -> Iterator[Edit]:  # fmt: skip
+    def _fused(self, stream: Stream, near: Near, outputs: list[Tensor]) -> Iterator[Edit]:
         """The last writer in front of a gap gives what the whole network has behind it."""
         index, block, calls, hidden = near
         for writer in writers_of(block, replace(calls[0], hidden=hidden[0]))[-1:]:
@@ -144,6 +157,43 @@ def _weights(path: str, block: nn.Module, writer: Writer, fit: Fit | None) -> It
             old.data = value.to(old)
             why = "takes up what the cut leaves" + _told(fit)
             yield Edit("weight", f"{path}.{writer.path}.{name}", value, why)
+
+
+def _merged(
+    stream: Stream, near: Near, gap: Sequence[int], outputs: Sequence[Tensor]
+) -> Iterator[Edit]:
+    """New parameters of the block in front of a gap, which it gets at once."""
+    index, block, calls, hidden = near
+    paths = stream.model.blocks
+    gone = [dict(stream.model.module.get_submodule(paths[k]).named_parameters()) for k in gap]
+    own = {name: p.detach().clone() for name, p in block.named_parameters()}
+    shapes = {name: p.shape for name, p in own.items()}
+    if any({name: p.shape for name, p in other.items()} != shapes for other in gone):
+        return
+    held = range(len(calls))[-max(1, len(calls) // 4) :]
+
+    def off(share: float) -> float:
+        """Mean squared error of a token over its square, with this share."""
+        for name, parameter in block.named_parameters():
+            change = sum(other[name].detach() - own[name] for other in gone)
+            parameter.data = own[name] + share * change
+        errors = []
+        for n in held:
+            made, wanted = (
+                stream.rows(n, x) if x.ndim == 3 else x.flatten(1)
+                for x in (calls[n].run(block, hidden[n]), outputs[n])
+            )  # fmt: skip
+            errors.append((made - wanted).square().sum(1) / wanted.square().sum(1).clamp_min(1e-12))
+        return float(torch.cat(errors).mean())
+
+    tried = {share: off(share) for share in (0.0, *_SHARES)}
+    best = min(tried, key=tried.__getitem__)
+    off(best)
+    if best:
+        why = f"took {best:.0%} of what told the cut from it; held-out error "
+        why += f"{tried[0.0]:.3f} to {tried[best]:.3f}"
+        for name, parameter in block.named_parameters():
+            yield Edit("weight", f"{paths[index]}.{name}", parameter.detach().clone(), why)
 
 
 def _told(fit: Fit) -> str:

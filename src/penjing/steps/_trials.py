@@ -29,15 +29,15 @@ Patcher = Callable[[int, int], Way]
 
 
 class Piece(NamedTuple):
-    """What may go: a block, by its index, or a half of it (`attention`, `mlp`)."""
+    """What may go: a block, by its number, or a half of it (`attention`, `mlp`)."""
 
-    index: int
+    block: int
     part: str = "block"
 
 
 def blocks_of(pieces: Collection[Piece]) -> frozenset[int]:
     """Indices of the blocks among them that go whole."""
-    return frozenset(piece.index for piece in pieces if piece.part == "block")
+    return frozenset(piece.block for piece in pieces if piece.part == "block")
 
 
 def stages(blocks: Sequence[str]) -> tuple[frozenset[int], ...]:
@@ -123,11 +123,11 @@ class Trials:
         self._base = gone
 
     def _run(self, gone: frozenset[Piece], states: list[Passed] | None) -> list[Tensor]:
-        start = min((piece.index for piece in gone ^ self._base), default=0)
+        start = min((piece.block for piece in gone ^ self._base), default=0)
         blocks = blocks_of(gone)
         while start - 1 in blocks and start not in self._starts:  # a patch is of the whole run
             start -= 1
-        silent = [self._ends[p] for p in sorted(gone) if p.part != "block" and p.index >= start]
+        silent = [self._ends[p] for p in sorted(gone) if p.part != "block" and p.block >= start]
         ways: dict[int, Way] = {}
         for first, last in runs(blocks, self._starts):
             if first >= start:

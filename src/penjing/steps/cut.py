@@ -46,8 +46,8 @@ class Cut:
         part: of a block that goes: `block` for all of it, `attention`, `mlp`; or `any`, whatever
             harms least for what it saves, until as much is gone as so many blocks have.
         of: what is counted with `any`: `parameters`, or `macs` of a text of 128 tokens.
-        patch: `linear`, `low-rank` (an eighth of the width), `fused`, which costs nothing at run
-            time, or `none`; of whole blocks.
+        patch: `linear`, `low-rank` (an eighth of the width), `fused` or `merged`, which cost
+            nothing at run time, or `none`; of whole blocks.
         refit: the layers that write the hidden state behind a gap take up what it leaves; with
             `fused` they do in any case.
         strength: of the patch's ridge toward the identity.
@@ -110,10 +110,10 @@ class Cut:
         yield from mending.edits(Stream(unit.model, unit.batches), why, halves)
         for piece in sorted(why, reverse=True):
             if piece.part == "block":
-                yield Edit("drop", blocks[piece.index], None, why[piece])
+                yield Edit("drop", blocks[piece.block], None, why[piece])
                 continue
             for path, left in halves[piece].parts:
-                yield Edit("drop", f"{blocks[piece.index]}.{path}", left, why[piece])
+                yield Edit("drop", f"{blocks[piece.block]}.{path}", left, why[piece])
 
     def _halves(self, model: Model, unit: Unit) -> dict[Piece, Half]:
         """Halves that may go."""
@@ -140,7 +140,7 @@ class Cut:
                 raise InputError("no such block", got=unknown[0], allowed=", ".join(blocks))
             gone = [Piece(i, self.part) for i, path in enumerate(blocks) if path in self.blocks]
             if self.part != "block" and (bare := [p for p in gone if p not in halves]):
-                raise InputError(f"no {self.part} to cut", got=blocks[bare[0].index])
+                raise InputError(f"no {self.part} to cut", got=blocks[bare[0].block])
             if len(blocks_of(gone)) == len(blocks):
                 raise InputError("all blocks are to be cut", allowed="leave at least one")
             return dict.fromkeys(gone, "asked for by name")
@@ -154,9 +154,9 @@ class Cut:
     def _chosen(self, unit: Unit, halves: Mapping[Piece, Half]) -> dict[Piece, str]:
         """Pieces that go by the criterion, and why."""
         model = unit.model
-        ends = {p: f"{model.blocks[p.index]}.{half.writer.path}" for p, half in halves.items()}
+        ends = {p: f"{model.blocks[p.block]}.{half.writer.path}" for p, half in halves.items()}
         if self.criterion in ("greedy", "evolution"):
-            patched = self.patch != "none" and self.part in ("block", _ANY)
+            patched = self.patch not in ("merged", "none") and self.part in ("block", _ANY)
             held = max(1, len(unit.batches) // 4) if len(unit.batches) > 1 else 0
             fitted = unit.batches[: len(unit.batches) - held] if patched else ()
             patches = Patches(model, fitted, self.strength)
@@ -205,16 +205,16 @@ class Cut:
         count = len(model.blocks)
         if self.part != _ANY:
             costs = dict.fromkeys(able if self.part == "block" else halves, 1.0)
-            amount = self.layers or max(1, round((self.ratio or 0) * count))
-            budget = Budget(costs, amount, stages(model.blocks))
-            if amount > (most := round(budget.most)):
-                raise InputError("too many blocks to cut", got=amount, allowed=f"at most {most}")
+            gone = self.layers or max(1, round((self.ratio or 0) * count))
+            budget = Budget(costs, gone, stages(model.blocks))
+            if gone > (most := round(budget.most)):
+                raise InputError("too many blocks to cut", got=gone, allowed=f"at most {most}")
             return budget
         sizes = _sizes(model, self.of)
         whole = [sizes(path) for path in model.blocks]
-        costs = {p: whole[p.index] for p in able}
+        costs = {p: whole[p.block] for p in able}
         for piece, half in halves.items():
-            path = model.blocks[piece.index]
+            path = model.blocks[piece.block]
             costs[piece] = sum(sizes(f"{path}.{part}") for part, _ in half.parts)
         amount = (self.ratio or (self.layers or 0) / count) * sum(whole)
         budget = Budget({p: c for p, c in costs.items() if c}, amount, stages(model.blocks))

@@ -92,8 +92,8 @@ def _refusal(model: Model, first: str, second: str) -> str:
         p in model.activations for p in (first, second)
     ):
         return "one of them is pruned or quantized"
-    if any(two.padding):  # type: ignore[arg-type]
-        if max(one.kernel_size) > 1 or any(one.padding):  # type: ignore[arg-type]
+    if any(two.padding):
+        if max(one.kernel_size) > 1 or any(one.padding):
             return "the second pads what the first gives, so the borders would differ"
         if one.bias is not None and bool(one.bias.any()):
             return "the second pads with zeros, where the first gives its bias"
@@ -145,4 +145,4 @@ def _output(model: Model, batch: dict[str, Tensor]) -> Tensor:
     output = found[0]
     if isinstance(output, Tensor):
         return output
-    return next(x for x in output.values() if isinstance(x, Tensor))  # type: ignore[no-any-return]
+    return next(x for x in output.values() if isinstance(x, Tensor))
