@@ -179,8 +179,8 @@ def test_edits_in_a_journal() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"patch": "low-rank", "refit": True}, {"patch": "fused"}, {"part": "attention"},
-     {"part": "mlp"}],
+    [{"patch": "linear"}, {"patch": "low-rank", "refit": True}, {"patch": "fused"},
+     {"part": "attention"}, {"part": "mlp"}],
 )  # fmt: skip
 def test_a_cut_decoder_writes_in_onnxruntime_with_its_cache(
     options: dict[str, Any], tmp_path: Path
