@@ -234,3 +234,44 @@ def test_a_merged_block_that_does_not_help_stays_as_it_was() -> None:
     done = _cut(model, batches, 2, patch="merged")
     assert {d.kind for d in done.done} == {"drop"}
     assert net.same(done.model, _cut(model, batches, 2, patch="none").model)
+
+
+class _Stages(torch.nn.Module):
+    """Two lists of blocks, and a layer between them that makes the hidden state wider."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.mid, self.out = (torch.nn.Linear(*n) for n in ((6, 8), (8, 12), (12, 4)))
+        self.a = torch.nn.ModuleList(net.MlpBlock(8, 24) for _ in range(2))
+        self.b = torch.nn.ModuleList(net.MlpBlock(12, 24) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.a:
+            x = block(x)
+        x = self.mid(x)
+        for block in self.b:
+            x = block(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("criterion", ["by name", "greedy"])
+def test_a_gap_ends_where_a_list_of_blocks_ends(criterion: str) -> None:
+    torch.manual_seed(0)
+    model, batches = net.wrap(_Stages(), "tensor", {"x": torch.randn(2, 5, 6)}), net.arrays(8)
+    assert model.blocks == ("a.0", "a.1", "b.0", "b.1")
+    if criterion == "greedy":  # one of each list stays
+        step = Cut(2, criterion="greedy", refit=True)
+        gone = [d.path for d in apply(model, Recipe((step,)), batches).done if d.kind == "drop"]
+        assert sorted(path[0] for path in gone) == ["a", "b"]
+        return
+    done = _cut(model, batches, 1, 2)
+    small, x = done.model.module, batches[0]["x"]
+    assert {d.path for d in done.done if d.kind == "patch"} == {"a.0", "b.1"}
+    with torch.no_grad():
+        h = small.mid(small.a[0].penjing_after(model.module.a[0](model.module.inp(x))))
+        h = small.b[0].penjing_before(h)
+        torch.testing.assert_close(done.model.run(batches[0]), small.out(model.module.b[1](h)))
+    assert _off(model, done.model, batches[0]) < _off(
+        model, _cut(model, batches, 1, 2, patch="none").model, batches[0]
+    )
