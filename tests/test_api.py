@@ -167,6 +167,25 @@ def test_shrink_and_cut_by_ratio(model: Model, data: Path) -> None:
     assert len(model.blocks) == 4
 
 
+def test_patches_alone_are_trained(model: Model, tmp_path: Path) -> None:
+    """On what they are trained toward: the outputs of the whole network."""
+    data = tmp_path / "data.npz"
+    np.savez(data, x=np.random.default_rng(1).normal(size=(512, 6, 16)).astype(np.float32))
+    cut, trained = (penjing.cut(model, 2, data=data, train=steps) for steps in (0, 40))
+    changed = {n for n, w in weights(trained).items() if not torch.equal(w, weights(cut)[n])}
+    assert changed
+    assert all("penjing_" in name for name in changed)
+    batch = {"x": torch.from_numpy(np.load(data)["x"])}
+    with torch.no_grad():
+        off = [float((m.run(batch) - model.run(batch)).norm()) for m in (cut, trained)]
+    assert off[1] < off[0]
+    for wrong in ({"patch": "none"}, {"patch": "fused"}, {"part": "mlp"}):
+        with pytest.raises(UsageError, match="train, of patches"):
+            penjing.cut(model, 1, data=data, train=5, **wrong)
+    with pytest.raises(UsageError, match="train with learn"):
+        penjing.cut(model, 1, data=data, train=5, learn="gates")
+
+
 def pairs(model: Model) -> int:
     """The largest sum of two neighbouring codes about the zero point."""
     codes = [p.codes[0].int() - 128 for p in model.planes.values() if p.bits == (8,)]

@@ -43,7 +43,7 @@ def test_what_stands_in_and_what_passed() -> None:
 
 def test_layers_that_give_zeros() -> None:
     model = net.stack(3)
-    found = Detours(model, model.example).run(model.example, {}, silent=["blocks.1.down"])
+    found = Detours(model, model.example).run(model.example, {}, without=["blocks.1.down"])
     without = Detours(model, model.example).run(model.example, {1: None})
     torch.testing.assert_close(found, without)  # its blocks add what `down` gives
 

@@ -42,6 +42,7 @@ from penjing.steps.constrain import Constrain
 from penjing.steps.cut import Cut
 from penjing.steps.equalize import Equalize
 from penjing.steps.fold import Fold, has_norms
+from penjing.steps.merge import Merge
 from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
 from penjing.steps.recover import Recover
@@ -59,8 +60,10 @@ __all__ = [
 
 # Samples that show which inputs 8 bits harm.
 _FEW = 24
+# Patches that can be trained.
+_TRAINED = ("linear", "low-rank")
 
-_STEPS = Prune, Shrink, Cut, Constrain, Fold, Equalize, Rotate, Quantize, Cache, Recover
+_STEPS = Prune, Shrink, Cut, Constrain, Fold, Merge, Equalize, Rotate, Quantize, Cache, Recover
 STEPS: dict[str, Any] = {step.name: step for step in _STEPS}
 
 
@@ -241,9 +244,11 @@ def cut(
     ratio: float | None = None,
     data: Dataset | Place | None = None,
     part: str = "block",
+    of: str = "parameters",
     criterion: str = "influence",
     patch: str = "linear",
     refit: bool = False,
+    train: int = 0,
     learn: str | None = None,
     seed: int = 0,
     **options: Any,
@@ -251,8 +256,10 @@ def cut(
     """A copy without the least important blocks; see `penjing.steps.cut`.
 
     Args:
-        layers: how many blocks go; a fraction below 1 is a ratio.
-        part, criterion, patch, refit: as in the step.
+        layers: how many blocks go, or with the part `any` as much as so many have; a fraction
+            below 1 is a ratio.
+        part, of, criterion, patch, refit: as in the step.
+        train: steps of distillation of the patches alone, when they are in their places.
         learn: learn what goes in training, see `prune`. Where the weights are trained along there
             is no patch: they have made up for what is gone.
     """
@@ -266,6 +273,8 @@ def cut(
     if learn is not None:
         if part != "block":
             raise UsageError("part with learn", got=part, allowed="block")
+        if train:
+            raise UsageError("train with learn", next="leave it out, or use penjing recover after")
         Cut(count, ratio, criterion=criterion, patch=patch)
         budget = ratio or int(count or 0) / max(1, len(loaded.blocks))
         trained = bool(options.get("weights_lr"))
@@ -274,8 +283,15 @@ def cut(
         )
         recipe = learning(learn, "layers", budget, step, seed, options, criterion=criterion)
         return apply(loaded, recipe, data, **options)
-    step = Cut(count, ratio, part=part, criterion=criterion, patch=patch, refit=refit, seed=seed)
-    return apply(loaded, Recipe((step,), seed), data, **options)
+    step = Cut(count, ratio, part=part, of=of, criterion=criterion, patch=patch, refit=refit,
+               seed=seed)  # fmt: skip
+    if not train:
+        return apply(loaded, Recipe((step,), seed), data, **options)
+    if patch not in _TRAINED or part not in ("block", "any"):
+        raise UsageError("train, of patches", got=f"patch {patch} of part {part}",
+                         allowed=f"patch {' or '.join(_TRAINED)}, of blocks")  # fmt: skip
+    patches = Recover(seconds=0, steps=train, lr=1e-3, seed=seed, targets=("*penjing_*",))
+    return apply(loaded, Recipe((step, patches), seed), data, **{"samples": 512, **options})
 
 
 def quantize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from penjing.graph import given
 from penjing.model import Batch, Model
 
-__all__ = ["Detours", "Passed", "Way"]
+__all__ = ["Detours", "Passed", "Way", "silent", "zeros"]
 
 # What a block gives of the hidden state that comes; None to hand it on.
 Way = Callable[[Tensor], Tensor] | None
@@ -68,7 +68,7 @@ class Detours:
 
     def run(
         self, batch: Batch, ways: Mapping[int, Way], passed: Passed | None = None,
-        silent: Iterable[str] = (),
+        without: Iterable[str] = (),
     ) -> Tensor:  # fmt: skip
         """The network's output where blocks give `ways` of what comes.
 
@@ -76,7 +76,7 @@ class Detours:
             batch: as `Model.run` takes it.
             ways: by index of a block; its own hooks do not run.
             passed: gets the hidden states of this run.
-            silent: paths of layers that give zeros.
+            without: paths of layers that give zeros.
         """
 
         def enter(args: Any, kwargs: Any, index: int) -> None:
@@ -91,9 +91,7 @@ class Detours:
             for index, way in ways.items():
                 stack.enter_context(self._instead(index, way))
             stack.enter_context(self._hooks(leave, enter))
-            for path in silent:
-                layer = self.model.module.get_submodule(path)
-                stack.callback(layer.register_forward_hook(_zeros).remove)
+            stack.enter_context(silent(self.model.module, without))
             return self.model.run(batch)
 
     @contextlib.contextmanager
@@ -126,5 +124,17 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
     return given(args, {}) if args else kwargs["hidden_states"]
 
 
-def _zeros(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+@contextlib.contextmanager
+def silent(module: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Layers, by path inside a module, give zeros for a while."""
+    handles = [module.get_submodule(path).register_forward_hook(zeros) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def zeros(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Hook of a layer that gives zeros."""
     return torch.zeros_like(output)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penjing.cache import CacheGrid, attention_layers
+from penjing.convolutions import fold, merge
 from penjing.errors import InputError
 from penjing.graph import given
 from penjing.model import Model, parent_of
@@ -86,6 +87,8 @@ def perform(model: Model, edit: Edit) -> None:
                 )
         elif edit.kind == "fold":
             touched = [f"{edit.path}.weight"]
+        elif edit.kind == "merge":
+            touched = [f"{path}.weight" for path in (edit.path, str(value))]
         elif edit.kind == "untie":
             touched = [edit.path]
         _refuse_quantized(model, edit.kind, touched)
@@ -148,6 +151,8 @@ def _structural(edit: Edit) -> dict[str, Any]:
         entry |= {"width": edit.value.width, "more": edit.value.more}
     elif edit.kind == "fold":
         entry["norm"] = edit.value
+    elif edit.kind == "merge":
+        entry["second"] = edit.value
     return entry
 
 
@@ -190,7 +195,9 @@ def _restructure(model: Model, entry: dict[str, Any]) -> None:
     elif kind == "untie":
         _untie(model.module, path)
     elif kind == "fold":
-        _fold(model.module, path, entry["norm"])
+        fold(model.module, path, entry["norm"])
+    elif kind == "merge":
+        merge(model.module, path, entry["second"])
     else:
         raise InputError("unknown structural edit", got=kind)
     model.structure.append(entry)
@@ -282,23 +289,6 @@ def _repair_config(module: nn.Module, layers: int, index: int) -> None:
         for name, value in list(vars(config).items()):
             if name in ("layer_types", "mlp_layer_types") and isinstance(value, list):
                 setattr(config, name, value[:index] + value[index + 1 :])
-
-
-def _fold(module: nn.Module, conv_path: str, norm_path: str) -> None:
-    """Batch norm in evaluation is a scale and a shift of each output channel of the convolution."""
-    conv = cast(nn.Conv2d, module.get_submodule(conv_path))
-    norm = cast(nn.BatchNorm2d, module.get_submodule(norm_path))
-    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    with torch.no_grad():
-        scale = 1 / torch.sqrt(variance + norm.eps)  # [out]
-        if norm.affine:
-            scale = norm.weight * scale
-        bias = conv.bias if conv.bias is not None else torch.zeros_like(mean)
-        conv.weight = nn.Parameter(conv.weight * scale.reshape(-1, 1, 1, 1))
-        bias = (bias - mean) * scale
-        conv.bias = nn.Parameter(bias + norm.bias if norm.affine else bias)
-    holder, name = parent_of(module, norm_path)
-    setattr(holder, name, nn.Identity())
 
 
 def _patch(model: Model, edit: Edit, patch: Patch) -> None:

@@ -40,6 +40,7 @@ Kind = Literal[
     "drop",
     "patch",
     "fold",
+    "merge",
     "untie",
     "quantize",
     "activation",
@@ -170,6 +171,7 @@ class Edit:
             keep: bool tensor, what the next step leaves: of a parameter's shape its weights, of
                 a layer's inputs, or a single one of a block;
             fold: path of a batch norm that goes into the convolution at `path`;
+            merge: path of a convolution that goes into the one in front of it, at `path`;
             quantize: `IntegerPlanes` for the parameter;
             activation: `ActivationRange` for the input of the module at `path`;
             cache: `CacheGrid` for the keys and values of the attention at `path`.

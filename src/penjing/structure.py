@@ -28,8 +28,8 @@ from penjing.export import export
 from penjing.fit.solve import Constraint, solve
 from penjing.measure import Candidate, measure_files, median_ratio
 from penjing.model import Batch, Model
-from penjing.steps._depth import judges
 from penjing.steps._ladder import COSTS
+from penjing.steps._trials import judges
 from penjing.training import held_out
 from penjing.transferring.forms import BLOCK, Forms, Option, Picked
 from penjing.transferring.library import library

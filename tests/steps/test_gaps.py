@@ -45,7 +45,7 @@ def test_a_refitted_layer_is_a_ridge_toward_its_old_weights() -> None:
     blocks = model.module.blocks
     x, goal = [], []
     with torch.no_grad():
-        for batch in batches[:6]:  # the last quarter is held out
+        for batch in batches:
             h = blocks[0](model.module.inp(batch["x"]))
             whole = blocks[2](blocks[1](h))
             x.append(torch.relu(blocks[2].up(h)).flatten(0, 1))
@@ -179,8 +179,8 @@ def test_edits_in_a_journal() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"patch": "low-rank", "refit": True}, {"patch": "fused"}, {"part": "attention"},
-     {"part": "mlp"}],
+    [{"patch": "linear"}, {"patch": "low-rank", "refit": True}, {"patch": "fused"},
+     {"part": "attention"}, {"part": "mlp"}],
 )  # fmt: skip
 def test_a_cut_decoder_writes_in_onnxruntime_with_its_cache(
     options: dict[str, Any], tmp_path: Path
@@ -202,3 +202,76 @@ def test_a_cut_decoder_writes_in_onnxruntime_with_its_cache(
         made.append(int(logits[0, -1].argmax()))
         given = np.array([[made[-1]]])
     assert made == written[0].tolist()
+
+
+def test_a_merged_block_is_between_the_two_it_stands_for() -> None:
+    model, batches = net.stack(4), net.arrays(8)
+    with torch.no_grad():  # both are small steps, and the second of the two is the larger one
+        one, two = model.module.blocks[1], model.module.blocks[2]
+        two.load_state_dict(one.state_dict())
+        two.down.weight.mul_(2.0)
+        two.down.bias.mul_(2.0)
+    done = _cut(model, batches, 2, patch="merged")
+    plain = _cut(model, batches, 2, patch="none").model
+    assert {d.path for d in done.done if d.kind == "weight"} == {
+        f"blocks.1.{layer}.{kind}" for layer in ("up", "down") for kind in ("weight", "bias")
+    }
+    share = float(next(d.why for d in done.done if d.kind == "weight").split("%")[0].split()[1])
+    assert share == 100  # x + f(x) + 2 f(x), as far as x stays the same
+    merged = done.model.module.blocks[1]
+    torch.testing.assert_close(merged.down.weight, 2 * one.down.weight)
+    torch.testing.assert_close(merged.up.weight, one.up.weight)
+    assert done.model.parameter_count == plain.parameter_count
+    assert _off(model, done.model, batches[-1]) < _off(model, plain, batches[-1])
+
+
+def test_a_merged_block_that_does_not_help_stays_as_it_was() -> None:
+    model, batches = net.stack(4), net.arrays(8)
+    with torch.no_grad():
+        model.module.blocks[2].scale = 0.0  # it does nothing, so there is nothing to take on
+        for parameter in model.module.blocks[2].parameters():
+            parameter.normal_()
+    done = _cut(model, batches, 2, patch="merged")
+    assert {d.kind for d in done.done} == {"drop"}
+    assert net.same(done.model, _cut(model, batches, 2, patch="none").model)
+
+
+class _Stages(torch.nn.Module):
+    """Two lists of blocks, and a layer between them that makes the hidden state wider."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.mid, self.out = (torch.nn.Linear(*n) for n in ((6, 8), (8, 12), (12, 4)))
+        self.a = torch.nn.ModuleList(net.MlpBlock(8, 24) for _ in range(2))
+        self.b = torch.nn.ModuleList(net.MlpBlock(12, 24) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.a:
+            x = block(x)
+        x = self.mid(x)
+        for block in self.b:
+            x = block(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("criterion", ["by name", "greedy"])
+def test_a_gap_ends_where_a_list_of_blocks_ends(criterion: str) -> None:
+    torch.manual_seed(0)
+    model, batches = net.wrap(_Stages(), "tensor", {"x": torch.randn(2, 5, 6)}), net.arrays(8)
+    assert model.blocks == ("a.0", "a.1", "b.0", "b.1")
+    if criterion == "greedy":  # one of each list stays
+        step = Cut(2, criterion="greedy", refit=True)
+        gone = [d.path for d in apply(model, Recipe((step,)), batches).done if d.kind == "drop"]
+        assert sorted(path[0] for path in gone) == ["a", "b"]
+        return
+    done = _cut(model, batches, 1, 2)
+    small, x = done.model.module, batches[0]["x"]
+    assert {d.path for d in done.done if d.kind == "patch"} == {"a.0", "b.1"}
+    with torch.no_grad():
+        h = small.mid(small.a[0].penjing_after(model.module.a[0](model.module.inp(x))))
+        h = small.b[0].penjing_before(h)
+        torch.testing.assert_close(done.model.run(batches[0]), small.out(model.module.b[1](h)))
+    assert _off(model, done.model, batches[0]) < _off(
+        model, _cut(model, batches, 1, 2, patch="none").model, batches[0]
+    )

@@ -199,7 +199,7 @@ def test_what_is_left_takes_it_up() -> None:
 def test_refusals() -> None:
     with pytest.raises(UsageError, match="unknown part"):
         Cut(1, part="norm")
-    with pytest.raises(UsageError, match="of halves"):
+    with pytest.raises(UsageError, match="criterion angular of part mlp"):
         Cut(1, part="mlp", criterion="angular")
     with pytest.raises(InputError, match="no attention found"):
         apply(net.stack(3), Recipe((Cut(1, part="attention"),)), net.arrays(2))

@@ -228,10 +228,18 @@ def shrink(
 @click.option("--ratio", type=RATIO, metavar="0.25", help="which fraction of them.")
 @click.option(
     "--part",
-    type=click.Choice(["block", "attention", "mlp"]),
+    type=click.Choice(["block", "attention", "mlp", "any"]),
     default="block",
     show_default=True,
-    help="What goes of a block.",
+    help="What goes of a block; any: whichever harms least for what it saves, "
+    "until as much is gone as so many blocks have.",
+)
+@click.option(
+    "--of",
+    type=click.Choice(["parameters", "macs"]),
+    default="parameters",
+    show_default=True,
+    help="What --part any saves.",
 )
 @click.option(
     "--criterion",
@@ -242,12 +250,19 @@ def shrink(
 )
 @click.option(
     "--patch",
-    type=click.Choice(["linear", "low-rank", "fused", "none"]),
+    type=click.Choice(["linear", "low-rank", "fused", "merged", "none"]),
     default="linear",
     show_default=True,
-    help="What stands in for whole blocks; fused costs nothing at run time.",
+    help="What stands in for whole blocks; fused and merged cost nothing at run time.",
 )
 @click.option("--refit", is_flag=True, help="Refit what writes the hidden state behind a gap.")
+@click.option(
+    "--train",
+    type=click.IntRange(0),
+    default=0,
+    metavar="STEPS",
+    help="Then train the patches alone, toward the outputs of the whole network; 100 are enough.",
+)
 @learn_options
 @data_options(required=True)
 @output_options()
@@ -266,6 +281,7 @@ def cut(
     penjing cut ./my-model --layers 2 --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --criterion greedy --refit --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --part attention --data calibration.jsonl -o ./cut
+    penjing cut ./my-model --ratio 0.2 --part any --data calibration.jsonl -o ./cut
     penjing cut ./my-model --layers 2 --learn gates --data calibration.jsonl -o ./cut
     """
     training = learning(options)

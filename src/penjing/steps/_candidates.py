@@ -199,7 +199,7 @@ class Layers:
         model = unit.model
         if len(model.blocks) < 2:
             raise InputError("no repeated blocks", got=len(model.blocks), allowed="2 or more")
-        scores = influence(Stream(model, unit.batches))
+        scores = {piece.block: s for piece, s in influence(Stream(model, unit.batches)).items()}
         self._scores = {i: s for i, s in scores.items() if matches(model.blocks[i], targets)}
         self._model = model
         self.count = len(self._scores)

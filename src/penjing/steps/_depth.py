@@ -1,78 +1,119 @@
-"""Which blocks go.
+"""Which blocks go, or which halves of blocks.
 
-influence   1 - mean cosine of a block's input and output (ShortGPT, arXiv 2403.03853, section 3.1)
+influence   1 - mean cosine of a block's input and output (ShortGPT, arXiv 2403.03853, section 3.1);
+            of a half, of what its block gives with and without it
 angular     one run of blocks, by the mean angle of its input and output over pi (Gromov et al.,
             arXiv 2403.17887, section 3.2)
-greedy      one block after the other, by how far the outputs of the network without it are from
+greedy      one piece after the other, by how far the outputs of the network without it are from
             those of the whole one; as SLEB (arXiv 2402.09025), but with the patch in place
-evolution   sets of blocks, by the same: the best are changed by a block and compared again
+evolution   sets of pieces, by the same: the best are changed by a piece and compared again
             (EvoPress, arXiv 2410.14649, section 3)
 
-What is cut so far need not be run again: a candidate begins with the hidden states that reach it.
+Where pieces of several sizes compete, harm counts over what is saved.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from penjing.calibrate import Stream
-from penjing.detour import Detours, Passed, Way
-from penjing.divergence import divergence
-from penjing.model import Batch, Model
+from penjing.detour import silent
 from penjing.progress import track
+from penjing.steps._trials import PARTS, Piece, Trials, blocks_of
 
-__all__ = [
-    "Trials", "angles", "evolution", "greedy", "half_influence", "influence", "judges", "runs",
-]  # fmt: skip
+__all__ = ["Budget", "angles", "evolution", "greedy", "influence", "ranked"]
 
-# Elements of a batch to judge by, with its outputs, and tokens.
-_MOST, _TOKENS = 64 * 2**20, 512
 # After the first, a round of `greedy` tries the better half and this many at least.
 _FEW = 4
 # Of `evolution`: sets that are kept, sets that each round makes of them.
 _PARENTS, _CHILDREN = 4, 8
 
-# What stands in for the blocks from the first index to the second, both gone.
-Patcher = Callable[[int, int], Way]
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is to go, and of what.
+
+    Attributes:
+        costs: of each piece that may go; of a half no more than of its block.
+        amount: pieces go until those that are gone cost so much.
+        stages: indices of blocks in one list, of which one stays.
+    """
+
+    costs: Mapping[Piece, float]
+    amount: float
+    stages: tuple[frozenset[int], ...]
+
+    @property
+    def most(self) -> float:
+        """An amount that can go whatever goes first: of every stage all but its largest block."""
+        most = 0.0
+        for stage in self.stages:
+            sizes = [max(self.costs.get(Piece(i, part), 0.0) for part in PARTS) for i in stage]
+            most += sum(sizes) - (max(sizes) if all(sizes) else 0.0)
+        return most
+
+    def left(self, gone: Iterable[Piece]) -> float:
+        """What is still to go, 0 or less when it is enough."""
+        # Ten times a tenth is less than one.
+        return self.amount * (1 - 1e-9) - sum(self.costs[piece] for piece in gone)
+
+    def saves(self, piece: Piece, gone: frozenset[Piece]) -> float:
+        """What goes with one more piece, as far as it is asked for."""
+        left = self.left(gone)
+        return min(left, left - self.left(joined(gone, piece)))
+
+    def fits(self, gone: Collection[Piece]) -> bool:
+        """Whether every stage keeps a block."""
+        whole = blocks_of(gone)
+        return not any(stage <= whole for stage in self.stages)
+
+    def open(self, gone: frozenset[Piece]) -> list[Piece]:
+        """Pieces that may be next; of a block that has lost a half, only all of it."""
+        touched = {piece.block for piece in gone}
+        return [
+            piece for piece in self.costs
+            if piece.block not in (touched if piece.part != "block" else blocks_of(gone))
+            and self.fits(joined(gone, piece))
+        ]  # fmt: skip
 
 
-def influence(stream: Stream) -> dict[int, float]:
-    """1 - mean cosine of input and output, of every block that keeps its shape."""
-    scores: dict[int, float] = {}
-    for index, _, calls, outputs in stream.walk():
-        if any(c.hidden.shape != o.shape for c, o in zip(calls, outputs, strict=True)):
-            continue
-        total, count = 0.0, 0
-        for number, (call, output) in enumerate(zip(calls, outputs, strict=True)):
-            cosine = _cosine(stream, number, call.hidden, output)
-            total, count = total + float(cosine.sum()), count + len(cosine)
-        scores[index] = 1 - total / count
-    return scores
+def joined(gone: frozenset[Piece], piece: Piece) -> frozenset[Piece]:
+    """With one more; a block takes the place of its half."""
+    return frozenset(other for other in gone if other.block != piece.block) | {piece}
 
 
-def half_influence(stream: Stream, silent: Mapping[int, str]) -> dict[int, float]:
-    """1 - mean cosine of what a block gives with and without the layer that ends its half."""
-    scores: dict[int, float] = {}
+def influence(stream: Stream, ends: Mapping[Piece, str] | None = None) -> dict[Piece, float]:
+    """1 - mean cosine of input and output of blocks, and of what they give with and without a half.
+
+    Args:
+        stream: not yet entered.
+        ends: of halves, the layer that ends each; None for whole blocks alone.
+
+    Returns:
+        Of every half, and of every block that keeps its shape.
+    """
+    scores: dict[Piece, float] = {}
     for index, block, calls, outputs in stream.walk():
-        if index not in silent:
-            continue
-        layer = stream.model.module.get_submodule(silent[index])
-        handle = layer.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
-        total, count = 0.0, 0
-        try:
-            for number, (call, output) in enumerate(zip(calls, outputs, strict=True)):
-                cosine = _cosine(stream, number, call.run(block, call.hidden), output)
-                total, count = total + float(cosine.sum()), count + len(cosine)
-        finally:
-            handle.remove()
-        scores[index] = 1 - total / count
+        if all(c.hidden.shape == o.shape for c, o in zip(calls, outputs, strict=True)):
+            scores[Piece(index)] = _turned(stream, [c.hidden for c in calls], outputs)
+        for piece, path in (ends or {}).items():
+            if piece.block == index:
+                with silent(stream.model.module, [path]):
+                    without = [call.run(block, call.hidden) for call in calls]
+                scores[piece] = _turned(stream, without, outputs)
     return scores
+
+
+def _turned(stream: Stream, before: list[Tensor], after: list[Tensor]) -> float:
+    """1 - mean cosine over all real tokens of all batches."""
+    pairs = enumerate(zip(before, after, strict=True))
+    return 1 - float(torch.cat([_cosine(stream, n, x, y) for n, (x, y) in pairs]).double().mean())
 
 
 def angles(stream: Stream, count: int) -> dict[int, float]:
@@ -105,146 +146,50 @@ def _cosine(stream: Stream, number: int, x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.cosine_similarity(x, y, dim=1)
 
 
-def judges(model: Model, batches: Sequence[Batch]) -> list[Batch]:
-    """Samples from the last quarter of the data, a few: the largest part of a trial is its run."""
-    mask = "attention_mask" if "attention_mask" in batches[0] else None
-    held = batches[-max(1, len(batches) // 4) :]
-    if len(batches) == 1:
-        count = len(next(iter(batches[0].values())))
-        held = [{n: x[count - max(1, count // 4) :] for n, x in batches[0].items()}]
-    sample = {name: x[:1] for name, x in held[0].items()}
-    with torch.no_grad():
-        each = model.run(sample).numel()
-    found: list[Batch] = []
-    size, tokens = 0, 0
-    for batch in held:
-        rows = len(next(iter(batch.values())))
-        real = [int(batch[mask][r].sum()) if mask else 0 for r in range(rows)]
-        kept = 0
-        while kept < rows and (not (found or kept) or (size < _MOST and tokens < _TOKENS)):
-            size, tokens, kept = size + each, tokens + real[kept], kept + 1
-        if kept:
-            found.append({name: x[:kept] for name, x in batch.items()})
-    return found
-
-
-class Trials:
-    """Sets of blocks to cut, tried on a few batches with patches in place.
-
-    Args:
-        model: the whole network.
-        batches: to judge by.
-        patcher: of a run of blocks that are gone.
-        score: how far outputs are from the whole network's; by default `penjing.divergence`.
-        silent: of blocks of which a half may go, the layer that ends it; None to cut whole blocks.
-
-    Attributes:
-        able: blocks that may go, as they keep the shape of the hidden state.
-        count: trials made.
-    """
-
-    def __init__(
-        self, model: Model, batches: Sequence[Batch], patcher: Patcher,
-        score: Callable[[Sequence[Tensor]], float] | None = None,
-        silent: Mapping[int, str] | None = None,
-    ) -> None:  # fmt: skip
-        self._batches, self._patcher, self._silent = list(batches), patcher, silent
-        self._detours = Detours(model, batches[0])
-        self.count = 0
-        self._base: frozenset[int] = frozenset()
-        self._states = [Passed() for _ in batches]
-        whole = [self._detours.run(b, {}, p) for b, p in zip(batches, self._states, strict=True)]
-        self._score = score or (
-            lambda found: divergence(model.interface, self._batches, whole, found)
-        )
-        first = self._states[0]
-        self.able = list(silent) if silent is not None else [
-            i for i in range(len(model.blocks))
-            if first.entered[i].shape == first.left[i].shape
-        ]  # fmt: skip
-
-    def __call__(self, gone: frozenset[int]) -> float:
-        """How far the outputs without these blocks are from the whole network's."""
-        self.count += 1
-        return self._score(self._run(gone, None))
-
-    def settle(self, gone: frozenset[int]) -> None:
-        """Later trials begin with the hidden states of this one, as far as they agree."""
-        states = [Passed() for _ in self._batches]
-        self._run(gone, states)
-        for old, new in zip(self._states, states, strict=True):
-            old.left |= new.left
-        self._base = gone
-
-    def _run(self, gone: frozenset[int], states: list[Passed] | None) -> list[Tensor]:
-        start = min(gone ^ self._base, default=0)
-        ways: dict[int, Way] = {}
-        silent: list[str] = []
-        if self._silent is not None:
-            silent = [self._silent[i] for i in gone if i >= start]
-        else:
-            while start - 1 in gone:  # the patch is of the whole run of blocks
-                start -= 1
-        for first, last in runs(gone if self._silent is None else frozenset()):
-            if first >= start:
-                ways |= dict.fromkeys(range(first, last))
-                ways[last] = self._patcher(first, last)
-        outputs = []
-        for number, batch in enumerate(self._batches):
-            skipped: dict[int, Way] = dict.fromkeys(range(start))
-            if start:  # a copy: what comes next may work in place
-                known = self._states[number].left[start - 1]
-                skipped[start - 1] = functools.partial(_instead, known)
-            passed = None if states is None else states[number]
-            outputs.append(self._detours.run(batch, skipped | ways, passed, silent))
-            if passed is not None:
-                passed.left = {i: h for i, h in passed.left.items() if i >= start}
-        return outputs
-
-
-def _instead(known: Tensor, _: Tensor) -> Tensor:
-    return known.clone()
-
-
-def runs(gone: frozenset[int]) -> list[tuple[int, int]]:
-    """First and last of each run of neighbours."""
-    return [
-        (first, next(i for i in range(first, max(gone) + 2) if i not in gone) - 1)
-        for first in sorted(gone)
-        if first - 1 not in gone
-    ]
-
-
-def greedy(trials: Trials, count: int) -> dict[int, str]:
-    """Blocks in the order they go, and why."""
-    gone: dict[int, str] = {}
-    left = list(trials.able)
-    for number in range(count):
-        base = frozenset(gone)
-        tried = {i: trials(base | {i}) for i in track(left, f"cut {number + 1} of {count}")}
-        order = sorted(tried, key=lambda i: (tried[i], i))
-        best = order[0]
-        gone[best] = f"taken as number {number + 1}; outputs then off by {tried[best]:.4g}"
-        trials.settle(frozenset(gone))
-        left = [i for i in order[: max(count - number, _FEW, len(order) // 2)] if i != best]
+def ranked(scores: Mapping[Piece, float], budget: Budget) -> frozenset[Piece]:
+    """Pieces of the lowest scores over what they save, until it is enough."""
+    gone: frozenset[Piece] = frozenset()
+    while budget.left(gone) > 0:
+        best = min(budget.open(gone), key=lambda p: (scores[p] / budget.saves(p, gone), p))
+        gone = joined(gone, best)
     return gone
 
 
-def evolution(trials: Trials, count: int, rounds: int, seed: int) -> dict[int, str]:
-    """Blocks that go, and why; from the sets that single trials suggest on."""
+def greedy(trials: Trials, budget: Budget) -> dict[Piece, str]:
+    """Pieces in the order they go, and why."""
+    gone: dict[Piece, str] = {}
+    base, harm = frozenset[Piece](), 0.0
+    left = set(budget.costs)
+    while (most := budget.left(base)) > 0:
+        able = [p for p in budget.open(base) if p in left] or budget.open(base)
+        tried = {p: trials(joined(base, p)) for p in track(able, f"cut {len(gone) + 1}")}
+        order = sorted(able, key=lambda p: ((tried[p] - harm) / budget.saves(p, base), p))
+        best = order[0]
+        base, harm = joined(base, best), tried[best]
+        gone = {piece: why for piece, why in gone.items() if piece in base}
+        gone[best] = f"taken as number {len(gone) + 1}; outputs then off by {harm:.4g}"
+        trials.settle(base)
+        few = math.ceil(most / min(budget.costs.values()))
+        left = set(order[: max(few, _FEW, len(order) // 2)])
+    return gone
+
+
+def evolution(trials: Trials, budget: Budget, rounds: int, seed: int) -> dict[Piece, str]:
+    """Pieces that go, all of one cost, and why; from the sets that single trials suggest on."""
     draw = random.Random(seed)
-    alone = {i: trials(frozenset({i})) for i in track(trials.able, "single blocks")}
-    order = sorted(alone, key=lambda i: (alone[i], i))
-    known: dict[frozenset[int], float] = {}
-    parents = [frozenset(order[:count])]
-    known[parents[0]] = trials(parents[0])
+    pieces = budget.open(frozenset())
+    alone = {p: trials(frozenset({p})) for p in track(pieces, "single pieces")}
+    parents = [ranked(alone, budget)]
+    count = len(parents[0])
+    order = sorted(alone, key=lambda p: (alone[p], p))
+    known = {parents[0]: trials(parents[0])}
     for _ in track(range(rounds), "evolution"):
         for _ in range(_CHILDREN):
             child = set(draw.choice(parents))
             for _ in range(min(draw.choice((1, 1, 2)), len(order) - count, count)):
                 child.remove(draw.choice(sorted(child)))
-                child.add(draw.choice([i for i in order if i not in child]))
-            if (made := frozenset(child)) not in known:
+                child.add(draw.choice([p for p in order if p not in child]))
+            if (made := frozenset(child)) not in known and budget.fits(made):
                 known[made] = trials(made)
         parents = sorted(known, key=lambda s: (known[s], sorted(s)))[:_PARENTS]
     why = f"best of {len(known)} sets by evolution; outputs off by {known[parents[0]]:.4g}"

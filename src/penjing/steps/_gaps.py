@@ -50,7 +50,7 @@ _PROBE = (1, 8)
 
 @dataclass(frozen=True)
 class Fit:
-    """A linear map and its relative held-out error without and with it.
+    """A linear map, and the relative held-out error without and with one fitted to the rest.
 
     Attributes:
         weight: [out, in].
@@ -70,7 +70,17 @@ class _Sums:
     count: int = 0
     tensors: list[Tensor] = field(default_factory=list)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add_all(
+        self, rows: Sequence[tuple[Tensor, Tensor, Tensor]], toward: Tensor, along: Tensor | None
+    ) -> None:
+        """Batches of x and y; but for what is along directions [few, in], where there are any."""
+        for x, y, _ in rows:
+            if along is None:
+                self._add(x, y)
+            else:
+                self._add(x - (x @ along.T) @ along, y - x @ toward.T)
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
         new = [x.double().sum(0), y.double().sum(0), (x.T @ x).double(), (x.T @ y).double()]
         self.tensors = (
             [a + b for a, b in zip(self.tensors, new, strict=True)] if self.count else new
@@ -84,7 +94,8 @@ def fit_map(
 ) -> Fit | None:  # fmt: skip
     """The map of x to y; None where it does not help.
 
-    Held out is the last quarter of the batches, of a single batch the last quarter of its rows.
+    Whether it does is judged on the last quarter of the batches, of a single batch on the last
+    quarter of its rows, by a map fitted to all others; what is kept is fitted to all of them.
 
     Args:
         rows: x [tokens, in], y [tokens, out] and what is given for y without the map, a batch each.
@@ -104,27 +115,19 @@ def fit_map(
         calm = [tuple(t[part] for t in calm[0])  # type: ignore[misc]
                 for part in (slice(0, border), slice(border, count))]  # fmt: skip
     held = max(1, len(calm) // 4)
-    along = _directions(torch.cat(sinks))
+    tests, along = calm[-held:], _directions(torch.cat(sinks))
     sums = _Sums()
-    for x, y, _ in calm[:-held]:
-        if along is None:
-            sums.add(x, y)
-        else:
-            sums.add(x - (x @ along.T) @ along, y - x @ toward.T)
+    sums.add_all(calm[:-held], toward, along)
     if not sums.count:
         return None
-    if along is None:
-        weight, shift = _solved(sums, toward.double(), strength, bias)
-    else:
-        weight, shift = _solved(sums, torch.zeros_like(toward).double(), strength, bias)
-        weight = toward.double() + weight - (weight @ along.T.double()) @ along.double()
-    # Contiguous, as it comes back from a journal: a layout can change the last bit of a product.
-    weight, shift = weight.float().contiguous(), shift.float().contiguous()
-    tests = calm[-held:]
+    weight, shift = _solved(sums, toward, along, strength, bias)
     total = max(sum(float(y.square().sum()) for _, y, _ in tests), 1e-12)
     before = sum(float((without - y).square().sum()) for _, y, without in tests)
     after = sum(float((x @ weight.T + shift - y).square().sum()) for x, y, _ in tests)
-    return Fit(weight, shift, before / total, after / total) if after < before else None
+    if after >= before:
+        return None
+    sums.add_all(tests, toward, along)
+    return Fit(*_solved(sums, toward, along, strength, bias), before / total, after / total)
 
 
 def _massive(x: Tensor) -> Tensor:
@@ -143,12 +146,21 @@ def _directions(sinks: Tensor) -> Tensor | None:
     return few.contiguous()
 
 
-def _solved(sums: _Sums, toward: Tensor, strength: float, bias: bool) -> tuple[Tensor, Tensor]:
+def _solved(
+    sums: _Sums, toward: Tensor, along: Tensor | None, strength: float, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Weight [out, in] and bias [out]; toward `toward`, which they are along the directions."""
     sum_x, sum_y, gram, cross = sums.tensors
+    held = toward.double() if along is None else torch.zeros_like(toward).double()
     if bias:
-        return affine_ridge(sums.count, sum_x, sum_y, gram, cross, strength, toward)
-    weight = ridge(gram / sums.count, cross / sums.count, strength, toward.T).T
-    return weight, torch.zeros(len(weight), dtype=torch.float64)
+        weight, shift = affine_ridge(sums.count, sum_x, sum_y, gram, cross, strength, held)
+    else:
+        weight = ridge(gram / sums.count, cross / sums.count, strength, held.T).T
+        shift = torch.zeros(len(weight), dtype=torch.float64)
+    if along is not None:
+        weight = toward.double() + weight - (weight @ along.T.double()) @ along.double()
+    # Contiguous, as it comes back from a journal: a layout can change the last bit of a product.
+    return weight.float().contiguous(), shift.float().contiguous()
 
 
 def low_rank(weight: Tensor, inputs: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:

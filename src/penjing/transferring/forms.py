@@ -16,9 +16,9 @@ from penjing.edits import perform
 from penjing.errors import InputError
 from penjing.model import Batch, Model
 from penjing.recipe import Edit, Patch, Recipe
-from penjing.steps._depth import runs
 from penjing.steps._halves import Half, halves_of
 from penjing.steps._ladder import Forms as Narrow
+from penjing.steps._trials import runs
 from penjing.steps.cut import Cut
 from penjing.steps.shrink import Shrink
 

@@ -18,12 +18,13 @@ from penjing.calibrate import Stream
 from penjing.gradients import slopes
 from penjing.model import Batch, Model
 from penjing.progress import track
-from penjing.steps._depth import Trials
 from penjing.steps._halves import Half
 from penjing.steps._importance import needs_of
+from penjing.steps._mend import Patches
 from penjing.steps._neurons import collect
 from penjing.steps._ranking import Group, Probe, bundles, groups_for
-from penjing.steps.cut import Patches
+from penjing.steps._trials import Piece, Trials
+from penjing.steps.cut import Cut
 from penjing.steps.shrink import Shrink
 from penjing.transferring.forms import BLOCK, Forms, Option
 
@@ -92,14 +93,16 @@ def _narrower(
 
 def _silent(teacher: Model, forms: Forms, held: Sequence[Batch]) -> dict[tuple[str, str], float]:
     """The harm of a half that is gone, by block and half."""
-    found = {}
-    for name in sorted({name for own in forms.halves.values() for name in own}):
-        silent = {i: f"{b}.{forms.halves[b][name].writer.path}"
-                  for i, b in enumerate(teacher.blocks) if name in forms.halves[b]}  # fmt: skip
-        trials = Trials(teacher, held, lambda *_: None, silent=silent)
-        for i in track(list(silent), f"without {name}"):
-            found[teacher.blocks[i], name] = trials(frozenset({i}))
-    return found
+    ends = {Piece(i, name): f"{block}.{half.writer.path}"
+            for i, block in enumerate(teacher.blocks)
+            for name, half in forms.halves[block].items()}  # fmt: skip
+    if not ends:
+        return {}
+    trials = Trials(teacher, held, lambda *_: None, ends=ends)
+    return {
+        (teacher.blocks[piece.block], piece.part): trials(frozenset({piece}))
+        for piece in track(list(ends), "without halves")
+    }
 
 
 def _gone(
@@ -108,11 +111,12 @@ def _gone(
     """The harm of a block that is gone, where it can be."""
     if len(teacher.blocks) < 2:
         return {}
-    trials = Trials(teacher, held, Patches(teacher, fit))
+    trials = Trials(teacher, held, Patches(teacher, fit, Cut.strength))
     return {
-        teacher.blocks[i]: trials(frozenset({i})) for i in track(trials.able, "without blocks")
-        if forms.works({teacher.blocks[i]: Option((), (BLOCK,))})
-    }  # fmt: skip
+        teacher.blocks[piece.block]: trials(frozenset({piece}))
+        for piece in track(trials.able, "without blocks")
+        if forms.works({teacher.blocks[piece.block]: Option((), (BLOCK,))})
+    }
 
 
 def _within(group: Group, path: str) -> bool:
