@@ -10,8 +10,8 @@ whole network, mean over the sentences with its 95 % interval.
 Connections: Wanda and SparseGPT as published (a block's layers see the block unpruned with Wanda,
 pruned so far with SparseGPT; no target but the layer's own output); `fast` looks at a fifth of the
 sentences; `global` takes as many connections, more of some layers than of others. Neurons: hidden
-units of the MLPs; `wanda` is by the sums of Wanda's scores, without a repair, and so are the other criteria but
-`gram`; `measured` takes as many, more of some layers than of others. MACs: heads and hidden units,
+units of the MLPs; `wanda` is by the sums of Wanda's scores, without a repair, and so are the other
+criteria but `gram`; `measured` takes as many, more of some layers than of others. MACs: heads and hidden units,
 until so much of the network's multiplications is gone, ranked layer by layer or against each other.
 Seconds are of processors, one thread.
 

@@ -7,7 +7,8 @@ sentences about movies (both as in bench/quantization.py). Error: 1 - cosine to 
 embedding of torch, mean over the sentences run through the exported file, with its 95 % interval.
 Speed: median over interleaved rounds of float32's latency over the row's, in the same runtime and
 run, one thread. `tables` are the embeddings; without it Penjing leaves them in float32, the peers
-have them in 8 bits, but for the row of weight matrices alone.
+have them in 8 bits, but for the row of weight matrices alone. `auto`: each range is that of the
+observer whose grid changes the layer's output least.
 
 `--peers` is the interpreter that has nncf and openvino; without it NNCF's rows are left out.
 `--seconds` is how long each timing takes, 0 for none. With ROW only the rows whose name contains
@@ -57,6 +58,7 @@ def steps() -> dict[str, Quantize | None]:
         "penjing rtn": Quantize(method="rtn", **plain),
         "penjing gptq": Quantize(**plain),
         "penjing gptq, tables": Quantize(embeddings=8, **plain),
+        "penjing gptq, tables, auto": Quantize(embeddings=8, observer="auto", **plain),
     }
 
 
