@@ -11,9 +11,9 @@ Connections: Wanda and SparseGPT as published (a block's layers see the block un
 pruned so far with SparseGPT; no target but the layer's own output); `fast` looks at a fifth of the
 sentences; `global` takes as many connections, more of some layers than of others. Neurons: hidden
 units of the MLPs; `wanda` is by the sums of Wanda's scores, without a repair, and so are the other
-criteria but `gram`; `measured` takes as many, more of some layers than of others. MACs: heads and hidden units,
-until so much of the network's multiplications is gone, ranked layer by layer or against each other.
-Seconds are of processors, one thread.
+criteria but `gram`; `measured` takes as many, more of some layers than of others. MACs: heads and
+hidden units, until so much of the network's multiplications is gone, ranked layer by layer or
+against each other. Seconds are of processors, one thread.
 
 All rows are kept in bench/results/pruning-minilm.json and the table beside it is written from all
 of them; with ROW only rows whose name contains it are made, with --missing only new ones.
