@@ -104,7 +104,7 @@ def weights(model: Model) -> dict[str, torch.Tensor]:
         (lambda m, d: api.cut(m, 4, data=d), InputError, ["too many", "got 4", "at most 3"]),
         (lambda m, d: api.cut(m, 2.5, data=d), UsageError, ["layers", "got 2.5"]),
         (lambda m, d: api.cut(m, 1, data=d, patch="magic"), UsageError,
-         ["got magic", "linear, low-rank, fused, none"]),
+         ["got magic", "linear, low-rank, fused, merged, none"]),
         (lambda m, d: api.quantize(m, 9), UsageError, ["bits", "got 9", "from 2 to 8"]),
         (lambda m, d: api.quantize(m, 4, activations=8), UsageError, ["8-bit activations"]),
         (lambda m, d: api.quantize(m, 8, activations=4), UsageError,
@@ -210,6 +210,16 @@ def test_quantized_inputs_without_data_have_ranges_at_run_time(
     # A method that knows nothing of pairs.
     blind = penjing.quantize(model, 8, activations=8, method="clip")
     assert all(p.bits == (bits,) for p in blind.planes.values())
+
+
+def test_an_observer_may_cut_the_ranges(model: Model, data: Path) -> None:
+    whole, cut = (
+        penjing.quantize(model, 8, activations=8, data=data, observer=name).activations
+        for name in ("minmax", "mse")
+    )
+    assert set(cut) == set(whole)
+    assert all(cut[name].scale <= whole[name].scale for name in whole)
+    assert any(cut[name].scale < whole[name].scale for name in whole)
 
 
 def test_the_first_layers_stay_in_floats(model: Model, data: Path) -> None:

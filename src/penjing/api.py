@@ -307,6 +307,7 @@ def quantize(
     symmetric: bool | None = None,
     rotate: bool = False,
     refine: int = 0,
+    observer: str = "minmax",
     kv_cache: int | None = None,
     floats: float = 0.0,
     data: Dataset | Place | None = None,
@@ -322,6 +323,7 @@ def quantize(
     bits (methods other than gptq and rtn). `kv_cache` is 8 or 4 bits of a decoder's keys and
     values; their ranges need data. `floats` is the share of the work that may stay in floats, see
     `penjing.sensitivity`. `refine` is steps of gradient descent on a block after it is quantized.
+    `observer` chooses the ranges of inputs, a name of `penjing.observers` or `auto`.
     """
     if kv_cache is not None:
         need(data, "a KV cache in integers")
@@ -355,6 +357,7 @@ def quantize(
         codes=codes,
         scale_bits=scale_bits,
         rotate=rotate,
+        observer=observer,
         refine=refine,
         paired=paired,
         skip=skip,

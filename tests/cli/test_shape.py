@@ -100,6 +100,9 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (("quantize", "{w}", "--method", "awq", "-o", "{d}/o.npy"), "clip"),
         (("quantize", "{w}", "--rotate", "-o", "{d}/o.npy"), "not rotated"),
         (("quantize", "{w}", "--refine", "64", "-o", "{d}/o.npy"), "--refine is for networks"),
+        (("quantize", "{w}", "--observer", "mse", "-o", "{d}/o.npy"), "--observer is for networks"),
+        (("quantize", "{d}", "--observer", "mse", "-o", "{d}/o"), "--activations 8 and --data"),
+        (("quantize", "{d}", "--observer", "none", "-o", "{d}/o"), "auto, entropy, minmax"),
         (
             ("quantize", "{w}", "--data", "{w}", "--to", "onnx", "-o", "{d}/o.npz"),
             "--data, --to are for networks",
@@ -195,7 +198,8 @@ def test_what_is_learned_is_in_the_artifact(tmp_path: Path) -> None:
 
 def test_the_choices_of_cut_are_those_of_the_step() -> None:
     from penjing.cli.shape import cut
-    from penjing.steps.cut import CRITERIA, PARTS, PATCHES
+    from penjing.steps.cut import CRITERIA, OF, PARTS, PATCHES
 
     shown = {p.name: tuple(getattr(p.type, "choices", ())) for p in cut.params}
-    assert (shown["criterion"], shown["part"], shown["patch"]) == (CRITERIA, PARTS, PATCHES)
+    assert (shown["criterion"], shown["of"], shown["patch"]) == (CRITERIA, OF, PATCHES)
+    assert shown["part"] == (*PARTS, "any")

@@ -199,6 +199,8 @@ def test_what_is_left_takes_it_up() -> None:
 def test_refusals() -> None:
     with pytest.raises(UsageError, match="unknown part"):
         Cut(1, part="norm")
+    with pytest.raises(UsageError, match="a patch of part mlp; got low-rank"):
+        Cut(1, part="mlp", patch="low-rank")
     with pytest.raises(UsageError, match="criterion angular of part mlp"):
         Cut(1, part="mlp", criterion="angular")
     with pytest.raises(InputError, match="no attention found"):

@@ -70,6 +70,11 @@ _TOGETHER = ("additive", "e8", "trellis")
     metavar="64",
     help="Steps of gradient descent on each block's scales and codes.",
 )
+@click.option(
+    "--observer",
+    type=Leaf("observers", "auto"),
+    help="How ranges of 8-bit inputs are chosen; default minmax.",
+)
 @click.option("--dequantize", is_flag=True, help="Weight files only: store the floats.")
 @targets_option
 @data_options()
@@ -90,6 +95,7 @@ def quantize(
     symmetric: bool | None,
     rotate: bool,
     refine: int,
+    observer: str | None,
     dequantize: bool,
     output: Path,
     overwrite: bool,
@@ -108,7 +114,7 @@ def quantize(
     Scheme(bits, group, bool(symmetric), codes, int(scale_bits))
     if is_bare(model, output):
         networks = {"activations": activations, "embeddings": embeddings, "kv_cache": kv_cache,
-                    "floats": floats, "refine": refine}  # fmt: skip
+                    "floats": floats, "refine": refine, "observer": observer}  # fmt: skip
         check_bare(model, options | networks)
         check_model(model)
         if codes != "integer" or scale_bits != "32" or rotate:
@@ -140,6 +146,8 @@ def quantize(
         raise UsageError("--rotate with --to", got=", ".join(held), allowed=", ".join(_ROTATING))
     if kv_cache and (held := sorted(set(options["to"]) - {"onnx"})):
         raise UsageError("--kv-cache with --to", got=", ".join(held), allowed="onnx")
+    if observer and not (activations and options["data"]):
+        raise UsageError("--observer", got=observer, allowed="with --activations 8 and --data")
     if codes in _TOGETHER and options["to"]:
         raise UsageError(
             f"--codes {codes} with --to", got=", ".join(options["to"]), allowed="no export",
@@ -168,6 +176,7 @@ def quantize(
         symmetric=symmetric,
         rotate=rotate,
         refine=refine,
+        observer=observer or "minmax",
         targets=targets or None,
         remarks=lambda before, after: tables_in_floats(before, after, embeddings is not None),
         **options,

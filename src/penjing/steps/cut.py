@@ -96,6 +96,11 @@ class Cut:
             raise UsageError(
                 f"criterion {self.criterion} of part {self.part}", allowed=", ".join(able)
             )
+        if self.part in ("attention", "mlp") and self.patch not in (Cut.patch, "none"):
+            raise UsageError(
+                f"a patch of part {self.part}", got=self.patch, allowed="none",
+                next="patches stand in for whole blocks: use refit",
+            )  # fmt: skip
 
     def plan(self, unit: Unit, stats: dict[str, LayerStats]) -> Iterator[Edit]:
         """Patches and weights first, in the old numbering, then drops, the last first."""
