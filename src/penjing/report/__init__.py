@@ -6,15 +6,17 @@ import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penjing.errors import InputError
 from penjing.files import read_json, sha256, whole_file, write_json
-from penjing.model import Model
-from penjing.recipe import Recipe
 from penjing.report.page import render
 from penjing.report.text import finite
 from penjing.result import FORMAT, Result
+
+if TYPE_CHECKING:  # the command line says what it can do without torch
+    from penjing.model import Model
+    from penjing.recipe import Recipe
 
 __all__ = ["of_training", "render", "write"]
 
