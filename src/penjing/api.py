@@ -37,6 +37,7 @@ from penjing.report import write as report
 from penjing.sensitivity import in_floats
 from penjing.sizing import for_latency
 from penjing.steps._select import LEARNED
+from penjing.steps.attention import Attention
 from penjing.steps.cache import Cache, check_decoder
 from penjing.steps.constrain import Constrain
 from penjing.steps.cut import Cut
@@ -63,7 +64,8 @@ _FEW = 24
 # Patches that can be trained.
 _TRAINED = ("linear", "low-rank")
 
-_STEPS = Prune, Shrink, Cut, Constrain, Fold, Merge, Equalize, Rotate, Quantize, Cache, Recover
+_STEPS = (Prune, Shrink, Cut, Constrain, Fold, Merge, Equalize, Rotate, Quantize, Attention, Cache,
+          Recover)  # fmt: skip
 STEPS: dict[str, Any] = {step.name: step for step in _STEPS}
 
 
@@ -308,6 +310,7 @@ def quantize(
     rotate: bool = False,
     refine: int = 0,
     observer: str = "minmax",
+    attention: int | None = None,
     kv_cache: int | None = None,
     floats: float = 0.0,
     data: Dataset | Place | None = None,
@@ -324,6 +327,7 @@ def quantize(
     values; their ranges need data. `floats` is the share of the work that may stay in floats, see
     `penjing.sensitivity`. `refine` is steps of gradient descent on a block after it is quantized.
     `observer` chooses the ranges of inputs, a name of `penjing.observers` or `auto`.
+    `attention=8` rounds queries and keys too, from data (the step `Attention`; OpenVINO).
     """
     if kv_cache is not None:
         need(data, "a KV cache in integers")
@@ -363,6 +367,8 @@ def quantize(
         skip=skip,
     )
     steps: tuple[Any, ...] = (Fold(), step) if has_norms(loaded) else (step,)
+    if attention is not None:
+        steps += (Attention(),)
     if kv_cache is not None:
         steps += (Cache(kv_cache),)
     return apply(loaded, Recipe(steps, seed), data, **options)

@@ -322,7 +322,8 @@ def _key(model: Model, original: Model, recipe: Recipe, batches: Sequence[Batch]
     """SHA-256 over all that decides the result."""
     head = [recipe.to_toml(), model.source.fingerprint, original.source.fingerprint]
     head += [str(model.structure), str(sorted(model.planes)), str(sorted(model.masks))]
-    head += [str(sorted((n, r.scale, r.zero_point) for n, r in model.activations.items()))]
+    for ranges in (model.activations, model.outputs):
+        head += [str(sorted((n, r.scale, r.zero_point) for n, r in ranges.items()))]
     head += [str(sorted((n, g.bits) for n, g in model.cache.items()))]
     head += [version("penjing"), torch.__version__]
     digest = hashlib.sha256(json.dumps(head).encode())

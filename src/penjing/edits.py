@@ -23,7 +23,7 @@ from penjing.recipe import ActivationRange, Edit, Nothing, Patch, Setting, Slice
 from penjing.shapes import fresh, repair, resize
 from penjing.substitutes import LowRank, Zeros, patch_after, patch_before, placed
 
-__all__ = ["pack", "perform", "replay", "unpack"]
+__all__ = ["pack", "perform", "replay", "rounded", "unpack"]
 
 
 def perform(model: Model, edit: Edit) -> None:
@@ -66,6 +66,12 @@ def perform(model: Model, edit: Edit) -> None:
                 _set(parameter, value if mask is None else value.masked_fill(~mask, 0))
     elif isinstance(value, ActivationRange):
         layer = model.module.get_submodule(edit.path)
+        if edit.kind == "output":
+            if not hasattr(layer, "penjing_output"):
+                layer.register_forward_hook(_quantize_output)
+            layer.penjing_output = value  # type: ignore[assignment]
+            model.outputs[edit.path] = value
+            return
         if not hasattr(layer, "penjing_range"):
             layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
         layer.penjing_range = value  # type: ignore[assignment]
@@ -232,10 +238,10 @@ def _drop(model: Model, path: str) -> None:
             return key
         return f"{prefix}.{int(number) - 1}{dot}{tail}"
 
-    for table in (model.masks, model.planes, model.activations, model.cache, model.kept):
+    for table in _by_path(model):
         kept = {new: v for key, v in table.items() if (new := moved(key)) is not None}
         table.clear()
-        table.update(kept)  # type: ignore[arg-type]
+        table.update(kept)
     model.blocks = tuple(new for b in model.blocks if (new := moved(b)) is not None)
 
 
@@ -254,10 +260,13 @@ def _empty(model: Model, path: str, nothing: Nothing) -> None:
                 part.layer_idx = None
             elif isinstance(place, int) and place > places[0]:
                 part.layer_idx = place - 1
-    tables = (model.masks, model.planes, model.activations, model.cache, model.kept)
-    for table in tables:
+    for table in _by_path(model):
         for key in [k for k in table if k == path or k.startswith(f"{path}.")]:
             del table[key]
+
+
+def _by_path(model: Model) -> tuple[dict[str, Any], ...]:
+    return (model.masks, model.planes, model.activations, model.outputs, model.cache, model.kept)
 
 
 def _refuse_mixed(module: nn.Module, path: str) -> None:
@@ -317,7 +326,15 @@ def _quantize_input(
     found: ActivationRange | None = layer.penjing_range  # type: ignore[assignment]
     if found is None:
         return None
-    x = given(args, kwargs)
+    return (rounded(given(args, kwargs), found), *args[1:]), kwargs if args else {}
+
+
+def _quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return rounded(output, layer.penjing_output)  # type: ignore[arg-type]
+
+
+def rounded(x: Tensor, found: ActivationRange) -> Tensor:
+    """x [..., in] over its channels' divisors, on the grid of a range."""
     if found.channels is not None:
         x = x / found.channels.to(x)
     scale, zero = torch.tensor(found.scale), torch.tensor(float(found.zero_point))
@@ -326,11 +343,11 @@ def _quantize_input(
         scale = ((high - low) / 255).clamp_min(1e-12)
         zero = torch.round(-low / scale)
     grid = torch.clamp(torch.round(x / scale.to(x)) + zero.to(x), 0, 255)
-    rounded = (grid - zero.to(x)) * scale.to(x)
+    made = (grid - zero.to(x)) * scale.to(x)
     if x.requires_grad and torch.is_grad_enabled():
         # Rounding has no slope; training goes straight through it.
-        rounded = x + (rounded - x).detach()
-    return (rounded, *args[1:]), kwargs if args else {}
+        return x + (made - x).detach()
+    return made
 
 
 def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:

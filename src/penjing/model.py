@@ -42,6 +42,11 @@ class Source:
     assets: tuple[Path, ...] = ()
 
 
+# What is known of a network besides its module: a copy has its own.
+_KNOWN = ("masks", "planes", "activations", "outputs", "cache", "kept", "left", "curves",
+          "structure")  # fmt: skip
+
+
 def parent_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds `path`, and the last name of `path`."""
     head, _, name = path.rpartition(".")
@@ -64,6 +69,7 @@ class Model:
         masks: kept connections by parameter path, bool, of the parameter's shape.
         planes: quantized weights by parameter path.
         activations: 8-bit input ranges by module path.
+        outputs: 8-bit output ranges, likewise.
         cache: how keys and values are stored, by path of an attention; empty for floats.
         kept: what a step chose to keep, for the next one to take away the rest: bool, by path of
             a parameter, of a layer (its inputs) or of a block.
@@ -83,6 +89,7 @@ class Model:
     masks: dict[str, Tensor] = field(default_factory=dict)
     planes: dict[str, IntegerPlanes] = field(default_factory=dict)
     activations: dict[str, ActivationRange] = field(default_factory=dict)
+    outputs: dict[str, ActivationRange] = field(default_factory=dict)
     cache: dict[str, CacheGrid] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -154,8 +161,7 @@ class Model:
             own = self.module.parameters()
             memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in own}
         twin.module = copy.deepcopy(self.module, memo)
-        kinds = ("masks", "planes", "activations", "cache", "kept", "left", "curves", "structure")
-        for name in kinds:
+        for name in _KNOWN:
             setattr(twin, name, (copy.copy if shared else copy.deepcopy)(getattr(self, name)))
         return twin
 

@@ -224,11 +224,12 @@ def pack_model(model: Model) -> Model:
             new = PackedEmbedding(packed[id(weight)], layer.padding_idx)
         else:
             new = PackedLinear(packed[id(weight)], layer.bias)
-        # Quantized inputs are made by hooks.
-        for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        # Quantized inputs and outputs are made by hooks.
+        for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):
             getattr(new, kind).update(getattr(layer, kind))
-        if hasattr(layer, "penjing_range"):
-            new.penjing_range = layer.penjing_range
+        for kind in ("penjing_range", "penjing_output"):
+            if hasattr(layer, kind):
+                setattr(new, kind, getattr(layer, kind))
         layers[path] = new.train(layer.training)
     for path, new in layers.items():
         holder, _, last = path.rpartition(".")

@@ -44,6 +44,7 @@ Kind = Literal[
     "untie",
     "quantize",
     "activation",
+    "output",
     "cache",
     "left",
     "keep",
@@ -174,6 +175,7 @@ class Edit:
             merge: path of a convolution that goes into the one in front of it, at `path`;
             quantize: `IntegerPlanes` for the parameter;
             activation: `ActivationRange` for the input of the module at `path`;
+            output: the same for its output, without channels;
             cache: `CacheGrid` for the keys and values of the attention at `path`.
         path: dotted path of a parameter (mask, weight, quantize, keep), or of a module.
         value: see `kind`.

@@ -75,6 +75,11 @@ _TOGETHER = ("additive", "e8", "trellis")
     type=Leaf("observers", "auto"),
     help="How ranges of 8-bit inputs are chosen; default minmax.",
 )
+@click.option(
+    "--attention",
+    type=click.IntRange(8, 8),
+    help="8 for an encoder's queries and keys, beside 8-bit inputs; for OpenVINO.",
+)
 @click.option("--dequantize", is_flag=True, help="Weight files only: store the floats.")
 @targets_option
 @data_options()
@@ -96,6 +101,7 @@ def quantize(
     rotate: bool,
     refine: int,
     observer: str | None,
+    attention: int | None,
     dequantize: bool,
     output: Path,
     overwrite: bool,
@@ -114,7 +120,8 @@ def quantize(
     Scheme(bits, group, bool(symmetric), codes, int(scale_bits))
     if is_bare(model, output):
         networks = {"activations": activations, "embeddings": embeddings, "kv_cache": kv_cache,
-                    "floats": floats, "refine": refine, "observer": observer}  # fmt: skip
+                    "floats": floats, "refine": refine, "observer": observer,
+                    "attention": attention}  # fmt: skip
         check_bare(model, options | networks)
         check_model(model)
         if codes != "integer" or scale_bits != "32" or rotate:
@@ -148,6 +155,10 @@ def quantize(
         raise UsageError("--kv-cache with --to", got=", ".join(held), allowed="onnx")
     if observer and not (activations and options["data"]):
         raise UsageError("--observer", got=observer, allowed="with --activations 8 and --data")
+    if attention and not (activations and options["data"]):
+        raise UsageError("--attention", got=attention, allowed="with --activations 8 and --data")
+    if attention and (held := sorted(set(options["to"]) - {"openvino"})):
+        raise UsageError("--attention with --to", got=", ".join(held), allowed="openvino")
     if codes in _TOGETHER and options["to"]:
         raise UsageError(
             f"--codes {codes} with --to", got=", ".join(options["to"]), allowed="no export",
@@ -177,6 +188,7 @@ def quantize(
         rotate=rotate,
         refine=refine,
         observer=observer or "minmax",
+        attention=attention,
         targets=targets or None,
         remarks=lambda before, after: tables_in_floats(before, after, embeddings is not None),
         **options,

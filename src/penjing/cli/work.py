@@ -47,7 +47,7 @@ def check_bare(model: str, options: Mapping[str, Any]) -> None:
         UsageError: options that were given, by name.
     """
     names = ("data", "to", "journal", "weights", "learn", "activations", "embeddings", "kv_cache",
-             "floats", "refine", "observer")  # fmt: skip
+             "floats", "refine", "observer", "attention")  # fmt: skip
     if given := [f"--{name.replace('_', '-')}" for name in names if options.get(name)]:
         raise UsageError(
             f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for networks",

@@ -39,7 +39,8 @@ def variant(base: Model, edits: Sequence[Edit]) -> Model:
     twin = copy.copy(base)
     twin.module = copy.deepcopy(base.module, kept)
     twin.masks, twin.planes = dict(base.masks), dict(base.planes)
-    twin.activations, twin.structure = dict(base.activations), list(base.structure)
+    twin.activations, twin.outputs = dict(base.activations), dict(base.outputs)
+    twin.structure = list(base.structure)
     for edit in edits:
         perform(twin, edit)
     return twin

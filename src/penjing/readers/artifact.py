@@ -116,6 +116,9 @@ def read(path: Path, *, build: Callable[[Source], Model], planes: int | None = N
         for name, (scale, zero) in table["activations"].items():
             value = ActivationRange(float(scale), int(zero), channels[name])
             perform(model, Edit("activation", name, value, "as stored"))
+        for name, (scale, zero) in table.get("outputs", {}).items():
+            value = ActivationRange(float(scale), int(zero))
+            perform(model, Edit("output", name, value, "as stored"))
         for name, grid in grids.items():
             perform(model, Edit("cache", name, grid, "as stored"))
         model.blocks = tuple(table["blocks"])

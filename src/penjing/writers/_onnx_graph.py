@@ -152,8 +152,8 @@ def _facts(model: Model) -> tuple[Any, ...]:
                 name,
                 type(m),
                 m.extra_repr(),
-                len(m._forward_hooks),
-                # The pre-hook of an activation range is not traced.
+                # The hooks of ranges are not traced.
+                0 if name in model.outputs else len(m._forward_hooks),
                 0 if name in model.activations else len(m._forward_pre_hooks),
             )
             for name, m in model.module.named_modules()
@@ -321,17 +321,18 @@ def _cached(model: Model) -> tuple[nn.Module, tuple[Tensor, ...], list[str], lis
 
 @contextlib.contextmanager
 def _without_fake_quantization(model: Model) -> Iterator[None]:
-    """Take the pre-hooks off the modules that have an activation range, and put them back."""
-    held = []
-    for path in model.activations:
-        module = model.module.get_submodule(path)
-        held.append((module, module._forward_pre_hooks.copy()))
-        module._forward_pre_hooks.clear()
+    """Take the hooks off the modules that have a range, and put them back."""
+    find = model.module.get_submodule
+    own = [find(path)._forward_pre_hooks for path in model.activations]
+    own += [find(path)._forward_hooks for path in model.outputs]
+    held = [(hooks, hooks.copy()) for hooks in own]
+    for hooks in own:
+        hooks.clear()
     try:
         yield
     finally:
-        for module, hooks in held:
-            module._forward_pre_hooks.update(hooks)
+        for hooks, before in held:
+            hooks.update(before)
 
 
 @contextlib.contextmanager

@@ -181,6 +181,7 @@ def _structure(model: Model) -> dict[str, Any]:
         "structure": [_short(entry) for entry in model.structure],
         "planes": {name: planes.describe() for name, planes in model.planes.items()},
         "activations": {n: [r.scale, r.zero_point] for n, r in model.activations.items()},
+        "outputs": {n: [r.scale, r.zero_point] for n, r in model.outputs.items()},
         "cache": {name: grid.bits for name, grid in model.cache.items()},
         "masked": sorted(model.masks),
     }

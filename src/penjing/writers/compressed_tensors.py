@@ -56,6 +56,7 @@ def check(model: Model) -> list[str]:
             lines.append(f"{path}: 8-bit inputs of a layer without integer weights of its own")
         elif found.scale or found.channels is not None:
             lines.append(f"{path}: a fixed range of its inputs, or one with factors by channel")
+    lines += [f"{path}: 8-bit outputs" for path in model.outputs]
     lines += [f"{path}: a KV cache in integers" for path in model.cache]
     if not lines and not _layouts(model):
         # Its sparse layouts are read no longer: the weights would be filled with random numbers.

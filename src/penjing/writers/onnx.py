@@ -54,6 +54,7 @@ def check(model: Model) -> list[str]:
         elif own is None or own.signed is None or own.rotation is not None:
             needed = "symmetric 8- or 7-bit weights, group 0, not rotated"
             lines.append(f"{path}: 8-bit inputs need {needed}")
+    lines += [f"{path}: 8-bit queries or keys" for path in model.outputs]
     for path, grid in model.cache.items():
         if grid.key_scale.shape[1] % 8 or grid.key_scale.shape != grid.value_scale.shape:
             lines.append(f"{path}: a KV cache in integers of heads that are no multiple of 8 wide")

@@ -10,6 +10,7 @@ Gather). A module with an `ActivationRange` and symmetric 8-bit weights becomes
     FakeQuantize(x, 256 levels) @ (Convert(i8) * scale)
 
 the form that OpenVINO's low-precision transformations turn into an int8 kernel.
+A layer's output with a range is a FakeQuantize behind its bias.
 A rotated weight multiplies the rotated input, made once for all that read it. Planes beyond the
 first are added up; that form is small on disk and runs in float32.
 """
@@ -109,6 +110,7 @@ def write(model: Model, folder: Path) -> None:
     modules = {use.node.name: use.module for use in uses if use.module}
     converted = _convert(ov, graph)
     compress(converted, weights_of(model), modules)
+    _round_outputs(converted, model, modules)
     folder.mkdir(parents=True, exist_ok=True)
     ov.save_model(converted, folder / "model.xml", compress_to_fp16=False)
 
@@ -175,6 +177,29 @@ def compress(graph: Any, weights: list[Weight], modules: Mapping[str, str] | Non
                     name = user.get_node().get_friendly_name().removesuffix("/WithoutBiases")
                     activation = _activation(twins, (modules or {}).get(name))
                 _replace(user, planes, activation, straight, inputs)
+    graph.validate_nodes_and_infer_types()
+
+
+def _round_outputs(graph: Any, model: Model, modules: Mapping[str, str]) -> None:
+    """FakeQuantize behind the layers whose outputs have a range, behind their biases."""
+    from openvino import opset13 as op
+
+    made = set()
+    for node in graph.get_ordered_ops():
+        path = modules.get(node.get_friendly_name().removesuffix("/WithoutBiases"))
+        if path not in model.outputs or node.get_type_name() not in _PRODUCTS:
+            continue
+        readers = list(node.output(0).get_target_inputs())
+        if len(readers) == 1 and readers[0].get_node().get_type_name() == "Add":
+            node = readers[0].get_node()
+            readers = list(node.output(0).get_target_inputs())
+        low, high = (np.float32(end) for end in _limits(model.outputs[path]))
+        rounded = op.fake_quantize(node.output(0), low, high, low, high, 256)
+        for reader in readers:
+            reader.replace_source_output(rounded.output(0))
+        made.add(path)
+    if missing := sorted(set(model.outputs) - made):
+        raise ExportError("a layer with 8-bit outputs is not in the float graph", got=missing[0])
     graph.validate_nodes_and_infer_types()
 
 
