@@ -12,8 +12,8 @@ observer whose grid changes the layer's output least. `attention`: queries and k
 as NNCF has them; for OpenVINO alone.
 
 `--peers` is the interpreter that has nncf and openvino; without it NNCF's rows are left out.
-`--seconds` is how long each timing takes, 0 for none. With ROW only the rows whose name contains
-it are made. All rows are kept in bench/results/w8a8-minilm.json, of processors that add byte
+`--seconds` is how long each timing takes, 0 for none. With ROW only the row of that name is made,
+or those whose names contain it. All rows are kept in bench/results/w8a8-minilm.json, of processors that add byte
 products exactly in w8a8-minilm-vnni.json, and the table beside it is written from them.
 """
 
@@ -179,8 +179,12 @@ def main() -> None:
     calibration, data, reference = sentences(model)
     store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
 
+    exact = steps().keys() | peers().keys()
+
     def wanted(name: str) -> bool:
-        return not options.rows or any(word in name for word in options.rows)
+        return not options.rows or any(
+            name == word if word in exact else word in name for word in options.rows
+        )
 
     made = []
     for name, runtime, seconds in build(model, calibration, options.peers, wanted):
