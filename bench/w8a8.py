@@ -13,8 +13,9 @@ as NNCF has them; for OpenVINO alone.
 
 `--peers` is the interpreter that has nncf and openvino; without it NNCF's rows are left out.
 `--seconds` is how long each timing takes, 0 for none. With ROW only the row of that name is made,
-or those whose names contain it. All rows are kept in bench/results/w8a8-minilm.json, of processors that add byte
-products exactly in w8a8-minilm-vnni.json, and the table beside it is written from them.
+or those whose names contain it. All rows are kept in bench/results/w8a8-minilm.json, of
+processors that add byte products exactly in w8a8-minilm-vnni.json, and the table beside it is
+written from them.
 """
 
 from __future__ import annotations
