@@ -16,6 +16,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import floats
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from torch import Tensor
 
 
@@ -28,11 +29,13 @@ def quantize(folder: str, ids: Tensor, options: dict[str, Any]) -> floats.Made:
     model = GPTQModel.load(folder, config, dtype=torch.float32)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     model.quantize(rows, batch_size=8, backend=BACKEND.GPTQ_TORCH)
-    found = {
-        f"{path}.weight": layer.dequantize_weight().T
-        for path, layer in model.model.named_modules()
-        if hasattr(layer, "dequantize_weight") and ".layers." in path
-    }
+    found = {}
+    for path, layer in model.model.named_modules():
+        if hasattr(layer, "dequantize_weight") and ".layers." in path:
+            # Format 1 stores zero points less one; the layer's own kernel wants them whole.
+            if layer.qzero_format() == 1:
+                convert_gptq_v1_to_v2_format_module(layer, bits, layer.pack_dtype)
+            found[f"{path}.weight"] = layer.dequantize_weight().T
     return found, bits + (16 + (0 if symmetric else bits)) / group
 
 
