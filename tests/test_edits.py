@@ -15,11 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
-from penjing.edits import pack, perform, replay, unpack
+from penjing.edits import perform, replay
 from penjing.errors import InputError
 from penjing.model import Model
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange, Edit, Patch, Setting, Slice
+from penjing.storededits import pack, unpack
 
 
 def _planes(out: int, inputs: int, bits: int = 3) -> IntegerPlanes:

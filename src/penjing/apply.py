@@ -27,7 +27,7 @@ from torch import nn
 from penjing import together
 from penjing.batching import rebatched
 from penjing.calibrate import Stream, Unit, units_of
-from penjing.edits import pack, perform, unpack
+from penjing.edits import perform
 from penjing.errors import InputError
 from penjing.files import sync, write_tensors
 from penjing.gradients import slopes
@@ -35,6 +35,7 @@ from penjing.graph import is_weighted
 from penjing.model import Batch, Model
 from penjing.progress import track
 from penjing.recipe import Edit, Recipe
+from penjing.storededits import pack, unpack
 
 # Batches that no step does without.
 _FEW = 8

@@ -1,4 +1,4 @@
-"""Make one edit on a model, make structural edits again, and store edits in a journal.
+"""Make one edit on a model, and make structural edits again.
 
 `perform` is the only code that changes a module; `replay` makes the structural edits on a
 freshly built module (also on the meta device) so that edited weights fit it.
@@ -6,7 +6,6 @@ freshly built module (also on the meta device) so that edited weights fit it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +15,15 @@ from torch import Tensor, nn
 from penjing.cache import CacheGrid, attention_layers
 from penjing.convolutions import fold, merge
 from penjing.errors import InputError
-from penjing.graph import given
 from penjing.model import Model, parent_of
 from penjing.planes import IntegerPlanes
 from penjing.recipe import ActivationRange, Edit, Nothing, Patch, Setting, Slice
+from penjing.rounding import round_input, round_output
 from penjing.shapes import fresh, repair, resize
+from penjing.storededits import listed
 from penjing.substitutes import LowRank, Zeros, patch_after, patch_before, placed
 
-__all__ = ["pack", "perform", "replay", "rounded", "unpack"]
+__all__ = ["perform", "replay"]
 
 
 def perform(model: Model, edit: Edit) -> None:
@@ -67,15 +67,11 @@ def perform(model: Model, edit: Edit) -> None:
     elif isinstance(value, ActivationRange):
         layer = model.module.get_submodule(edit.path)
         if edit.kind == "output":
-            if not hasattr(layer, "penjing_output"):
-                layer.register_forward_hook(_quantize_output)
-            layer.penjing_output = value  # type: ignore[assignment]
+            round_output(layer, value)
             model.outputs[edit.path] = value
-            return
-        if not hasattr(layer, "penjing_range"):
-            layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-        layer.penjing_range = value  # type: ignore[assignment]
-        model.activations[edit.path] = value
+        else:
+            round_input(layer, value)
+            model.activations[edit.path] = value
     elif isinstance(value, CacheGrid):
         _fits(model, edit.path, value)
         model.cache[edit.path] = value
@@ -148,7 +144,7 @@ def _parameter(model: Model, path: str) -> nn.Parameter:
 def _structural(edit: Edit) -> dict[str, Any]:
     entry: dict[str, Any] = {"kind": edit.kind, "path": edit.path}
     if edit.kind == "slice":
-        entry |= _listed(edit.value)  # type: ignore[arg-type]
+        entry |= listed(edit.value)  # type: ignore[arg-type]
     elif isinstance(edit.value, Patch):
         entry |= {"position": edit.value.position, "width": edit.value.weight.shape[0]}
         if edit.value.inner is not None:
@@ -160,13 +156,6 @@ def _structural(edit: Edit) -> dict[str, Any]:
     elif edit.kind == "merge":
         entry["second"] = edit.value
     return entry
-
-
-def _listed(value: tuple[Slice | Setting, ...]) -> dict[str, Any]:
-    return {
-        "slices": [[s.path, s.dim, s.kept.tolist()] for s in value if isinstance(s, Slice)],
-        "set": [[s.path, s.name, s.value] for s in value if isinstance(s, Setting)],
-    }
 
 
 def _restructure(model: Model, entry: dict[str, Any]) -> None:
@@ -317,107 +306,3 @@ def _patch(model: Model, edit: Edit, patch: Patch) -> None:
         _set(outer.bias, patch.bias)  # type: ignore[arg-type, union-attr]
         if inner is not None and patch.inner is not None:
             _set(inner.weight, patch.inner)  # type: ignore[arg-type, union-attr]
-
-
-def _quantize_input(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Round the input to the grid the runtime will use: what is measured is what is shipped."""
-    found: ActivationRange | None = layer.penjing_range  # type: ignore[assignment]
-    if found is None:
-        return None
-    return (rounded(given(args, kwargs), found), *args[1:]), kwargs if args else {}
-
-
-def _quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return rounded(output, layer.penjing_output)  # type: ignore[arg-type]
-
-
-def rounded(x: Tensor, found: ActivationRange) -> Tensor:
-    """x [..., in] over its channels' divisors, on the grid of a range."""
-    if found.channels is not None:
-        x = x / found.channels.to(x)
-    scale, zero = torch.tensor(found.scale), torch.tensor(float(found.zero_point))
-    if found.scale == 0:
-        low, high = x.amin().clamp_max(0), x.amax().clamp_min(0)
-        scale = ((high - low) / 255).clamp_min(1e-12)
-        zero = torch.round(-low / scale)
-    grid = torch.clamp(torch.round(x / scale.to(x)) + zero.to(x), 0, 255)
-    made = (grid - zero.to(x)) * scale.to(x)
-    if x.requires_grad and torch.is_grad_enabled():
-        # Rounding has no slope; training goes straight through it.
-        return x + (made - x).detach()
-    return made
-
-
-def pack(edits: list[Edit]) -> tuple[dict[str, Tensor], str]:
-    """Edits as safetensors-ready tensors and a JSON text; `unpack` is the inverse."""
-    tensors: dict[str, Tensor] = {}
-    table = []
-    for number, edit in enumerate(edits):
-        entry: dict[str, Any] = {
-            "kind": edit.kind, "path": edit.path, "why": edit.why, "note": dict(edit.note),
-        }  # fmt: skip
-        value = edit.value
-        if isinstance(value, IntegerPlanes):
-            entry["planes"] = value.describe()
-            tensors |= {f"{number}.{k}": t.contiguous() for k, t in value.tensors().items()}
-        elif isinstance(value, Tensor):
-            tensors[f"{number}.value"] = value.contiguous()
-        elif isinstance(value, Patch):
-            entry["position"] = value.position
-            tensors[f"{number}.weight"] = value.weight.contiguous()
-            tensors[f"{number}.bias"] = value.bias.contiguous()
-            if value.inner is not None:
-                tensors[f"{number}.inner"] = value.inner.contiguous()
-        elif isinstance(value, ActivationRange):
-            entry["range"] = [value.scale, value.zero_point]
-            if value.channels is not None:
-                tensors[f"{number}.channels"] = value.channels.contiguous()
-        elif isinstance(value, CacheGrid):
-            entry["cache"] = value.bits
-            tensors |= {f"{number}.{k}": t.contiguous() for k, t in value.tensors().items()}
-        elif isinstance(value, tuple):
-            entry |= _listed(value)
-        elif isinstance(value, str):
-            entry["norm"] = value
-        elif isinstance(value, Nothing):
-            entry["nothing"] = [value.width, value.more]
-        table.append(entry)
-    return _separate(tensors), json.dumps(table)
-
-
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that share memory, which safetensors does not store."""
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return tensors
-
-
-def unpack(tensors: dict[str, Tensor], text: str) -> list[Edit]:
-    """Inverse of `pack`."""
-    edits = []
-    for number, entry in enumerate(json.loads(text)):
-        own = {k.partition(".")[2]: t for k, t in tensors.items() if k.split(".")[0] == str(number)}
-        value: Any = own.get("value")
-        if "planes" in entry:
-            value = IntegerPlanes.from_tensors(own, entry["planes"])
-        elif "position" in entry:
-            value = Patch(own["weight"], own["bias"], entry["position"], own.get("inner"))
-        elif "range" in entry:
-            scale, zero = entry["range"]
-            value = ActivationRange(scale, zero, own.get("channels"))
-        elif "cache" in entry:
-            value = CacheGrid(entry["cache"], **own)
-        elif "slices" in entry:
-            slices = (Slice(p, d, torch.tensor(k)) for p, d, k in entry["slices"])
-            value = (*slices, *(Setting(*one) for one in entry["set"]))
-        elif "norm" in entry:
-            value = entry["norm"]
-        elif "nothing" in entry:
-            value = Nothing(*entry["nothing"])
-        edits.append(Edit(entry["kind"], entry["path"], value, entry["why"], entry["note"]))
-    return edits

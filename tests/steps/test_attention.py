@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
 from penjing.apply import apply
 from penjing.calibrate import Unit
-from penjing.edits import pack, perform, unpack
+from penjing.edits import perform
 from penjing.errors import InputError, UsageError
 from penjing.load import load
 from penjing.model import Model
@@ -22,6 +22,7 @@ from penjing.recipe import Edit, Recipe
 from penjing.steps.attention import Attention, multiplied
 from penjing.steps.quantize import Quantize
 from penjing.steps.rotate import Rotate
+from penjing.storededits import pack, unpack
 from penjing.writers import compressed_tensors, onnx
 from penjing.writers.artifact import save
 

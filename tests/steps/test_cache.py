@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
 from penjing.apply import apply
 from penjing.cache import attention_layers
-from penjing.edits import pack, unpack
 from penjing.errors import InputError, UsageError
 from penjing.load import load
 from penjing.recipe import Recipe
 from penjing.steps.cache import Cache, grid
 from penjing.steps.cut import Cut
 from penjing.steps.shrink import Shrink
+from penjing.storededits import pack, unpack
 from penjing.writers.artifact import save
 
 

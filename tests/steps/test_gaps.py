@@ -14,12 +14,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
 from penjing.apply import Applied, apply
-from penjing.edits import pack, perform, unpack
+from penjing.edits import perform
 from penjing.model import Model
 from penjing.recipe import Edit, Patch, Recipe
 from penjing.runtimes import onnxruntime as runtime
 from penjing.steps._gaps import fit_map, low_rank
 from penjing.steps.cut import Cut
+from penjing.storededits import pack, unpack
 from penjing.writers import onnx as writer
 
 TEXTS = [net.text_batch(seed, samples=8) for seed in range(8)]

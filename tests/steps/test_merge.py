@@ -13,11 +13,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import networks as net
 from penjing.apply import apply
-from penjing.edits import pack, replay, unpack
+from penjing.edits import replay
 from penjing.model import Model
 from penjing.recipe import Edit, Recipe
 from penjing.steps.fold import Fold
 from penjing.steps.merge import Merge
+from penjing.storededits import pack, unpack
 from penjing.writers import onnx as writer
 
 
