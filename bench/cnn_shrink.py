@@ -154,18 +154,21 @@ def theirs(task: Task, tp: Any, importance: str, everywhere: bool) -> nn.Module:
     """At the share of multiplications, found by halving."""
     whole, _ = tp.utils.count_ops_and_params(task.model.module, task.images[:1])
     low, high, best = 0.0, 1.0, task.model.module
+    first = copy.deepcopy(task.model.module)
+    for parameter in first.parameters():
+        parameter.requires_grad_(True)
+    if "Taylor" in importance:
+        task.slopes(first)
     for _ in range(9):
         middle = (low + high) / 2
-        module = copy.deepcopy(task.model.module)
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
+        module = copy.deepcopy(first)
+        for parameter, own in zip(module.parameters(), first.parameters(), strict=True):
+            parameter.grad = own.grad
         last = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
         more = {"num_classes": task.classes} if importance == "OBDCImportance" else {}
         scorer = getattr(tp.importance, importance)(**more)
         if importance == "GroupHessianImportance":
             task.slopes(module, lambda own=scorer, m=module: own.accumulate_grad(m))  # type: ignore[misc]
-        elif "Taylor" in importance:
-            task.slopes(module)
         pruner = tp.pruner.BasePruner(
             module, task.images[:1], scorer, global_pruning=everywhere, pruning_ratio=middle,
             ignored_layers=[last], max_pruning_ratio=0.9 if everywhere else 1.0,
