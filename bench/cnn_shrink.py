@@ -11,7 +11,8 @@ images that bench/cnn.py evaluates.
 Penjing sees 1,024 training images without labels (EfficientNet: 128 stamps). Torch-Pruning 1.6.1
 goes by its importance, in each layer alike or over all; what needs gradients has them of the loss
 with labels, of the same images (EfficientNet: with the network's own answer as label). The ratio
-is found by halving, so that all have the same multiplications, which are counted by its counter.
+is found by halving, so that all have the same multiplications, counted as ours are: its own counter
+does not see the convolutions of EfficientNet that pad by themselves.
 `+ norms`: the batch norms' statistics are taken anew on the same images, which is no part of it.
 Latency: batch 1, one thread, onnxruntime, the whole network's over the smaller one's in one
 interleaved run; beside it the same ratio of multiplications. All rows are kept in
@@ -48,6 +49,7 @@ from penjing.inspect import inspect
 from penjing.measure import Candidate, measure_files, median_ratio
 from penjing.model import Model
 from penjing.recipe import Recipe
+from penjing.steps._ladder import COSTS
 from penjing.steps.fold import Fold
 from penjing.steps.shrink import Shrink
 from penjing.writers.onnx import write as write_onnx
@@ -67,6 +69,10 @@ class Task:
     classes: int
     quality: Callable[[nn.Module], list[float]]
     train: Callable[[nn.Module], None] | None = None
+
+    def twin(self, module: nn.Module) -> Model:
+        """The model with another module."""
+        return Model(module, self.model.interface, self.model.example, self.model.source)
 
     def norms(self, module: nn.Module) -> None:
         """Statistics of the batch norms taken anew, a plain mean over the batches."""
@@ -152,27 +158,29 @@ def ours(task: Task, fold: bool, **options: Any) -> nn.Module:
 
 def theirs(task: Task, tp: Any, importance: str, everywhere: bool) -> nn.Module:
     """At the share of multiplications, found by halving."""
-    whole, _ = tp.utils.count_ops_and_params(task.model.module, task.images[:1])
+    whole = COSTS["macs"](task.model)
     low, high, best = 0.0, 1.0, task.model.module
+    first = copy.deepcopy(task.model.module)
+    for parameter in first.parameters():
+        parameter.requires_grad_(True)
+    if "Taylor" in importance:
+        task.slopes(first)
     for _ in range(9):
         middle = (low + high) / 2
-        module = copy.deepcopy(task.model.module)
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
+        module = copy.deepcopy(first)
+        for parameter, own in zip(module.parameters(), first.parameters(), strict=True):
+            parameter.grad = own.grad
         last = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
         more = {"num_classes": task.classes} if importance == "OBDCImportance" else {}
         scorer = getattr(tp.importance, importance)(**more)
         if importance == "GroupHessianImportance":
             task.slopes(module, lambda own=scorer, m=module: own.accumulate_grad(m))  # type: ignore[misc]
-        elif "Taylor" in importance:
-            task.slopes(module)
         pruner = tp.pruner.BasePruner(
             module, task.images[:1], scorer, global_pruning=everywhere, pruning_ratio=middle,
             ignored_layers=[last], max_pruning_ratio=0.9 if everywhere else 1.0,
         )  # fmt: skip
         pruner.step()
-        macs, _ = tp.utils.count_ops_and_params(module, task.images[:1])
-        enough = macs <= (1 - task.share) * whole
+        enough = COSTS["macs"](task.twin(module)) <= (1 - task.share) * whole
         low, high = (low, middle) if enough else (middle, high)
         best = module if enough else best
     return best.eval()
@@ -206,8 +214,7 @@ def latency(task: Task, module: nn.Module, seconds: float = 8) -> float:
         files = []
         for number, own in enumerate((task.model.module, module)):
             path = Path(folder) / f"{number}.onnx"
-            twin = Model(own, task.model.interface, task.model.example, task.model.source)
-            write_onnx(twin, path)
+            write_onnx(task.twin(own), path)
             files.append(Candidate(path, "onnxruntime", 0, str(number)))
         whole, small = measure_files(
             files, task.model, batch=1, length=1, threads=1, seconds=seconds
@@ -251,8 +258,7 @@ def main() -> None:
 
 
 def measured(task: Task, module: nn.Module, seconds: float, train: bool) -> dict[str, Any]:
-    twin = Model(module, task.model.interface, task.model.example, task.model.source)
-    macs = [inspect(m, latency=False).totals.macs or 0 for m in (twin, task.model)]
+    macs = [inspect(m, latency=False).totals.macs or 0 for m in (task.twin(module), task.model)]
     found: dict[str, Any] = {
         "seconds": seconds, "quality": task.quality(module), "macs": macs[0] / macs[1],
         "parameters": sum(p.numel() for p in module.parameters())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
+from penjing import calibrate
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.calls import Call
 from penjing.edits import perform
@@ -569,3 +570,78 @@ def test_the_gram_of_a_one_dimensional_convolution_is_that_of_its_outputs(
     torch.testing.assert_close(matrix @ found.gram @ matrix.T, given.T @ given / len(given),
                                rtol=1e-4, atol=1e-5)  # fmt: skip
     torch.testing.assert_close(matrix @ found.mean, given.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [2, 3])
+@pytest.mark.parametrize("held", [1 << 30, 0])
+def test_layers_anywhere_in_order_each_after_the_edits_before(
+    held: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside hooks on the network as the caller has made it so far; run once where it may be."""
+    monkeypatch.setattr(calibrate, "_HELD", held)
+    model = net.resnet()
+    batches = [{"x": torch.randn(images, 3, 8, 8)} for _ in range(3)]
+    other = Stream(model.copy(), batches)
+    stream = Stream(model, batches)
+    layers = {n: m for n, m in model.module.named_modules() if isinstance(m, nn.Linear)}
+    layers |= {n: m for n, m in model.module.named_modules() if isinstance(m, nn.Conv2d)}
+    runs: list[int] = []
+    first = next(m for m in layers.values() if isinstance(m, nn.Conv2d))
+    before = {n: _rows(other.model, n, batches) for n in layers}
+    handle = first.register_forward_hook(lambda *_: runs.append(1))
+    seen = []
+    for part, found in stream.through(layers, frozenset({"gram", "cross"}), other):
+        seen += [*part]
+        count = len(runs)
+        for name, stats in found.items():
+            now, was = _rows(model, name, batches), before[name]
+            torch.testing.assert_close(stats.gram, now.T @ now / len(now), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(stats.cross, was.T @ now / len(now), rtol=1e-4, atol=1e-5)
+            weight: Tensor = layers[name].weight  # type: ignore[assignment]
+            perform(model, Edit("weight", f"{name}.weight", 0.5 * weight.detach(), ""))
+        del runs[count:]
+    assert sorted(seen) == sorted(layers)
+    # One sample for the order; then each batch, and two of them to see that they may be stopped.
+    assert len(runs) == (1 + 3 + 2 + 3 if held else 1 + 3 * len(layers))
+    handle.remove()
+    assert not any(m._forward_pre_hooks for m in model.module.modules())
+
+
+def _rows(model: Model, path: str, batches: list[Batch]) -> Tensor:
+    """Inputs of a layer as rows that its matrix multiplies."""
+    layer = model.module.get_submodule(path)
+    found = [x[0] if isinstance(x, tuple) else x for x in _seen(model, path, batches)]
+    if isinstance(layer, nn.Conv2d):
+        found = [
+            nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            .movedim(1, -1).flatten(0, 1) for x in found
+        ]  # fmt: skip
+    return torch.cat(found).double()
+
+
+def test_layers_that_run_twice_are_seen_both_times() -> None:
+    torch.manual_seed(0)
+    twice, once = nn.Linear(4, 4), nn.Linear(4, 4)
+    module = nn.Module()
+    module.twice, module.once = twice, once
+    module.forward = lambda x: twice(once(twice(x)))  # type: ignore[method-assign]
+    batches = [{"x": torch.randn(5, 4)} for _ in range(2)]
+    model = net.wrap(module, "tensor", batches[0])
+    found = Stream(model, batches).through({"once": once, "twice": twice}, GRAM)
+    assert {name: part[name].count for _, part in found for name in part} == {
+        "twice": 20,
+        "once": 10,
+    }
+
+
+def test_of_many_places_some_are_seen_evenly() -> None:
+    """Every other patch of 8,192, as they come; beside torch's own."""
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    x = torch.randn(8, 2, 32, 32)
+    model = net.wrap(nn.Sequential(layer), "tensor", {"x": x})
+    unit = Unit("whole", model, {"0": layer}, None, None)
+    found = Stream(model, [{"x": x}]).collect(unit, GRAM)["0"]
+    rows = nn.functional.unfold(x, 3, padding=1).movedim(1, -1).flatten(0, 1)[::2].double()
+    assert found.count == len(rows) == 4096
+    assert found.gram is not None
+    torch.testing.assert_close(found.gram, rows.T @ rows / 4096, rtol=1e-5, atol=1e-6)

@@ -22,7 +22,7 @@ LAYERS = [
     ["linalg", "grids", "masks", "meter", "statistics", "progress", "histogram", "migration",
      "equalize", "norms", "divergence", "patches", "tensorsets", "labels", "shapes",
      "lagrangian", "gating", "substitutes", "convolutions", "checkpoint", "optimizers",
-     "similarity"],
+     "similarity", "strips"],
     ["criteria", "unitcriteria", "pruners", "quantizers", "losses", "features", "observers",
      "neurons", "kernels", "constraints"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],

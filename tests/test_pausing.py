@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,10 @@ def _block() -> tuple[nn.Module, list[nn.Module], list[Call]]:
     return block, layers, list(stream.calls())  # type: ignore[return-value]
 
 
+def _runs(block: nn.Module, calls: list[Call]) -> list[Callable[[], Tensor]]:
+    return [partial(call.forward, block, call.hidden) for call in calls]
+
+
 def test_a_call_that_stops_gives_what_one_in_one_go_gives() -> None:
     block, layers, calls = _block()
     wanted = [call.run(block, call.hidden) for call in calls]
@@ -32,7 +38,7 @@ def test_a_call_that_stops_gives_what_one_in_one_go_gives() -> None:
     for call in calls:
         call.run(block, call.hidden)
     handle.remove()
-    with paused(block, layers, calls) as runs:
+    with paused(layers, _runs(block, calls)) as runs:
         found = [run.until(1) for run in runs]
         outputs = [run.finish() for run in reversed(runs)]
     for got, want in zip([*found, *reversed(outputs)], [*inputs, *wanted], strict=True):
@@ -46,7 +52,7 @@ def test_a_layer_edited_at_the_stop_before_it_is_run_as_edited() -> None:
     """Its weight, and a hook on its input that was not there when the call came to it."""
     block, layers, calls = _block()
     down = layers[2]
-    with paused(block, layers, calls) as runs:
+    with paused(layers, _runs(block, calls)) as runs:
         for run in runs:
             run.until(2)
         with torch.no_grad():
@@ -70,7 +76,7 @@ def test_a_layer_that_a_call_does_not_reach_has_no_input() -> None:
 
     block = Branch()
     calls = [Call(torch.ones(n, 2), (), {}, named=False) for n in (1, 2)]
-    with paused(block, [block.first, block.second], calls) as runs:
+    with paused([block.first, block.second], _runs(block, calls)) as runs:
         assert runs[0].until(0) is None
         assert runs[1].until(0) is calls[1].hidden
         assert runs[0].until(1) is calls[0].hidden
@@ -80,14 +86,14 @@ def test_a_layer_that_a_call_does_not_reach_has_no_input() -> None:
 
 def test_a_call_given_up_leaves_nothing_and_an_error_is_the_callers() -> None:
     block, layers, calls = _block()
-    with pytest.raises(KeyError), paused(block, layers, calls) as runs:  # noqa: PT012
+    with pytest.raises(KeyError), paused(layers, _runs(block, calls)) as runs:  # noqa: PT012
         runs[0].until(1)
         raise KeyError
     assert not any(layer._forward_pre_hooks for layer in layers)
     layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), paused(block, layers, calls) as runs:
+    with pytest.raises(ZeroDivisionError), paused(layers, _runs(block, calls)) as runs:
         runs[0].finish()
-    # A call that nobody stops runs past the hooks.
-    alone = Paused(calls[0], block)
+    # A run that nobody stops runs past the hooks.
+    alone = Paused(_runs(block, calls)[0])
     with pytest.raises(ZeroDivisionError):
         alone.finish()

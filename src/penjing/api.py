@@ -97,7 +97,6 @@ def apply(
     Raises:
         InputError: unusable model, recipe or data.
     """
-    loaded = model_of(model)
     if not isinstance(recipe, Recipe):
         path = Path(recipe)
         if not path.is_file():
@@ -106,6 +105,7 @@ def apply(
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     check_learned(recipe)
+    loaded = model_of(model)
     slopes = any("gradient" in step.needs for step in recipe.steps)
     needed = any(getattr(step, "loss", None) == LABELS for step in recipe.steps)
     batches = batches_of(loaded, data, samples, length, slopes, needed)
@@ -196,7 +196,6 @@ def shrink(
         tell: gets a line about what was measured.
     """
     need(data, "shrink")
-    loaded = network_of(model, "shrink")
     if of not in (*OF, "latency"):
         raise UsageError("of", got=repr(of), allowed=", ".join((*OF, "latency")))
     chosen = tuple(targets or ())
@@ -211,9 +210,10 @@ def shrink(
         recipe = learning(learn, "neurons", ratio, Shrink(criterion=LEARNED), seed, options,
                           measure=of, criterion=criterion, targets=chosen,
                           multiple=multiple)  # fmt: skip
-        return apply(loaded, recipe, data, **options)
+        return apply(network_of(model, "shrink"), recipe, data, **options)
     step = Shrink(ratio, heads, criterion, targets=chosen, multiple=multiple,
                   of="macs" if timed else of, ranking=ranking)  # fmt: skip
+    loaded = network_of(model, "shrink")
     if timed:
         return _timed(loaded, step, ratio, data, seed, tell, **options)
     return apply(loaded, Recipe((step,), seed), data, **options)
@@ -270,14 +270,15 @@ def cut(
     if layers is not None and layers != int(layers):
         raise UsageError("layers", got=layers, allowed="a whole number, or a ratio below 1")
     need(data, "cut")
-    loaded = network_of(model, "cut")
     count = None if layers is None else int(layers)
+    step = Cut(count, ratio, part=part, of=of, criterion=criterion, patch=patch, refit=refit,
+               seed=seed)  # fmt: skip
     if learn is not None:
         if part != "block":
             raise UsageError("part with learn", got=part, allowed="block")
         if train:
             raise UsageError("train with learn", next="leave it out, or use penjing recover after")
-        Cut(count, ratio, criterion=criterion, patch=patch)
+        loaded = network_of(model, "cut")
         budget = ratio or int(count or 0) / max(1, len(loaded.blocks))
         trained = bool(options.get("weights_lr"))
         step = Cut(
@@ -285,15 +286,14 @@ def cut(
         )
         recipe = learning(learn, "layers", budget, step, seed, options, criterion=criterion)
         return apply(loaded, recipe, data, **options)
-    step = Cut(count, ratio, part=part, of=of, criterion=criterion, patch=patch, refit=refit,
-               seed=seed)  # fmt: skip
     if not train:
-        return apply(loaded, Recipe((step,), seed), data, **options)
+        return apply(network_of(model, "cut"), Recipe((step,), seed), data, **options)
     if patch not in _TRAINED or part not in ("block", "any"):
         raise UsageError("train, of patches", got=f"patch {patch} of part {part}",
                          allowed=f"patch {' or '.join(_TRAINED)}, of blocks")  # fmt: skip
     patches = Recover(seconds=0, steps=train, lr=1e-3, seed=seed, targets=("*penjing_*",))
-    return apply(loaded, Recipe((step, patches), seed), data, **{"samples": 512, **options})
+    recipe = Recipe((step, patches), seed)
+    return apply(network_of(model, "cut"), recipe, data, **{"samples": 512, **options})
 
 
 def quantize(
@@ -339,15 +339,8 @@ def quantize(
         need(data, "quantize with the method awq")
     if refine:
         need(data, "quantize with refine")
-    loaded = model_of(model)
-    if kv_cache is not None:
-        check_decoder(loaded)
-    skip: tuple[str, ...] = ()
     if floats:
         need(data, "what to leave in floats")
-        plain = _apply(loaded, Recipe((Fold(),))).model if has_norms(loaded) else loaded
-        few = batches_of(loaded, data, _FEW, options.get("length", 128))
-        skip = in_floats(plain, few, floats)
     step = Quantize(
         bits,
         group,
@@ -364,8 +357,14 @@ def quantize(
         observer=observer,
         refine=refine,
         paired=paired,
-        skip=skip,
     )
+    loaded = model_of(model)
+    if kv_cache is not None:
+        check_decoder(loaded)
+    if floats:
+        plain = _apply(loaded, Recipe((Fold(),))).model if has_norms(loaded) else loaded
+        few = batches_of(loaded, data, _FEW, options.get("length", 128))
+        step = replace(step, skip=in_floats(plain, few, floats))
     steps: tuple[Any, ...] = (Fold(), step) if has_norms(loaded) else (step,)
     if attention is not None:
         steps += (Attention(),)
@@ -391,12 +390,12 @@ def recover(
             follow, e.g. `steps`, `hidden`, `rank`, `optimizer` or `patience`.
         options: of `apply`: `samples`, `length`, `journal`, `deadline`.
     """
-    loaded = model_of(model)
     need(data, "recover")
-    if not edited(loaded):
-        raise UsageError("nothing to recover: the model is not edited", next="edit it first")
     own = {f.name: options.pop(f.name) for f in fields(Recover) if f.name in options}
     step = Recover(seconds=seconds, lr=lr, loss=loss, seed=seed, **own)
+    loaded = model_of(model)
+    if not edited(loaded):
+        raise UsageError("nothing to recover: the model is not edited", next="edit it first")
     return apply(loaded, Recipe((step,), seed), data, **{"samples": 512, **options})
 
 

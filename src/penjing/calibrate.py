@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from penjing.pausing import paused
 
 # Most stages of a block that is calibrated layer by layer.
 _STAGES = 8
+# Bytes that runs of the whole network may hold while they are stopped.
+_HELD = 1 << 30
 
 __all__ = ["LayerStats", "Stream", "Unit", "units_of"]
 
@@ -283,14 +285,18 @@ class Stream:
         """
         if unit.index is None or len(unit.layers) < 2:
             return [unit.layers]
-        order, _ = self._order(unit, self.sample().samples(slice(0, 1)))
+        sample, block = (
+            self.sample().samples(slice(0, 1)),
+            self.model.module.get_submodule(unit.name),
+        )
+        order, _ = self._order(unit, partial(sample.run, block, sample.hidden))
         ran = [name for stage in order for name in stage]
         if sorted(ran) != sorted(unit.layers) or len(order) > _STAGES:
             return [unit.layers]
         return [{name: unit.layers[name] for name in stage} for stage in order]
 
-    def _order(self, unit: Unit, call: Call) -> tuple[list[list[str]], Tensor]:
-        """Layers as a call runs them, those with the same input together; what the block gives."""
+    def _order(self, unit: Unit, run: Callable[[], Tensor]) -> tuple[list[list[str]], Tensor]:
+        """Layers as a run has them, those with the same input together; what the run gives."""
         order: list[list[str]] = []
         last: list[Any] = []
 
@@ -302,17 +308,23 @@ class Stream:
             last[:] = x, state(x)
 
         handles = [
-            layer.register_forward_pre_hook(
-                functools.partial(see, name=name), with_kwargs=True, prepend=True
-            )
+            layer.register_forward_pre_hook(partial(see, name=name), with_kwargs=True, prepend=True)
             for name, layer in unit.layers.items()
         ]
         try:
-            output = call.run(self.model.module.get_submodule(unit.name), call.hidden)
+            with torch.no_grad():
+                output = run()
         finally:
             for handle in handles:
                 handle.remove()
         return order, output
+
+    def _runs(self, unit: Unit) -> list[Callable[[], Tensor]]:
+        """Of the entered block, or of the whole network, one a batch."""
+        if unit.index is None:
+            return [partial(self.model.run, batch) for batch in self.batches]
+        block = self.model.module.get_submodule(unit.name)
+        return [partial(call.forward, block, call.hidden) for call in self.calls()]
 
     def _stoppable(self, unit: Unit, stages: list[dict[str, nn.Module]]) -> bool:
         """Whether calls of a block may stop before its stages, side by side.
@@ -327,25 +339,25 @@ class Stream:
             tuple(tuple(n.removeprefix(unit.name) for n in names) for names in order),
         )
         if make not in self._makes:
-            self._makes[make] = self._try_stops(block, unit, order)
+            self._makes[make] = self._try_stops(unit, order)
         return self._makes[make]
 
-    def _try_stops(self, block: nn.Module, unit: Unit, order: list[list[str]]) -> bool:
-        calls = list(self.calls())
+    def _try_stops(self, unit: Unit, order: list[list[str]]) -> bool:
+        every = self._runs(unit)
         alone: list[Tensor] = []
-        for call in calls:
-            names, output = self._order(unit, call)
+        for run in every:
+            names, output = self._order(unit, run)
             if names != order:
                 return False
             if len(alone) < 2:
                 alone.append(output)
         leaders = [unit.layers[names[0]] for names in order]
         try:
-            with paused(block, leaders, calls[:2]) as runs:
+            with paused(leaders, every[:2]) as runs:
                 for place in range(len(leaders)):
-                    for run in runs:
-                        run.until(place)
-                together = [run.finish() for run in runs]
+                    for one in runs:
+                        one.until(place)
+                together = [one.finish() for one in runs]
         except Exception:
             # Whatever it is: run in one go such a block works, or fails by itself.
             return False
@@ -368,6 +380,7 @@ class Stream:
         if not needs - SLOPES:
             return self._finished(Collector(unit.layers, needs, {}))
         other = reference if "cross" in needs else None
+        runs = [stream._runs(unit) for stream in (other, self) if stream is not None]
         found = Collector(unit.layers, needs, _modules(other))
 
         def note(_: nn.Module, args: Any, kwargs: Any, name: str) -> None:
@@ -378,7 +391,7 @@ class Stream:
 
         # Appended, so that the hook sees what the layer sees.
         handles = [
-            layer.register_forward_pre_hook(functools.partial(hook, name=name), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(hook, name=name), with_kwargs=True)
             for layers, hook in ((found.layers, see), (found.twins, note))
             for name, layer in layers.items()
         ]
@@ -386,14 +399,8 @@ class Stream:
             with torch.no_grad():
                 for number, batch in enumerate(self.batches):
                     found.begin(batch.get("attention_mask"))
-                    for stream in (other, self):
-                        if stream is None:
-                            continue
-                        if unit.index is None:
-                            stream.model.run(batch)
-                        else:
-                            call = stream._calls[number][stream._entered if stream.chained else 0]
-                            call.run(stream.model.module.get_submodule(unit.name), call.hidden)
+                    for run in runs:
+                        run[number]()
         finally:
             for handle in handles:
                 handle.remove()
@@ -426,14 +433,54 @@ class Stream:
             for layers in stages:
                 yield layers, self.collect(replace(unit, layers=layers), needs, reference)
             return
+        yield from self._stopped(unit, stages, needs, reference)
+
+    def through(
+        self, layers: dict[str, nn.Module], needs: frozenset[str], reference: Stream | None = None
+    ) -> Iterator[tuple[dict[str, nn.Module], dict[str, LayerStats]]]:
+        """Layers anywhere, in the order the network runs them, with the statistics of their inputs.
+
+        As in `staged` each sees what the caller has made of those before. The network is run once,
+        or once a layer where it cannot be stopped or would hold too much meanwhile.
+
+        Args:
+            layers, needs, reference: as in `collect`; a layer that no sample reaches is left out.
+
+        Raises:
+            InputError: as in `collect`.
+        """
+        unit = Unit("", self.model, layers, self, None)
+        most = 0
+
+        def see(_: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal most
+            most = max(most, given(args, kwargs).nbytes)
+
+        handles = [m.register_forward_pre_hook(see, with_kwargs=True) for m in layers.values()]
+        order, _ = self._order(unit, partial(self.model.run, self._longest()))
+        for handle in handles:
+            handle.remove()
+        ran = [name for stage in order for name in stage]
+        stages = [{name: layers[name] for name in stage} for stage in order]
+        held = most * sum(len(next(iter(batch.values()))) for batch in self.batches) * 2
+        if held < _HELD and len(ran) == len(set(ran)) and self._stoppable(unit, stages):
+            yield from self._stopped(unit, stages, needs, reference)
+            return
+        for name in dict.fromkeys(ran):
+            one = {name: layers[name]}
+            yield one, self.collect(replace(unit, layers=one), needs, reference)
+
+    def _stopped(
+        self, unit: Unit, stages: list[dict[str, nn.Module]], needs: frozenset[str],
+        reference: Stream | None,
+    ) -> Iterator[tuple[dict[str, nn.Module], dict[str, LayerStats]]]:  # fmt: skip
         streams = [self] if reference is None or "cross" not in needs else [reference, self]
         modules = [_modules(stream) for stream in streams]
         with contextlib.ExitStack() as stack:
             runs = []
             for stream, own in zip(streams, modules, strict=True):
                 leaders = [own[next(iter(layers))] for layers in stages]
-                block = stream.model.module.get_submodule(unit.name)
-                runs.append(stack.enter_context(paused(block, leaders, list(stream.calls()))))
+                runs.append(stack.enter_context(paused(leaders, stream._runs(unit))))
             for place, layers in enumerate(stages):
                 found = Collector(layers, needs, modules[0] if len(streams) > 1 else {})
                 adds = (found.before, found.now)[-len(streams) :]
@@ -444,7 +491,7 @@ class Stream:
                             for name in found.layers:
                                 add(name, x)
                 yield layers, self._finished(found)
-            if self.chained and unit.index + 1 < len(self.model.blocks):
+            if self.chained and unit.index is not None and unit.index + 1 < len(self.model.blocks):
                 for stream, calls in zip(streams, runs, strict=True):
                     stream.outputs = [call.finish() for call in calls]
 

@@ -21,6 +21,7 @@ from penjing.model import Model
 from penjing.proof import PROOF, Run, inside, prove, tensors_of
 from penjing.recipe import Setting
 from penjing.shapes import fresh, settings
+from penjing.strips import Strips
 
 __all__ = ["ChannelMap", "Free", "channel_map", "map_of"]
 
@@ -104,6 +105,11 @@ def map_of(module: nn.Module, run: Callable[[nn.Module, torch.dtype], Any]) -> C
         module: in evaluation mode; stays as it is.
         run: gives its outputs, with floating inputs of a dtype; all of them must stay.
     """
+    with Strips():  # type: ignore[no-untyped-call]
+        return _mapped(module, run)
+
+
+def _mapped(module: nn.Module, run: Callable[[nn.Module, torch.dtype], Any]) -> ChannelMap:
     sizes = [p.numel() for p in module.parameters()]
     for dtype in (torch.float64, torch.float32):
         if dtype == torch.float64 and max(sizes, default=0) > max(_WIDE, sum(sizes) / 2):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,9 +18,30 @@ from penjing.model import Batch, Model
 from penjing.tasks import find
 from penjing.tasks.classification import classes_of
 
-__all__ = ["Place", "batches_of", "dataset_of", "edited", "model_of", "need", "network_of"]
+__all__ = ["Later", "Place", "batches_of", "dataset_of", "edited", "model_of", "need", "network_of"]
 
 Place = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Later(os.PathLike[str]):
+    """A model that is loaded once, when it is needed: options are refused before.
+
+    Attributes:
+        path: where it is.
+        load: gives it.
+    """
+
+    path: str
+    load: Callable[[], Model]
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    @cached_property
+    def model(self) -> Model:
+        """The loaded one."""
+        return self.load()
 
 
 def model_of(model: Model | Place) -> Model:
@@ -33,6 +56,8 @@ def model_of(model: Model | Place) -> Model:
             allowed="a path that penjing.load takes, or what it gave",
             next="write a function that returns the module, and give file.py:function",
         )  # fmt: skip
+    if isinstance(model, Later):
+        return model.model
     return model if isinstance(model, Model) else load(os.fspath(model))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from penjing.patches import Patches, is_grouped
 
 # Input vectors sampled from a batch, and in all, to choose a range by.
 _SAMPLE, _SAMPLES = 256, 8192
+# About so many of the patches of a batch count.
+_ROWS = 4096
 
 __all__ = ["Collector", "Gradient", "LayerStats", "unpadded"]
 
@@ -235,9 +237,23 @@ def _vectors(layer: nn.Module, x: Tensor) -> Tensor | None:
             x = x.unsqueeze(-2)
             kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
             padding = (0, *padding)
-        patches = torch.nn.functional.unfold(
-            x, kernel, dilation, padding, stride
-        )  # [batch, in * h * w, places]
-        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-        return rows[:: max(1, len(rows) // 4096)]
+        return _patches(x, kernel, dilation, padding, stride)
     return None
+
+
+def _patches(
+    x: Tensor, kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Of all that a kernel sees in images [batch, in, height, width] some, evenly spread.
+
+    Returns:
+        [rows, in * h * w], of the places of one image after those of another.
+    """
+    x = nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    for dim, size, apart, step in zip((2, 3), kernel, dilation, stride, strict=True):
+        x = x.unfold(dim, (size - 1) * apart + 1, step)[..., ::apart]  # a view
+    count = len(x) * x.shape[2] * x.shape[3]
+    chosen = torch.arange(0, count, max(1, count // _ROWS), device=x.device)
+    image, place = chosen // (count // len(x)), chosen % (count // len(x))
+    return x[image, :, place // x.shape[3], place % x.shape[3]].flatten(1)

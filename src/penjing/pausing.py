@@ -1,13 +1,13 @@
-"""A call of a block that stops before some of its layers.
+"""Runs of a block, or of the whole network, that stop before some of its layers.
 
-All batches go as far as a layer, the layer is edited, and they go on from there: the block is run
-once, and its later layers see what the edits before them give. A call under way keeps what Python
-keeps of it, no more.
+All batches go as far as a layer, the layer is edited, and they go on from there: everything is run
+once, and later layers see what the edits before them give. A run under way keeps what Python keeps
+of it, no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,51 +16,53 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from penjing.calls import Call
 from penjing.graph import given
 
 __all__ = ["Paused", "paused"]
 
 
 class Paused:
-    """One call, under way.
+    """One run, under way.
+
+    Args:
+        run: gives a tensor.
 
     Attributes:
-        output: the block's hidden state, once it is through.
+        output: that tensor, once it is through.
     """
 
-    def __init__(self, call: Call, block: nn.Module) -> None:
-        self._task = _Task(lambda: call.forward(block, call.hidden))
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._task = _Task(run)
         self._place = -1  # of the layer that it stands before
         self._input: Tensor | None = None
         self.output: Tensor | None = None
 
     def until(self, place: int) -> Tensor | None:
-        """Go on to layer number `place`; its input, None where the call does not reach it."""
+        """Go on to layer number `place`; its input, None where the run does not reach it."""
         while self.output is None and self._place < place:
             self._go()
         return self._input if self._place == place else None
 
     def finish(self) -> Tensor:
-        """Go on to the end; the block's hidden state."""
+        """Go on to the end; the run's tensor."""
         while self.output is None:
             self._go()
         return self.output
 
     def close(self) -> None:
-        """Give up the call."""
+        """Give up the run."""
         self._input = None
         self._task.throw()
 
     def _go(self) -> None:
         self._input = None
-        # Here and not inside: the mode belongs to the thread, which all calls share.
+        # Here and not inside: the mode belongs to the thread, which all runs share.
         with torch.no_grad():
             modes = _modes()
             found = self._task.switch()
         if _modes() != modes:
             self.close()
-            raise RuntimeError("the block was stopped within torch.autocast")
+            raise RuntimeError("a run was stopped within torch.autocast")
         if self._task.dead:
             self.output = found
         else:
@@ -72,26 +74,26 @@ class _Task(greenlet):
 
 
 def _modes() -> list[object]:
-    """What belongs to the thread, and a call under way would change for all others."""
+    """What belongs to the thread, and a run under way would change for all others."""
     kinds = ("cpu", "cuda")
     return [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
 
 
 @contextmanager
 def paused(
-    block: nn.Module, layers: Sequence[nn.Module], calls: Sequence[Call]
+    layers: Sequence[nn.Module], runs: Sequence[Callable[[], Tensor]]
 ) -> Iterator[list[Paused]]:
-    """Calls of `block` that stop before each of `layers`, numbered in the order they run."""
+    """Runs that stop before each of `layers`, which are numbered in the order they run."""
     handles = [
         layer.register_forward_pre_hook(partial(_stop, place=place), with_kwargs=True)
         for place, layer in enumerate(layers)
     ]
-    runs = [Paused(call, block) for call in calls]
+    found = [Paused(run) for run in runs]
     try:
-        yield runs
+        yield found
     finally:
-        for run in runs:
-            run.close()
+        for one in found:
+            one.close()
         for handle in handles:
             handle.remove()
 

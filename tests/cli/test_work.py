@@ -103,6 +103,65 @@ def test_cut_says_what_went(bert: Path, tmp_path: Path) -> None:
     assert found["parameters_before"] - found["parameters"] == block
 
 
+def test_cut_says_where_whole_blocks_are_more_than_was_asked(bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    lines = (json.dumps({"text": " ".join("abcdefghij"[i : i + 5])}) for i in range(6))
+    data.write_text("\n".join(lines))
+    for number, (ratio, part, said) in enumerate(
+        (("1%", "block", True), ("50%", "block", False), ("1%", "mlp", True))
+    ):
+        arguments = ["cut", str(bert), "--ratio", ratio, "--part", part, "--patch", "none"]
+        more = ["--data", str(data), "-o", str(tmp_path / str(number))]
+        done = CliRunner().invoke(group, [*arguments, *more])
+        assert done.exit_code == 0, done.stderr
+        assert ("1 of 2 blocks, 50.0%, were cut or lost a part" in done.stderr) is said
+
+
+def test_prune_says_what_is_left_without_any_connection(bert: Path, tmp_path: Path) -> None:
+    from penjing.load import load
+
+    arguments = ["prune", str(bert), "--sparsity", "0.98", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(group, arguments)
+    assert done.exit_code == 0, done.stderr
+    module = load(tmp_path / "out").module
+    silent = sum(
+        int((p == 0).all(1).sum()) for n, p in module.named_parameters()
+        if n.startswith("encoder") and p.ndim == 2
+    )  # fmt: skip
+    assert silent
+    assert f"{silent} outputs have no connection left, in " in done.stderr
+    done = CliRunner().invoke(group, [*arguments[:3], "0", "-o", str(tmp_path / "same")])
+    assert done.exit_code == 0, done.stderr
+    assert "--sparsity 0 removes nothing" in done.stderr
+    assert "no connection left" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["cut", "--layers", "1", "--part", "mlp", "--patch", "fused"], "a patch of part mlp"),
+        (["cut", "--layers", "1", "--part", "any", "--criterion", "angular"], "of part any"),
+        (["cut", "--layers", "1", "--train", "5", "--patch", "none"], "train, of patches"),
+        (["prune", "--sparsity", "0.5", "--ranking", "global", "--criterion", "wanda"], "by wanda"),
+        (["prune", "--sparsity", "0.5", "--pattern", "0x4"], "pattern"),
+        (["shrink", "--ratio", "0.5", "--learn", "gates", "--of", "latency"], "is learned"),
+        (["quantize", "--bits", "8", "--method", "nothing"], "nothing"),
+        (["recover", "--lr", "-1"], "lr"),
+    ],
+)
+def test_what_the_options_alone_decide_is_refused_before_the_network_is_read(
+    arguments: list[str], hint: str, tmp_path: Path
+) -> None:
+    """A folder that no reader takes would be refused otherwise."""
+    (tmp_path / "data.jsonl").write_text('{"text": "a b"}\n')
+    (tmp_path / "empty").mkdir()
+    more = [str(tmp_path / "empty"), "--data", str(tmp_path / "data.jsonl")]
+    done = CliRunner().invoke(group, [*arguments, *more, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2, done.stderr
+    assert hint in done.stderr
+    assert "empty" not in done.stderr
+
+
 def test_an_empty_data_file(bert: Path, tmp_path: Path) -> None:
     data = tmp_path / "empty.jsonl"
     data.write_text("")

@@ -100,6 +100,17 @@ def test_a_layer_that_the_loss_does_not_see_loses_most() -> None:
     assert found["blocks.1.up"] == pytest.approx(0.6, abs=1e-3)
 
 
+def test_of_much_that_goes_half_of_what_stays_on_average_stays_everywhere() -> None:
+    model, batches = net.stack(), net.arrays(3)
+    with torch.no_grad():
+        model.module.blocks[1].down.weight *= 1e-4
+    found = Prune(0.95, "admm", ranking="global").settled(model, batches).fractions
+    assert max(found.values()) == found["blocks.1.down"] == pytest.approx(0.975, abs=1e-3)
+    sizes = {path: model.module.get_submodule(path).weight.numel() for path in found}
+    gone = sum(part * sizes[path] for path, part in found.items())
+    assert gone / sum(sizes.values()) == pytest.approx(0.95, abs=1e-3)
+
+
 def test_the_settled_step_is_written_and_read() -> None:
     model, batches = net.stack(), net.arrays(3)
     step = Prune(0.5, "fast", ranking="global").settled(model, batches)

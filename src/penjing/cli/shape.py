@@ -20,7 +20,16 @@ from penjing.cli.options import (
     targets_option,
     to_option,
 )
-from penjing.cli.work import check_bare, is_bare, pruned, removed, show_file, technique
+from penjing.cli.work import (
+    check_bare,
+    cut_short,
+    is_bare,
+    note,
+    pruned,
+    removed,
+    show_file,
+    technique,
+)
 from penjing.errors import InputError, UsageError
 from penjing.registry import choices
 
@@ -91,6 +100,8 @@ def prune(
         )
     if sparsity is not None and not 0 <= sparsity < 1:
         raise UsageError("--sparsity", got=sparsity, allowed="0 <= sparsity < 1")
+    if sparsity == 0:
+        note("--sparsity 0 removes nothing: what is written computes what it did")
     training = learning(options)
     if training and pattern is not None:
         raise UsageError("--pattern with --learn", got=pattern, allowed="--sparsity")
@@ -293,6 +304,10 @@ def cut(
         lambda m, **more: _api().cut(m, layers, ratio=ratio, **more),
         model,
         output,
+        # Of parts of several sizes the share is of parameters or MACs.
+        remarks=lambda before, after: (
+            () if options["part"] == "any" else cut_short(ratio, before, after)
+        ),
         **training,
         **options,
     )

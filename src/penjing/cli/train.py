@@ -104,9 +104,11 @@ def recover(
     given["seconds"] = within or seconds or (0.0 if steps else 60.0)
     given["steps"] = steps or 0
 
-    def work(loaded: Any, **more: Any) -> Any:
+    def work(later: Any, **more: Any) -> Any:
         from penjing import api
 
+        api.STEPS["recover"](**given)  # refuses what it does before the model is loaded
+        loaded = later.model
         size = sum(p.numel() * p.element_size() for p in loaded.module.parameters())
         spare = _STARTS + size * _BYTE + _SHARE * (within or 0.0) + (time.monotonic() - begin)
         ends = begin + within - spare if within else None

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from penjing.model import Model
 
 __all__ = [
-    "check_bare", "is_bare", "note", "pruned", "removed", "show_file", "tables_in_floats",
-    "technique",
+    "check_bare", "cut_short", "is_bare", "note", "pruned", "removed", "show_file",
+    "tables_in_floats", "technique",
 ]  # fmt: skip
 
 BARE = (".npy", ".npz", ".safetensors", ".pth", ".pt")
@@ -106,6 +106,13 @@ def pruned(asked: float, before: Model, after: Model) -> Iterator[str]:
             f"{share:.1%} of the connections were removed, asked {asked:.1%}: what fills no group "
             "or block stays"
         )
+    silent = {name: int((~mask.flatten(1).any(1)).sum()) for name, mask in own.items()}
+    if number := sum(silent.values()):
+        names = [name.removesuffix(".weight") for name, empty in silent.items() if empty]
+        yield (
+            f"{number:,} outputs have no connection left, in {len(names)} layers: "
+            f"{_several(names)}; a lower --sparsity keeps some"
+        )
     was, now = (
         sum(model.stored_bytes(name) for name, _ in model.parameters()) for model in (before, after)
     )
@@ -113,6 +120,18 @@ def pruned(asked: float, before: Model, after: Model) -> Iterator[str]:
         f"the artifact's tensors take {format_size(now)}, before {format_size(was)}; no runtime "
         "here skips zeros, so the network is as fast as before, and exports hold every zero"
     )
+
+
+def cut_short(ratio: float | None, before: Model, after: Model) -> Iterator[str]:
+    """Where `cut` removed another share of the blocks, or of their halves, than was asked for."""
+    count = len(before.blocks)
+    drops = [e["path"] for e in after.structure[len(before.structure) :] if e["kind"] == "drop"]
+    gone = {b for b in before.blocks if any(f"{path}.".startswith(f"{b}.") for path in drops)}
+    if ratio and abs(len(gone) / count - ratio) > 0.02:
+        yield (
+            f"{len(gone)} of {count} blocks, {len(gone) / count:.1%}, were cut or lost a part, "
+            f"asked {ratio:.1%}: it is a whole number, one at least"
+        )
 
 
 def tables_in_floats(before: Model, after: Model, asked: bool) -> Iterator[str]:
@@ -180,23 +199,29 @@ def technique(
     remarks: Callable[[Model, Model], Iterable[str]] | None = None,
     **options: Any,
 ) -> None:
-    """Load, do `work(model, journal=..., **options)`, save, and say what came out.
+    """Do `work(model, journal=..., **options)`, save, and say what came out.
 
-    `remarks(before, after)` are lines for standard error.
+    The work loads the model once it has seen to its options. `remarks(before, after)` are lines for
+    standard error.
     """
     check_model(model)
     check_output(output, overwrite, (Path(model),))
     set_threads(threads)
     from penjing import api
+    from penjing.given import Later
     from penjing.together import rank
 
     begin = time.monotonic()
     kept = journal or output.with_name(output.name + ".journal")
-    loaded = api.load(model, weights=weights, allow_pickle=allow_pickle)
-    parameters = loaded.parameter_count
-    _check_targets(loaded, to)
+
+    def load() -> Model:
+        found = api.load(model, weights=weights, allow_pickle=allow_pickle)
+        _check_targets(found, to)
+        return found
+
+    source = Later(model, load)
     try:
-        done = work(loaded, journal=kept, **options)
+        done = work(source, journal=kept, **options)
         if rank():  # the first process writes
             return
         api.save(done, output, to=to, overwrite=overwrite)
@@ -209,7 +234,7 @@ def technique(
         raise
     if journal is None:
         shutil.rmtree(kept, ignore_errors=True)
-    steps = done.recipe.steps if done.recipe else ()
+    loaded, steps = source.model, done.recipe.steps if done.recipe else ()
     known = len(loaded.recipe.steps) if loaded.recipe else 0
     for line in _alone(loaded, {step.name for step in steps[known:]}):
         note(line)
@@ -226,7 +251,7 @@ def technique(
     found: dict[str, Any] = {
         "output": str(output),
         "size_bytes": folder_size(output),
-        "parameters_before": parameters,
+        "parameters_before": loaded.parameter_count,
         "parameters": done.parameter_count,
         "stored_bits_per_weight": done.stored_bits(),
         "zeros": int(sum(mask.numel() - int(mask.sum()) for mask in done.masks.values())),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["REACH", "check_comparable", "fractions"]
 
 REACH = 0.1
-"""How far the fraction of a layer may be from the wanted one."""
+"""How far the fraction of a layer may be from the wanted one; of what stays, never below a half."""
 
 # A layer's scores are remembered as so many of them, in their order.
 _QUANTILES = 2049
@@ -106,13 +106,13 @@ def _curve(score: Tensor) -> np.ndarray:
 def _shared(
     curves: dict[str, np.ndarray], sizes: dict[str, int], wanted: float
 ) -> dict[str, float]:
-    """Of each layer what is under the threshold, by halving, at most `REACH` from the wanted."""
+    """Of each layer what is under the threshold, by halving, in reach of the wanted."""
     if not curves:
         return {}
     low = min(float(c[0]) for c in curves.values()) - 1
     high = max(float(c[-1]) for c in curves.values()) + 1
     weights = np.array([sizes[path] for path in curves], dtype=float)
-    least, most = max(0.0, wanted - REACH), min(1 - 1e-3, wanted + REACH)
+    least, most = max(0.0, wanted - REACH), min(wanted + REACH, (1 + wanted) / 2)
 
     def under(threshold: float) -> np.ndarray:
         found = [np.interp(threshold, c, np.linspace(0, 1, len(c))) for c in curves.values()]

@@ -151,6 +151,10 @@ class Shrink:
             return
         waiting = [_Waiting(free, _placed(free.group, unit.name)) for free in groups_of(unit).free]
         waiting = [one for one in waiting if self._chosen(one, unit.model, chosen.layers)]
+        if not waiting:
+            return
+        read = {reader.path for one in waiting for reader in one.readers}
+        chosen.layers = {n: m for n, m in chosen.layers.items() if n in read}
         known: dict[str, LayerStats] = {}
         slices, left = [], Remaining(unit.model.module)
         for _, found in unit.stream.staged(chosen, self.needs, unit.reference):
@@ -252,11 +256,12 @@ class _Shared:
         left = Remaining(model.module)
         edits, touched = [], {}
         for free in groups:
-            consumers = consumers_of(twin.module, free.group)
+            consumers, keep = consumers_of(twin.module, free.group), step.staying(model, free.group)
+            if _number(keep) == free.group.count:
+                continue
             found = collect(stream, {c.path: layers[c.path] for c in consumers}, needs)
             consumers = [c for c in consumers if found[c.path].gram is not None]
-            keep = step.staying(model, free.group)
-            if _number(keep) == free.group.count or not consumers:
+            if not consumers:
                 continue
             kept, fits, used = choose(twin, free.group, consumers, found, keep, step.criterion)
             settings = free.settings(len(kept))
@@ -269,16 +274,19 @@ class _Shared:
             for path, fit in fits.items() if step.repair else ():
                 put(twin.module, layers[path], fit)
                 touched[path] = layers[path]
+        if not touched:
+            yield from edits
+            return
         original = Stream(model.copy(shared=True), unit.batches)
-        for path in _in_order(stream, touched):
-            found = collect(stream, {path: touched[path]}, frozenset({"gram", "cross"}), original)
-            was = model.module.get_submodule(path)
-            weight: Tensor = was.weight.detach().float().flatten(1)  # type: ignore[operator]
-            now: Tensor = touched[path].weight.detach().flatten(1)
-            stays = (now != 0).any(0).nonzero().flatten()
-            fit = refit(was, weight, found[path], stays, mask_of(model, path))
-            put(twin.module, touched[path], fit)
-            yield from _refitted(model.module, path, fit)
+        for stage, found in stream.through(touched, frozenset({"gram", "cross"}), original):
+            for path, layer in stage.items():
+                was = model.module.get_submodule(path)
+                weight: Tensor = was.weight.detach().float().flatten(1)  # type: ignore[operator]
+                now: Tensor = layer.weight.detach().flatten(1)  # type: ignore[operator]
+                stays = (now != 0).any(0).nonzero().flatten()
+                fit = refit(was, weight, found[path], stays, mask_of(model, path))
+                put(twin.module, layer, fit)
+                yield from _refitted(model.module, path, fit)
         yield from edits
 
     def _wanted(self, blocks: tuple[str, ...], free: Free) -> bool:
@@ -358,22 +366,6 @@ def _refitted(module: nn.Module, path: str, fit: Fit) -> Iterator[Edit]:
     yield Edit("weight", f"{path}.weight", fit.weight.reshape(own.shape), why)
     if fit.bias is not None:
         yield Edit("weight", f"{path}.bias", fit.bias, why)
-
-
-def _in_order(stream: Stream, layers: dict[str, nn.Module]) -> list[str]:
-    """Paths in the order in which the layers first run."""
-    order: dict[str, None] = {}
-    handles = [
-        layer.register_forward_pre_hook(lambda m, a, path=path: order.setdefault(path))
-        for path, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            stream.model.run(stream.model.example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(order)
 
 
 def _proof(
