@@ -113,11 +113,11 @@ def movies() -> list[str]:
     return [line.split("\t")[2] for line in lines if line.count("\t") >= 2]
 
 
-def batches(model: Model, texts: list[str], name: str) -> list[Batch]:
+def batches(model: Model, texts: list[str], name: str, size: int = 32) -> list[Batch]:
     path = CACHE / f"bench-{name}.jsonl"
     # By length, so that little of a batch is padding; training holds out the first batches.
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in sorted(texts, key=len)))
-    found = list(encode(read(path), model, batch=32))
+    found = list(encode(read(path), model, batch=size))
     random.Random(2).shuffle(found)
     return found
 

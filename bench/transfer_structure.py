@@ -32,11 +32,12 @@ from penjing.demo import minilm
 from penjing.export import export
 from penjing.measure import Candidate, measure_files, median_ratio
 from penjing.model import Batch, Model
+from penjing.objective import Objective
 from penjing.recipe import Recipe
 from penjing.steps.cut import Cut
 from penjing.steps.shrink import Shrink
 from penjing.structure import derive
-from penjing.training import Objective, descend
+from penjing.training import descend
 
 SHARE = 0.5
 CALIBRATION = 24  # batches of 16 sentences

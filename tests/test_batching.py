@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
 from penjing.apply import apply
-from penjing.batching import rebatched
+from penjing.batching import by_length, rebatched
 from penjing.model import Batch, Model, Source
 from penjing.recipe import Recipe
 from penjing.steps.quantize import Quantize
@@ -88,3 +88,27 @@ def test_the_same_bytes_with_any_threads_and_any_batches(bits: int) -> None:
         return found.hexdigest()
 
     assert len({digest(*way) for way in ((8, 1), (8, 2), (40, 2), (3, 1), (1, 2))}) == 1
+
+
+def test_texts_of_about_one_length_go_together() -> None:
+    lengths = [3, 9, 5, 1, 7, 12, 2] * 5
+    model, came = net.bert(1, **WIDE), padded(samples := texts(lengths), 4, spare=2)
+    found = by_length(model, came, seed=0)
+    again = [
+        ids[mask.bool()].tolist() for b in found for ids, mask in zip(*b.values(), strict=True)
+    ]
+    assert sorted(again) == sorted(sample.tolist() for sample in samples)
+    # The least padding that batches of four can have: those of the lengths in their order.
+    order = sorted(lengths)
+    least = [order[n : n + 4] for n in range(0, len(order), 4)]
+    assert sum(b["input_ids"].numel() for b in found) == sum(len(o) * max(o) for o in least)
+    widths = [b["input_ids"].shape[1] for b in found]
+    assert widths != sorted(widths)
+    other = by_length(model, came, seed=1)
+    assert [b["input_ids"].shape[1] for b in other] != widths
+
+
+def test_what_has_no_length_stays_as_it_came() -> None:
+    model = net.stack()
+    came = net.arrays(3)
+    assert all(a is b for a, b in zip(by_length(model, came, seed=0), came, strict=True))

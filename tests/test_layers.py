@@ -33,7 +33,7 @@ LAYERS = [
     ["axisrules", "coupling"],
     ["proof"],
     ["channelmap"],
-    ["calibrate", "tasks", "sensitivity", "training"],
+    ["calibrate", "tasks", "sensitivity", "training", "objective", "front"],
     ["steps", "readers", "writers", "runtimes"],
     ["load"],
     ["inspect", "evaluate", "apply", "export", "weights"],

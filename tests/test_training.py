@@ -12,54 +12,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import networks as net
 from penjing.errors import InputError, UsageError
-from penjing.training import (
-    LABELS,
-    Objective,
-    check_loss,
-    check_optimizer,
-    descend,
-    held_out,
-    schedule,
-)
-
-
-def test_labels_of_a_classifier_are_compared_by_cross_entropy() -> None:
-    model = net.vit()
-    batch = {**model.example, LABELS: torch.tensor([3, 1])}
-    with torch.no_grad():
-        chances = model.run(batch).softmax(-1)
-    wanted = -float((chances[0, 3].log() + chances[1, 1].log()) / 2)
-    assert Objective(model, LABELS).exact(model, batch) == pytest.approx(wanted, rel=1e-5)
-
-
-def test_labels_of_a_language_model_are_its_next_tokens() -> None:
-    model, batch = net.llama(1), net.text_batch(2)
-    with torch.no_grad():
-        chances = model.run(batch).log_softmax(-1)
-    found = []
-    for row, ids in enumerate(batch["input_ids"].tolist()):
-        length = int(batch["attention_mask"][row].sum())
-        found += [float(chances[row, place - 1, ids[place]]) for place in range(1, length)]
-    wanted = -sum(found) / len(found)
-    assert Objective(model, LABELS).exact(model, batch) == pytest.approx(wanted, rel=1e-5)
-
-
-def test_the_original_is_at_distance_zero_of_itself() -> None:
-    for model, batch in ((net.bert(1), net.text_batch(1)), (net.llama(1), net.text_batch(1))):
-        far = Objective(model)
-        assert far.exact(model, batch) == pytest.approx(0, abs=1e-5)
-        with torch.no_grad():
-            assert float(far(model, batch)) == pytest.approx(0, abs=1e-3)
-
-
-def test_labels_that_are_not_there_are_said() -> None:
-    model = net.vit()
-    with pytest.raises(UsageError, match="the loss labels; got no labels"):
-        Objective(model, LABELS)(model, model.example)
-    stack = net.stack()
-    batch = {**stack.example, LABELS: torch.tensor([0, 1])}
-    with pytest.raises(UsageError, match=r"got labels, outputs \[2, 5, 4\]"):
-        Objective(stack, LABELS)(stack, batch)
+from penjing.objective import check_loss
+from penjing.training import check_optimizer, descend, held_out, schedule
 
 
 def test_an_eighth_is_held_out() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penjing.model import Batch, Model
 
-__all__ = ["rebatched", "samples_of"]
+__all__ = ["by_length", "rebatched", "samples_of"]
 
 # Samples of a batch, and tokens with their padding.
 _ROWS, _TOKENS = 16, 2048
@@ -38,6 +38,29 @@ def rebatched(model: Model, batches: Sequence[Batch]) -> list[Batch]:
     samples = [sample for batch in batches for sample in samples_of(batch, mask)]
     pads = {"input_ids": _pad(model)}
     return [_joined(group, pads) for group in _groups(samples, mask)]
+
+
+def by_length(model: Model, batches: Sequence[Batch], seed: int) -> list[Batch]:
+    """The same samples in batches of texts of about one length, in random order.
+
+    Batches have as many samples as they came with, and the order is of `seed`. Samples without a
+    mask stay as they came.
+    """
+    if not all("input_ids" in b and "attention_mask" in b for b in batches):
+        return list(batches)
+    rows = max(len(batch["input_ids"]) for batch in batches)
+    samples = [sample for batch in batches for sample in samples_of(batch, "attention_mask")]
+    lengths = [len(sample["attention_mask"]) for sample in samples]
+    if len(set(lengths)) == 1:
+        return list(batches)
+    order = sorted(range(len(samples)), key=lengths.__getitem__)
+    pads = {"input_ids": _pad(model)}
+    made = [
+        _joined([samples[n] for n in order[start : start + rows]], pads)
+        for start in range(0, len(order), rows)
+    ]
+    turns = torch.randperm(len(made), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [made[n] for n in turns]
 
 
 def samples_of(batch: Batch, mask: str | None) -> Iterator[Batch]:

@@ -68,7 +68,7 @@ class Detours:
 
     def run(
         self, batch: Batch, ways: Mapping[int, Way], passed: Passed | None = None,
-        without: Iterable[str] = (),
+        without: Iterable[str] = (), slopes: bool = False,
     ) -> Tensor:  # fmt: skip
         """The network's output where blocks give `ways` of what comes.
 
@@ -77,6 +77,7 @@ class Detours:
             ways: by index of a block; its own hooks do not run.
             passed: gets the hidden states of this run.
             without: paths of layers that give zeros.
+            slopes: for training: the output can be differentiated.
         """
 
         def enter(args: Any, kwargs: Any, index: int) -> None:
@@ -87,7 +88,7 @@ class Detours:
             if passed is not None:
                 passed.left[index] = output[0] if isinstance(output, tuple) else output
 
-        with torch.no_grad(), contextlib.ExitStack() as stack:
+        with torch.set_grad_enabled(slopes), contextlib.ExitStack() as stack:
             for index, way in ways.items():
                 stack.enter_context(self._instead(index, way))
             stack.enter_context(self._hooks(leave, enter))

@@ -24,7 +24,7 @@ __all__ = [
 Group = tuple[Sequence[Tensor], float]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, weight_decay=0.0),
+    "adamw": lambda groups: torch.optim.AdamW(groups, weight_decay=0.0, fused=True),
     "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
     "adafactor": lambda groups: torch.optim.Adafactor(groups),
 }

@@ -1,51 +1,23 @@
-"""Gradient descent on a network: what it is drawn to, and the way down.
-
-Without labels the aim is the output of the original network (distillation, Hinton et al., arXiv
-1503.02531); with `labels` it is the class of each sample, of a language model the next token, by
-cross-entropy.
-"""
+"""Gradient descent on a network: the way down; what it is drawn to is `penjing.objective`'s."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from penjing import processor, sharding, together
+from penjing import sharding, together
 from penjing.checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from penjing.errors import InputError, UsageError
-from penjing.gradients import LABELS
-from penjing.hiddens import distance, twins, watched
-from penjing.model import Batch, Model
+from penjing.model import Batch
 from penjing.optimizers import Group, check_optimizer, check_schedule, optimizer_of, schedule
-from penjing.registry import lookup
 
-__all__ = [
-    "PRECISIONS", "Descent", "Objective", "Taken", "check_loss", "check_optimizer", "descend",
-    "held_out", "products", "schedule",
-]  # fmt: skip
-
-
-def check_loss(name: str | None) -> None:
-    """Refuse what is no loss.
-
-    Raises:
-        UsageError: the choices are listed.
-    """
-    if name not in (None, LABELS):
-        lookup("losses", name, "loss")
-
-
-PRECISIONS = ("auto", "float32", "bfloat16")
-"""Of products: `auto` is bfloat16 where the processor is fast with it."""
-# Numbers of targets that are held; those of more batches are computed again each time.
-_HELD = 1 << 27
+__all__ = ["Descent", "Taken", "check_optimizer", "descend", "held_out", "schedule"]
 
 
 @dataclass(frozen=True)
@@ -103,97 +75,6 @@ class Taken:
             return rate
         mean = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
         return rate / (mean.sqrt() + group["eps"])  # type: ignore[no-any-return]
-
-
-def products(precision: str, device: str) -> AbstractContextManager[object]:
-    """Products of `precision`, one of `PRECISIONS`, on a device of a type such as `cpu`."""
-    if precision == "bfloat16":
-        return torch.autocast(device, torch.bfloat16)
-    return processor.autocast(device, precision == "auto")
-
-
-class Objective:
-    """How far a network is from what is wanted of it.
-
-    Args:
-        original: whose outputs are wanted; those of a batch are computed once.
-        loss: a name of `penjing.losses`, `labels`, or None: `cosine` for embeddings, `kl` for
-            logits.
-        hidden: weight of `penjing.hiddens.distance` beside the loss.
-        precision: of products in training, one of `PRECISIONS`.
-    """
-
-    def __init__(
-        self, original: Model, loss: str | None = None, *, hidden: float = 0.0,
-        precision: str = "auto",
-    ) -> None:  # fmt: skip
-        self._original, self._labels = original, loss == LABELS
-        default = "cosine" if original.interface == "embedding" else "kl"
-        self._loss: Any = None if self._labels else lookup("losses", loss or default, "loss")
-        self._hidden, self._precision = hidden, precision
-        self._known: dict[int, tuple[Tensor | None, list[Tensor]]] = {}
-        self._held = 0
-        self._twins: dict[int, tuple[tuple[str, str], ...]] = {}
-
-    def __call__(self, model: Model, batch: Batch) -> Tensor:
-        """Scalar; the loss on the outputs and, where it has a weight, that on hidden states."""
-        with products(self._precision, model.device.type):
-            wanted, states = self._wanted(model, batch)
-            with watched(model, [own for own, _ in self._pairs(model)]) as found:
-                output = model.run(batch)
-            value = self._compare(output, wanted, batch)
-            return value + self._hidden * distance(found, states, batch) if states else value
-
-    def exact(self, model: Model, batch: Batch) -> float:
-        """The loss on the outputs in full precision: bfloat16 hides what is left to win."""
-        with torch.no_grad():
-            wanted = None if self._labels else self._original.run(batch)
-            return float(self._compare(model.run(batch), wanted, batch))
-
-    def _pairs(self, model: Model) -> tuple[tuple[str, str], ...]:
-        if not self._hidden:
-            return ()
-        if id(model) not in self._twins:
-            self._twins[id(model)] = twins(self._original, model)
-        return self._twins[id(model)]
-
-    def _wanted(self, model: Model, batch: Batch) -> tuple[Tensor | None, list[Tensor]]:
-        """The original's outputs, and its hidden states at the blocks that are left."""
-        if id(batch) in self._known:
-            return self._known[id(batch)]
-        paths = [path for _, path in self._pairs(model)]
-        if self._labels and not paths:
-            return None, []
-        with torch.no_grad(), watched(self._original, paths) as states:
-            output = self._original.run(batch)
-        found = (None if self._labels else output, states)
-        size = sum(x.numel() for x in (output, *states))
-        if self._original.interface != "causal" and self._held + size <= _HELD:
-            self._known[id(batch)] = found
-            self._held += size
-        return found
-
-    def _compare(self, output: Tensor, wanted: Tensor | None, batch: Batch) -> Tensor:
-        if wanted is None:
-            return nn.functional.cross_entropy(*self._labelled(output.float(), batch))
-        if self._original.interface == "causal":
-            kept = batch["attention_mask"].bool()
-            output, wanted = output[kept], wanted[kept]
-        return self._loss(output, wanted)  # type: ignore[no-any-return]
-
-    def _labelled(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [n, classes] and classes [n]."""
-        if self._original.interface == "causal":
-            there = batch["attention_mask"][:, 1:].bool()
-            return output[:, :-1][there], batch["input_ids"][:, 1:][there]
-        if LABELS not in batch or output.ndim != 2:
-            raise UsageError(
-                "the loss labels", got=f"{'' if LABELS in batch else 'no '}labels, "
-                f"outputs [{', '.join(map(str, output.shape))}]",
-                allowed="a class for every sample and logits [batch, classes], or a language model",
-                next="leave the loss out: then the original's outputs are the aim",
-            )  # fmt: skip
-        return output, batch[LABELS]
 
 
 def held_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:

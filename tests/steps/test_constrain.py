@@ -16,6 +16,7 @@ from penjing.api import STEPS
 from penjing.apply import Applied, Journal, apply
 from penjing.channelmap import channel_map
 from penjing.errors import InputError, UsageError
+from penjing.gradients import LABELS
 from penjing.inspect import inspect
 from penjing.model import Batch, Model
 from penjing.recipe import Recipe
@@ -25,7 +26,6 @@ from penjing.steps.cut import Cut
 from penjing.steps.prune import Prune
 from penjing.steps.quantize import Quantize
 from penjing.steps.shrink import Shrink
-from penjing.training import LABELS
 
 METHODS = choices("constraints")
 TEXTS = [net.text_batch(seed) for seed in range(4)]

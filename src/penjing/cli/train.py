@@ -74,6 +74,9 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
     help="Looks at held-out data, of 20, without a gain that end it.",
 )
 @click.option(
+    "--front", is_flag=True, default=None, help="Train what stands before the first edit too."
+)
+@click.option(
     "--shard", is_flag=True, default=None, help="Divide the network between torchrun's processes."
 )
 @data_options(required=True, samples=512)
@@ -98,7 +101,7 @@ def recover(
     names = (
         "lr", "loss", "hidden", "codes", "rank", "block_steps", "optimizer", "schedule", "warmup",
         "clip", "accumulate", "precision", "weight_decay", "l1", "l2", "group", "patience",
-        "shard",
+        "front", "shard",
     )  # fmt: skip
     given = {name: value for name in names if (value := options.pop(name)) is not None}
     given["seconds"] = within or seconds or (0.0 if steps else 60.0)

@@ -19,8 +19,9 @@ from penjing.calibrate import Stream
 from penjing.checkpoint import Checkpoint
 from penjing.hiddens import distance, twins
 from penjing.model import Batch, Model
+from penjing.objective import products
 from penjing.steps._recovery import Trained
-from penjing.training import Descent, descend, products
+from penjing.training import Descent, descend
 
 __all__ = ["blockwise"]
 

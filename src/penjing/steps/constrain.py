@@ -22,6 +22,7 @@ from penjing.errors import UsageError
 from penjing.gating import Constraint
 from penjing.lagrangian import AugmentedLagrangian
 from penjing.model import Batch, parent_of
+from penjing.objective import Objective, check_loss
 from penjing.recipe import Edit
 from penjing.registry import choices, lookup
 from penjing.steps._candidates import Candidates, Layers, Weights
@@ -29,7 +30,7 @@ from penjing.steps._cost import MEASURES
 from penjing.steps._gates import Gates
 from penjing.steps._importance import needs_of
 from penjing.steps._units import Neurons
-from penjing.training import Objective, Taken, check_loss, check_optimizer, descend
+from penjing.training import Taken, check_optimizer, descend
 
 __all__ = ["OF", "Constrain"]
 
@@ -59,7 +60,7 @@ class Constrain:
         lr: peak learning rate of the gates.
         weights_lr: of the network's own parameters; 0 leaves them as they are.
         optimizer: see `penjing.training.descend`.
-        loss: see `penjing.training.Objective`.
+        loss: see `penjing.objective.Objective`.
         multiple: kept neurons of a group are a multiple of this where the budget lets them.
         seed: of the order of the batches and of random gates.
         targets: globs of layers whose weights, or inputs, may go; of blocks.

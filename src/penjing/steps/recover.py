@@ -17,24 +17,20 @@ import torch
 from torch import Tensor
 
 from penjing import sharding, together
+from penjing.batching import by_length
 from penjing.calibrate import LayerStats, Unit
 from penjing.checkpoint import Checkpoint
 from penjing.errors import UsageError
-from penjing.model import Model
+from penjing.front import Front, front_of
+from penjing.model import Batch, Model
+from penjing.objective import PRECISIONS, Objective, check_loss
 from penjing.recipe import Edit
 from penjing.steps._blockwise import blockwise
 from penjing.steps._grid import attach
 from penjing.steps._lowrank import adapt
 from penjing.steps._recovery import Penalty, Trained, curve_of, train
 from penjing.steps._select import matches
-from penjing.training import (
-    PRECISIONS,
-    Descent,
-    Objective,
-    check_loss,
-    check_optimizer,
-    held_out,
-)
+from penjing.training import Descent, check_optimizer, held_out
 
 __all__ = ["Recover"]
 
@@ -53,7 +49,7 @@ class Recover:
         steps: gradient steps at the most; 0 means none. A run limited by steps alone is
             reproducible, also where it was killed and went on.
         lr: peak learning rate of floats.
-        loss: as `penjing.training.Objective` takes it; by default the original's outputs.
+        loss: as `penjing.objective.Objective` takes it; by default the original's outputs.
         seed: order of the batches.
         targets: globs of parameter paths; without any, every one.
         codes: learn the codes of quantized weights too (quantization-aware training); of one
@@ -68,6 +64,8 @@ class Recover:
         block_steps: steps on the output of each block, one after the other, before those on the
             whole; see `penjing.steps._blockwise`.
         rank: of what float matrices move by; 0 for matrices that move freely.
+        front: train the blocks in front of the first edit too. Without, they stay what they are,
+            and so does what feeds them: see `penjing.front`.
         shard: divide the trained network between the processes of `torchrun`, see
             `penjing.sharding`.
     """
@@ -97,6 +95,7 @@ class Recover:
     patience: int = 0
     block_steps: int = 0
     rank: int = 0
+    front: bool = False
     shard: bool = False
 
     def __post_init__(self) -> None:
@@ -129,8 +128,11 @@ class Recover:
         if not unit.batches or unit.original is None:
             raise UsageError("recover needs data", next="give --data")
         student, teacher = unit.model.copy(), unit.original
-        far = Objective(teacher, self.loss, hidden=self.hidden, precision=self.precision)
-        batches, test = held_out(unit.batches)
+        batches, test = held_out(by_length(student, unit.batches, self.seed))
+        front = self._front(teacher, student, batches)
+        far = Objective(
+            teacher, self.loss, hidden=self.hidden, precision=self.precision, front=front.count
+        )
 
         def judged() -> float:
             found = sum(far.exact(student, batch) for batch in test) / max(1, len(test))
@@ -138,7 +140,7 @@ class Recover:
 
         before = judged()
         look = time.monotonic() - begun
-        what = self._trained(student, teacher)
+        what = self._trained(student, teacher, front)
         left = self._left(begun, look, unit.deadline)
         if self.block_steps:
             blockwise(
@@ -167,14 +169,20 @@ class Recover:
     def _wanted(self, name: str) -> bool:
         return matches(name, self.targets)
 
-    def _trained(self, student: Model, teacher: Model) -> Trained:
+    def _front(self, teacher: Model, student: Model, batches: list[Batch]) -> Front:
+        if self.front or self.shard:
+            return Front()
+        return front_of(teacher, student, {n: x[:1] for n, x in batches[0].items()})
+
+    def _trained(self, student: Model, teacher: Model, front: Front) -> Trained:
         if self.shard:
             if student.planes:
                 raise UsageError("shard of a quantized network", next="leave shard out")
             sharding.divide(student.module, student.blocks)
         floats = {
-            n: p for n, p in student.parameters() if n not in student.planes and self._wanted(n)
-        }
+            n: p for n, p in student.parameters()
+            if n not in student.planes and n not in front.names and self._wanted(n)
+        }  # fmt: skip
         chosen = [n for n in student.planes if self._wanted(n)]
         behind = dict(teacher.parameters()) if self.codes else {}
         grids = attach(student, chosen, {n: p.detach() for n, p in behind.items()})
@@ -185,7 +193,9 @@ class Recover:
             # What is smaller than its factors would be, and vectors, move freely; tables stay.
             floats = {n: p for n, p in floats.items() if n not in factors and p.ndim < 2}
         if not floats and not grids and not factors:
-            raise UsageError("nothing to train", got=", ".join(self.targets) or "only tables")
+            got = ", ".join(self.targets) or "only tables"
+            held = "targets behind the first edit, or front" if front.names else None
+            raise UsageError("nothing to train", got=got, allowed=held)
         return Trained(student, floats, factors, grids)
 
     def _left(self, begun: float, look: float, deadline: float | None) -> float:
