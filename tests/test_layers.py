@@ -26,6 +26,7 @@ LAYERS = [
     ["criteria", "unitcriteria", "pruners", "quantizers", "losses", "features", "observers",
      "neurons", "kernels", "constraints"],
     ["graph", "data", "weightfiles", "packed", "packedlayers"],
+    ["rounding", "storededits"],
     ["edits", "batching", "calls", "channels", "residual", "layerstats", "axes",
      "detour", "hiddens"],
     ["meeting", "pausing", "gradients"],
