@@ -82,7 +82,8 @@ def export(
                     f"the {target} file does not agree with the model",
                     got=f"a deviation of {found[target]:.3g}",
                     allowed=f"<= {allowed:g}",
-                    next="export to another format, or quantize less",
+                    next="export to another format, or quantize less"
+                    + (", or leave --observer out" if model.activations else ""),
                 )
         for target in to:
             for made in (Path(work) / target).iterdir():
@@ -212,8 +213,10 @@ def _within(model: Model, x: torch.Tensor) -> torch.Tensor:
 
 
 def _like(x: torch.Tensor, rows: int, random: torch.Generator) -> torch.Tensor:
-    """Values of the example in another order: [rows, ...]."""
+    """Values of the example in another order: [rows, ...]; normal ones where it has one alone."""
     wanted = (rows, *x.shape[1:])
+    if x.is_floating_point() and bool((x == x.flatten()[:1]).all()):
+        return torch.randn(wanted, generator=random).to(x)
     count = int(np.prod(wanted))
     pick = torch.randint(x.numel(), (count,), generator=random)
     return x.reshape(-1)[pick].reshape(wanted)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "check_output", "disk_errors", "fingerprint", "folder_beside", "read_json", "sha256", "sync",
-    "whole_file", "whole_folder", "write_json", "write_tensors",
+    "check_output", "disk_errors", "fingerprint", "folder_beside", "held", "read_json", "sha256",
+    "sync", "whole_file", "whole_folder", "write_json", "write_tensors",
 ]  # fmt: skip
 
 
@@ -102,24 +102,24 @@ def folder_beside(output: Path, kind: str) -> Iterator[Path]:
     """
     parent, prefix = output.absolute().parent, f".{output.name}.{kind}."
     for old in parent.glob(f"{glob.escape(prefix)}*"):
-        with contextlib.suppress(OSError), _held(old):
+        with contextlib.suppress(OSError), held(old):
             shutil.rmtree(old)
     made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
-        with _held(made):
+        with held(made):
             yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """A lock on a folder that ends with this process.
+def held(path: Path) -> Iterator[None]:
+    """A lock on a file or a folder that ends with this process.
 
     Raises:
-        OSError: another process holds it.
+        OSError: another process holds it, or there is no such path.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -143,6 +143,7 @@ def whole_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
         for path in sorted(files, key=lambda p: p.name == "manifest.json"):
             sync(path)
         sync(beside)
+        check_output(output, overwrite)  # another run may have been faster
         if output.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
             output.rename(old / "was")
@@ -167,6 +168,7 @@ def whole_file(output: Path, write: Callable[[Path], object], overwrite: bool = 
             write(beside)
             beside.chmod(0o644)
             sync(beside)
+            check_output(output, overwrite)
             beside.replace(output)
             sync(output.parent)
         finally:

@@ -70,7 +70,9 @@ def attribute_of(spec: str) -> Any:
         path = Path(place).resolve()
         if not path.is_file():
             raise InputError("no such Python file", got=place, next="check the path")
-        key = f"penjing_user_{path.stem}_{abs(hash(str(path)))}"
+        written = path.stat()  # a file that changed is another module
+        about = (str(path), written.st_mtime_ns, written.st_size)
+        key = f"penjing_user_{path.stem}_{abs(hash(about))}"
         if key not in sys.modules:
             module_spec = importlib.util.spec_from_file_location(key, path)
             if module_spec is None or module_spec.loader is None:

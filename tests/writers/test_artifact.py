@@ -139,7 +139,7 @@ def test_extend_adds_whole_or_not_at_all(model: Model, tmp_path: Path) -> None:
     out = tmp_path / "out"
     artifact.save(model, out, metrics={"a": 1}, extra=lambda f: (f / "old.txt").write_text("old"))
     artifact.extend(out, lambda folder: (folder / "new.txt").write_text("new"), metrics={"b": 2})
-    manifest = reader.check(out, hashes=True)
+    manifest = reader.check(out, of=("",))
     assert {"old.txt", "new.txt"} <= set(manifest["files"])
     assert manifest["metrics"] == {"a": 1, "b": 2}
     state = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -254,9 +254,13 @@ def test_a_flipped_bit_is_found_by_hash_and_a_cut_file_by_size(
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    reader.check(tmp_path / "out")
-    with pytest.raises(InputError, match="has changed"):
-        reader.check(tmp_path / "out", hashes=True)
+    reader.check(tmp_path / "out", of=())
+    for reads in (reader.check, load):
+        with pytest.raises(InputError, match="has changed"):
+            reads(tmp_path / "out")
+    with pytest.raises(InputError, match="has changed"):  # and gets no new manifest
+        artifact.extend(tmp_path / "out", lambda folder: None)
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["files"]
     path.write_bytes(content[:-1])
     with pytest.raises(InputError, match="has changed"):
         load(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -184,6 +185,14 @@ def _check_targets(model: Model, to: Sequence[str]) -> None:
             )
 
 
+def _drop(journal: Path) -> None:
+    """Remove a journal, unless another run is writing it."""
+    from penjing.files import held
+
+    with contextlib.suppress(OSError), held(journal / "lock"):
+        shutil.rmtree(journal)
+
+
 def technique(
     work: Callable[..., Model],
     model: str,
@@ -230,10 +239,10 @@ def technique(
         if any(kept.glob("*.safetensors")):
             note(f"finished blocks are kept in {kept}: the same command goes on from there")
         elif journal is None and not rank():
-            shutil.rmtree(kept, ignore_errors=True)
+            _drop(kept)
         raise
     if journal is None:
-        shutil.rmtree(kept, ignore_errors=True)
+        _drop(kept)
     loaded, steps = source.model, done.recipe.steps if done.recipe else ()
     known = len(loaded.recipe.steps) if loaded.recipe else 0
     for line in _alone(loaded, {step.name for step in steps[known:]}):

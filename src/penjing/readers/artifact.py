@@ -10,7 +10,7 @@ and pruned ones are zeros but where the stored bits say (`penjing.bitmask`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,8 +43,12 @@ def recognises(path: Path) -> bool:
     return path.is_dir() and (path / "manifest.json").exists()
 
 
-def check(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
-    """The manifest, after every file it lists was found with its size (and its SHA-256).
+def check(folder: Path, *, of: Sequence[str] = ("weights/", "structure.json")) -> dict[str, Any]:
+    """The manifest, after every file it lists was found with its size.
+
+    Args:
+        folder: an artifact.
+        of: beginnings of the names of files whose SHA-256 is looked at too.
 
     Raises:
         InputError: a file that is missing, changed, or not inside the folder.
@@ -63,8 +67,11 @@ def check(folder: Path, *, hashes: bool = False) -> dict[str, Any]:
             raise InputError(
                 f"{path} has changed", got=f"{path.stat().st_size} B", allowed=f"{entry['size']} B"
             )
-        if hashes and (found := sha256(path)) != entry["sha256"]:
-            raise InputError(f"{path} has changed", got=found, allowed=entry["sha256"])
+        if name.startswith(tuple(of)) and (found := sha256(path)) != entry["sha256"]:
+            raise InputError(
+                f"{path} has changed", got=f"SHA-256 {found[:12]}...",
+                allowed=f"{entry['sha256'][:12]}...", next="make or copy the artifact again",
+            )  # fmt: skip
     return dict(manifest)
 
 

@@ -109,7 +109,7 @@ def extend(
                 shutil.copyfile(path, target)
         add(beside)
         manifest["metrics"] = {**manifest.get("metrics", {}), **(metrics or {})}
-        _finish(beside, manifest)
+        _finish(beside, manifest, folder)
 
 
 def _share(path: Path, target: Path) -> None:
@@ -120,12 +120,21 @@ def _share(path: Path, target: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def _finish(folder: Path, manifest: dict[str, Any]) -> None:
+def _finish(folder: Path, manifest: dict[str, Any], was: Path | None = None) -> None:
+    """Write the manifest; of an artifact that `was`, no damaged file is made a whole one."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
-    manifest["files"] = {
+    found = {
         p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)}
         for p in files
     }
+    for name, entry in (manifest.get("files") or {}).items():
+        new = found.get(name, entry)["sha256"]
+        if was is not None and new != entry["sha256"] and sha256(was / name) == new:
+            raise InputError(
+                f"{was / name} has changed", got=f"SHA-256 {new[:12]}...",
+                allowed=f"{entry['sha256'][:12]}...", next="make or copy the artifact again",
+            )  # fmt: skip
+    manifest["files"] = found
     write_json(folder / "manifest.json", manifest)
 
 

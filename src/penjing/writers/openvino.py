@@ -241,7 +241,7 @@ def _replace(
         if turned not in inputs:
             inputs[turned] = rotated(source, planes.basis)
         data.replace_source_output(inputs[turned].output(0))
-    if activation is not None:
+    if activation is not None and activation.scale:
         data = user.get_node().input(0)
         source = data.get_source_output()
         low, high = _limits(activation)
@@ -327,8 +327,9 @@ def _affine(
     return op.multiply(op.subtract(node, points), op.constant(scale))
 
 
-def _width(bits: float) -> int:
-    return next(width for width in _WIDTHS if width >= bits)
+def _width(bits: float, columns: int = 8) -> int:
+    # OpenVINO 2026.4 reads rows of 2-bit codes that end amid a byte wrongly.
+    return next(width for width in _WIDTHS if width >= bits and not columns * width % 8)
 
 
 def _constant(codes: np.ndarray, bits: float) -> Any:
@@ -336,7 +337,7 @@ def _constant(codes: np.ndarray, bits: float) -> Any:
     import openvino as ov
     from openvino import opset13 as op
 
-    width = _width(bits)
+    width = _width(bits, codes.shape[-1]) if codes.size > len(codes) else _width(bits)
     if width == 8:
         return op.constant(np.ascontiguousarray(codes, dtype=np.uint8))
     per = 8 // width
