@@ -20,7 +20,7 @@ __all__ = ["Strips"]
 _MOST = 1 << 23
 
 
-class Strips(TorchDispatchMode):
+class Strips(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs float64 convolutions so; modes that are entered inside see them whole."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
