@@ -4,9 +4,9 @@
 
 Fashion-MNIST: the ResNet-20 of bench/fashion.py with half of its multiplications; accuracy on the
 10,000 test images with its 95 % Wilson interval, without training, and after one epoch (the same
-for all). EfficientNet-Lite0 with 30 % of its multiplications gone, without training: KL(float ||
-shrunk) in nats and the share of images with the same largest logit, on the stamps and ImageNet
-images that bench/cnn.py evaluates.
+for all) of labels, or of labels and the logits of the whole network. EfficientNet-Lite0 with 30 %
+of its multiplications gone, without training: KL(float || shrunk) in nats and the share of images
+with the same largest logit, on the stamps and ImageNet images that bench/cnn.py evaluates.
 
 Penjing sees 1,024 training images without labels (EfficientNet: 128 stamps). Torch-Pruning 1.6.1
 goes by its importance, in each layer alike or over all; what needs gradients has them of the loss
@@ -68,7 +68,7 @@ class Task:
     labels: Tensor
     classes: int
     quality: Callable[[nn.Module], list[float]]
-    train: Callable[[nn.Module], None] | None = None
+    train: Callable[[nn.Module, bool], None] | None = None
 
     def twin(self, module: nn.Module) -> Model:
         """The model with another module."""
@@ -112,10 +112,11 @@ def resnet() -> Task:
         share = fashion.accuracy(module)
         return [share, *wilson(round(share * 10_000), 10_000)]
 
-    def train(module: nn.Module) -> None:
+    def train(module: nn.Module, distil: bool) -> None:
         torch.manual_seed(0)
         module.to(memory_format=torch.channels_last)
-        fashion.train(module, 1, 0.05)
+        teacher = fashion.trained() if distil else None
+        fashion.train(module, 1, 0.02 if distil else 0.05, teacher=teacher)
 
     return Task("", model, 0.5, x[:1024], y[:1024], 10, quality, train)
 
@@ -269,10 +270,12 @@ def measured(task: Task, module: nn.Module, seconds: float, train: bool) -> dict
     task.norms(again)
     found["norms"] = task.quality(again)
     if task.train is not None and train:
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
-        task.train(module)
-        found["trained"] = task.quality(module)
+        for kind in ("trained", "distilled"):
+            own = copy.deepcopy(module)
+            for parameter in own.parameters():
+                parameter.requires_grad_(True)
+            task.train(own, kind == "distilled")
+            found[kind] = task.quality(own)
     return found
 
 
@@ -284,19 +287,22 @@ def table(store: dict[str, Any]) -> None:
         if not own:
             continue
         lite = "Lite" in about
-        first = "same top-1 | KL | + norms, KL" if lite else "accuracy | + norms | one epoch"
+        first = "same top-1 | KL | + norms, KL" if lite else \
+            "accuracy | + norms | one epoch | distilled"  # fmt: skip
         text += [f"## {about}", "", f"| | {first} | MACs | faster | parameters | s |",
-                 "|---" * 8 + "|"]  # fmt: skip
+                 "|---" * (8 if lite else 9) + "|"]  # fmt: skip
         for name, row in own.items():
             if "why" in row:
-                text.append(f"| {name} | {row['why']} | | | | | | |")
+                text.append(f"| {name} | {row['why']} |" + " |" * (6 if lite else 7))
                 continue
             q, n = row["quality"], row["norms"]
             if lite:
                 cells = [share(q), f"{q[3]:.3f} ± {q[4]:.3f}", f"{n[3]:.3f} ± {n[4]:.3f}"]
             else:
-                cells = [share(q), share(n), share(row["trained"]) if "trained" in row else ""]
-            cells += [f"{row['macs']:.3f}", f"{row['faster']:.2f}", f"{row['parameters']:.3f}",
+                cells = [share(q), share(n)]
+                cells += [share(row[x]) if x in row else "" for x in ("trained", "distilled")]
+            faster = f"{row['faster']:.2f}" if "faster" in row else ""  # not of a busy machine
+            cells += [f"{row['macs']:.3f}", faster, f"{row['parameters']:.3f}",
                       f"{row['seconds']:.0f}"]  # fmt: skip
             text.append(f"| {name} | {' | '.join(cells)} |")
         text.append("")

@@ -33,8 +33,8 @@ __all__ = [
 _CHUNK = 2048
 _RETRIES = 6
 
-# Of y^T x, by address, shape and strides of both.
-Sums = dict[tuple[int, ...], Tensor]
+# Of y^T x and of y, by address, shape and strides of both.
+Sums = dict[tuple[int, ...], tuple[Tensor, Tensor]]
 
 
 def _check_finite(what: str, *tensors: Tensor | None) -> None:
@@ -152,13 +152,13 @@ class Cross:
         place = (*state(y), *state(x))
         if memo is None or place not in memo:
             _check_finite("a layer's input", y)
-            found = _outer(y, x)
+            found = _outer(y, x), y.sum(0, dtype=torch.float64)
             if memo is not None:
                 memo[place] = found
         else:
             found = memo[place]
-        self._sum += found
-        self._first += y.sum(0, dtype=torch.float64)
+        self._sum += found[0]
+        self._first += found[1]
         self.count += len(x)
 
     @property
@@ -328,7 +328,8 @@ def masked_least_squares(
     diagonal = gram.diagonal()
     live = diagonal[diagonal > 0]
     added = damping * float(live.mean()) if len(live) else 1.0
-    whole = (gram + added * torch.eye(len(gram), dtype=gram.dtype)).float()
+    whole = gram.float() if gram.dtype != torch.float32 else gram.clone()
+    whole.diagonal().copy_(diagonal + added)
     inverse = 1 / whole.diagonal()  # [in]
     keep = mask.to(torch.float32)
     weight = start.float() * keep

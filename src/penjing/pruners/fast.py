@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from penjing.linalg import masked_least_squares
@@ -37,7 +36,8 @@ def fit(weight: Tensor, pattern: Pattern, stats: Any) -> tuple[Tensor, Tensor]:
     diagonal = stats.gram.diagonal()
     norm = diagonal.clamp_min(0).sqrt().float()
     drawn = len(diagonal) / (len(diagonal) + stats.count)
-    gram = torch.lerp(stats.gram, torch.diag(diagonal), drawn)
+    gram = stats.gram * (1 - drawn)
+    gram.diagonal().copy_(diagonal)
     made = weight.float()
     for share in _ROUNDS:
         stays = pattern.of - round(share * (pattern.of - pattern.kept))
