@@ -75,10 +75,11 @@ class Clock:
 
 
 def down(
-    model: Model, train: list[Batch], data: list[Batch], wanted: Tensor, *,
-    criterion: str, patch: str, hidden: float, lr: float, held: bool,
+    model: Model, data: list[Batch], wanted: Tensor, *,
+    criterion: str, patch: str, hidden: float, lr: float, held: bool, sentences: int,
 ) -> list[list[float]]:  # fmt: skip
     """CPU-seconds, steps, error and half its interval, at each mark and at the end."""
+    train = training(model, sentences)
     clock, rows, marks = Clock(), [], list(MARKS)
     recipe = Recipe((Cut(layers=2, criterion=criterion, patch=patch),))
     student = apply(model, recipe, train[: CALIBRATION // SIZE]).model
@@ -236,8 +237,7 @@ def main(wanted: list[str]) -> None:
     found = json.loads(store.read_text()) if store.exists() else {}
     for name, way in WAYS.items():
         if not wanted or name in wanted:
-            train = training(model, way.pop("sentences"))
-            found[name] = down(model, train, data, reference, **way)
+            found[name] = down(model, data, reference, **way)
             store.write_text(json.dumps(found, indent=1) + "\n")
     if not wanted or "two-bits" in wanted:
         found["two-bits"] = two_bits(model, training(model, 1500), data, reference)
