@@ -142,7 +142,7 @@ def test_training_ends_after_looks_without_a_gain_and_keeps_the_best() -> None:
         done = apply(pruned, Recipe((step,)), BATCHES, original=model).done
         return done[0].why if done else ""
 
-    early, late = run(2, 3e-2), run(0, 3e-2)
+    early, late = run(2, 1e-1), run(0, 1e-1)
     assert int(early.split()[0]) < 200
     assert late == "" or float(early.split()[-1]) <= float(late.split()[-1])
 
