@@ -1,6 +1,7 @@
 """How far the outputs of an edited network are from those of the original.
 
 logits           mean over samples (texts: tokens) of KL(original || edited), in nats
+single numbers   mean over samples of (edited - original)^2, over the original's variance
 anything else    mean over samples of 1 - cosine
 """
 
@@ -25,6 +26,8 @@ def divergence(
     outputs: Iterable[Tensor],
 ) -> float:  # fmt: skip
     """Of outputs, one a batch, from the original's; infinite where one is not finite."""
+    if all(x.flatten(1).shape[1] == 1 for x in reference) and interface != "causal":
+        return _of_numbers(reference, outputs)
     logits = interface in ("classifier", "causal", "image")
     total, count = 0.0, 0
     for batch, wanted, output in zip(batches, reference, outputs, strict=True):
@@ -43,3 +46,10 @@ def divergence(
             total, count = total + float(values.sum()), count + len(values)
     # NaN compares false: without this a broken network would look perfect.
     return max(0.0, total / max(count, 1)) if math.isfinite(total) else math.inf
+
+
+def _of_numbers(reference: Sequence[Tensor], outputs: Iterable[Tensor]) -> float:
+    wanted, found = (torch.cat([x.double().flatten() for x in xs]) for xs in (reference, outputs))
+    spread = float(wanted.var(correction=0)) or 1.0
+    error = float((found - wanted).square().mean()) / spread
+    return error if math.isfinite(error) else math.inf

@@ -145,6 +145,22 @@ class Model:
         """Whether the inputs are images."""
         return "pixel_values" in self.example
 
+    @property
+    def gives_numbers(self) -> bool:
+        """Whether a sample's output is one number: a regression, or a score."""
+        if self.interface in ("causal", "embedding", "weights"):
+            return False
+        with torch.no_grad():
+            output = self.run(self.example)
+        return output.numel() == len(output)
+
+    @property
+    def suited_loss(self) -> str:
+        """Of `penjing.losses`: cosine for embeddings, kl for logits, mse for single numbers."""
+        if self.interface == "embedding":
+            return "cosine"
+        return "mse" if self.gives_numbers else "kl"
+
     def copy(self, *, shared: bool = False) -> Model:
         """An independent copy; the original of every experiment.
 

@@ -77,8 +77,7 @@ class Objective:
 
     Args:
         original: whose outputs are wanted; those of a batch are computed once.
-        loss: a name of `penjing.losses`, `labels`, or None: `cosine` for embeddings, `kl` for
-            logits.
+        loss: a name of `penjing.losses`, `labels`, or None: see `Model.suited_loss`.
         hidden: weight of `penjing.hiddens.distance` beside the loss.
         precision: of products in training, one of `PRECISIONS`.
         front: blocks, from the first on, that give what the original's do, and are not run
@@ -90,8 +89,9 @@ class Objective:
         precision: str = "auto", front: int = 0,
     ) -> None:  # fmt: skip
         self._original, self._labels = original, loss == LABELS
-        default = "cosine" if original.interface == "embedding" else "kl"
-        self._loss: Any = None if self._labels else lookup("losses", loss or default, "loss")
+        self._loss: Any = None
+        if not self._labels:
+            self._loss = lookup("losses", loss or original.suited_loss, "loss")
         self._hidden, self._precision, self._front = hidden, precision, front
         self._known: dict[int, tuple[Tensor | None, list[Tensor]]] = {}
         self._held = 0

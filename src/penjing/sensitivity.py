@@ -58,7 +58,7 @@ def in_floats(model: Model, batches: Sequence[Batch], share: float) -> tuple[str
             break
         run.append(path)
     wanted = [model.run(batch) for batch in batches]
-    loss = lookup("losses", "cosine" if model.interface == "embedding" else "kl", "loss")
+    loss = lookup("losses", model.suited_loss, "loss")
     spared: list[float] = []
     for path in run:
         low, high = ranges[path]

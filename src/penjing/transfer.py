@@ -116,7 +116,7 @@ def transfer(
             next="--no-parameters" if parameters else "leave out --features",
         )  # fmt: skip
     if outputs is None:
-        wanted = {"cosine" if old.interface == "embedding" else "kl": 1.0}
+        wanted = {old.suited_loss: 1.0}
     given = data if isinstance(data, Dataset) else read_data(data)
     batches = _batches(new, given, samples, batch, length, labels=LABELS in wanted,
                        teacher=old if bridged else None)  # fmt: skip

@@ -179,8 +179,14 @@ def _spoil(out: Path, file: str, change: Any) -> None:
     change(table)
     path.write_text(json.dumps(table))
     if file != "manifest.json":
-        size = path.stat().st_size
-        _spoil(out, "manifest.json", lambda t: t["files"][file].update(size=size))
+        _sign(out, file)
+
+
+def _sign(out: Path, file: str) -> None:
+    """The manifest says of a spoiled file that it is as it was written."""
+    content = (out / file).read_bytes()
+    new = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _spoil(out, "manifest.json", lambda t: t["files"].update({file: new}))
 
 
 def test_indices_are_runs_and_lists_of_before_still_load(model: Model, tmp_path: Path) -> None:
@@ -499,8 +505,7 @@ def test_an_artifact_whose_zeros_are_stored_is_still_read(model: Model, tmp_path
 
 def _store(out: Path, stored: dict[str, torch.Tensor]) -> None:
     save_file(stored, out / WEIGHTS)
-    size = (out / WEIGHTS).stat().st_size
-    _spoil(out, "manifest.json", lambda t: t["files"][WEIGHTS].update(size=size))
+    _sign(out, WEIGHTS)
 
 
 def _flipped(bits: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ __all__ = [
     "SIZE",
     "TIME",
     "Leaf",
+    "Numbers",
     "check_model",
     "data_option",
     "data_options",
@@ -59,10 +61,22 @@ class _Quantity(click.ParamType):  # type: ignore[type-arg]
         return number
 
 
+class Numbers(click.FloatRange):
+    """Numbers of a range; not a number and infinity are none."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"got {value!r}; allowed: a finite number", param, ctx)
+        return number
+
+
 SIZE = _Quantity("size", parse_size, positive=True)
 TIME = _Quantity("time", parse_time, positive=True)
 RATIO = _Quantity("ratio", parse_ratio, positive=False)
-RATE = click.FloatRange(0, 1, min_open=True, max_open=True)
+RATE = Numbers(0, 1, min_open=True, max_open=True)
 
 
 class Leaf(click.ParamType):  # type: ignore[type-arg]
@@ -155,7 +169,7 @@ learn_options = _together(
     ),
     click.option(
         "--weights-lr",
-        type=click.FloatRange(0, 1, max_open=True),
+        type=Numbers(0, 1, max_open=True),
         help="Learning rate of the weights; 0 leaves them as they are.  [default: 0]",
     ),
     click.option("--optimizer", help="adamw, sgd or file.py:function.  [default: adamw]"),

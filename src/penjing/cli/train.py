@@ -15,6 +15,7 @@ import click
 from penjing.cli.options import (
     TIME,
     Leaf,
+    Numbers,
     data_options,
     descent_options,
     json_option,
@@ -42,7 +43,7 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
 @click.option("--loss", type=Leaf("losses", "labels"), help="Default: what fits the output.")
 @click.option(
     "--hidden",
-    type=click.FloatRange(0),
+    type=Numbers(0),
     metavar="W",
     help="Weight of the distance of hidden states.  [default: 0]",
 )
@@ -54,20 +55,20 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
 @click.option("--schedule", type=click.Choice(_SCHEDULES), help="Of --lr.  [default: cosine]")
 @click.option(
     "--warmup",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Numbers(0, 1, max_open=True),
     help="Share of the way in which --lr rises.  [default: 0.05]",
 )
-@click.option("--clip", type=click.FloatRange(0), help="Of gradients' norm, 0: none.  [default: 1]")
+@click.option("--clip", type=Numbers(0), help="Of gradients' norm, 0: none.  [default: 1]")
 @click.option("--accumulate", type=click.IntRange(1), help="Batches of a step.  [default: 1]")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     help="Of products in training.  [default: auto]",
 )
-@click.option("--weight-decay", type=click.FloatRange(0), help="Of matrices.  [default: 0]")
-@click.option("--l1", type=click.FloatRange(0), help="Times the sum of |w|.")
-@click.option("--l2", type=click.FloatRange(0), help="Times half the sum of w^2.")
-@click.option("--group-lasso", "group", type=click.FloatRange(0), help="Times the norms of rows.")
+@click.option("--weight-decay", type=Numbers(0), help="Of matrices.  [default: 0]")
+@click.option("--l1", type=Numbers(0), help="Times the sum of |w|.")
+@click.option("--l2", type=Numbers(0), help="Times half the sum of w^2.")
+@click.option("--group-lasso", "group", type=Numbers(0), help="Times the norms of rows.")
 @click.option(
     "--patience",
     type=click.IntRange(1),

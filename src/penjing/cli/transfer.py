@@ -12,6 +12,7 @@ from penjing.cli.options import (
     RATIO,
     TIME,
     Leaf,
+    Numbers,
     check_model,
     data_option,
     descent_options,
@@ -97,9 +98,7 @@ class _Weighted(click.ParamType):  # type: ignore[type-arg]
     help=f"Match outputs: none, labels, {', '.join(choices('losses'))}.  "
     "[default: cosine for embeddings, else kl]",
 )
-@click.option(
-    "--temperature", type=click.FloatRange(0, min_open=True), help="Of losses that have one."
-)
+@click.option("--temperature", type=Numbers(0, min_open=True), help="Of losses that have one.")
 @click.option(
     "--layers",
     type=click.Choice(["place", "cka"]),

@@ -42,4 +42,17 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     got=type(row).__name__,
                     allowed='e.g. {"text": "..."}',
                 )
+            if "\\u" in line.decode("utf-8-sig") and not _encodable(row):
+                raise InputError(
+                    f"{path} line {number}: half of a surrogate pair, which is no text",
+                    got=line[:60].decode("utf-8", "replace").strip(), next="repair the line",
+                )  # fmt: skip
             yield f"line {number}", row
+
+
+def _encodable(row: object) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,8 +3,11 @@
     cosine:  mean over samples of cosine(original, output), 1 when nothing changed
     kl:      mean over samples of KL(softmax(original) || softmax(output)) in nats, 0 when nothing
              changed; of a text, the mean over its tokens
+    error:   mean over samples of (output - original)^2 over the original's variance, 0 when nothing
+             changed
 
-Embeddings and free tensors are compared by cosine, logits by KL.
+Embeddings and free tensors are compared by cosine, logits by KL; one number a sample, of which
+either is blind to nearly all, by its error.
 """
 
 from __future__ import annotations
@@ -24,19 +27,21 @@ __all__ = ["Fidelity", "task"]
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Cosine or KL to the reference outputs of the original model."""
+    """Cosine, KL or error to the reference outputs of the original model."""
 
-    metric: Literal["cosine", "kl"] = "cosine"
+    metric: Literal["cosine", "kl", "error"] = "cosine"
     relative: bool = False
     needs_reference: bool = True
 
     @property
     def higher_is_better(self) -> bool:
-        """A cosine should be high, a divergence low."""
+        """A cosine should be high, a divergence or an error low."""
         return self.metric == "cosine"
 
     def bind(self, model: Model) -> Fidelity:
         """The fidelity that suits the model's output."""
+        if model.gives_numbers:
+            return Fidelity("error")
         logits = model.interface in ("classifier", "causal", "image")
         return Fidelity("kl" if logits else "cosine")
 
@@ -50,7 +55,7 @@ class Fidelity:
             raise InputError("a bare weight file cannot be run", got=model.source.path)
 
     def record(self, output: np.ndarray, batch: Batch, reference: np.ndarray | None) -> np.ndarray:
-        """Cosine or KL of each sample, float64 [n, 1].
+        """Cosine or KL of each sample, float64 [n, 1]; or squared error and reference [n, 2].
 
         Raises:
             UsageError: no reference, or one of another shape.
@@ -61,6 +66,10 @@ class Fidelity:
                 got="none" if reference is None else f"shape {reference.shape}",
                 allowed=f"shape {output.shape}",
             )
+        if self.metric == "error":
+            sides = (side.reshape(-1, 1).astype(np.float64) for side in (output, reference))
+            ours, theirs = sides
+            return np.concatenate([(ours - theirs) ** 2, theirs], axis=1)
         if self.metric == "cosine":
             return _cosine(output, reference)
         values = np.empty((len(output), 1))
@@ -74,12 +83,15 @@ class Fidelity:
         return values
 
     def rows(self, records: np.ndarray, dataset: Dataset) -> np.ndarray:
-        """The records themselves, float64 [n, 1]."""
+        """The records themselves."""
         return records
 
     def reduce(self, rows: np.ndarray) -> float:
-        """Mean over samples."""
-        return float(rows[:, 0].mean())
+        """Mean over samples; of errors over the variance of the reference."""
+        mean = float(rows[:, 0].mean())
+        if self.metric == "error":
+            mean /= float(rows[:, 1].var()) or 1.0
+        return mean
 
 
 def _cosine(output: np.ndarray, reference: np.ndarray) -> np.ndarray:
