@@ -91,7 +91,7 @@ class Database:
         Raises:
             InputError: it cannot be written, or another process writes to the study.
         """
-        trial = frozen(self._space, record, self._objectives, **{_RECORD: record.to_json()})
+        trial = frozen(self._space, record, self._objectives, {_RECORD: record.to_json()})
         try:
             self._study.add_trial(trial)
             there = len(self._study.get_trials(deepcopy=False))

@@ -191,19 +191,35 @@ def alone(path: Path, what: str) -> Iterator[None]:
     Raises:
         InputError: another process holds it; the message has its number.
     """
-    handle = _open(path)
+    handle = _locked(path, what)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{what} is being searched by another process", got=f"process {_holder(handle)}",
-                next="wait for it, or stop it: the search then goes on where it is",
-            ) from error  # fmt: skip
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
+        os.close(handle)
+
+
+def _locked(path: Path, what: str) -> int:
+    """The open lock file, locked."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise InputError(f"cannot write {path}", got=error.strerror) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _holder(handle)
+            os.close(handle)
+            raise InputError(
+                f"{what} is being searched by another process", got=f"process {holder}",
+                next="wait for it, or stop it: the search then goes on where it is",
+            ) from error  # fmt: skip
+        # The one before may have ended and removed the file after it was opened here.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
+            return handle
         os.close(handle)
 
 
@@ -214,10 +230,3 @@ def _holder(handle: int) -> str:
             return text
         time.sleep(0.05)
     return "unknown"
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise InputError(f"cannot write {path}", got=error.strerror) from error

@@ -115,9 +115,7 @@ def _outcome(
     return found
 
 
-def _fixed(
-    space: Space, records: Sequence[Record], seed: int
-) -> dict[str, float | str] | None:
+def _fixed(space: Space, records: Sequence[Record], seed: int) -> dict[str, float | str] | None:
     """Parameters that are not asked for: the recipe's own first, and in a space that can be
     listed, after a proposal that was known, one of those that were not tried."""
     if not records:
@@ -170,7 +168,9 @@ def _study(space: Space, records: Sequence[Record], objectives: int) -> Study:
     return study
 
 
-def frozen(space: Space, record: Record, objectives: int, **attributes: Any) -> FrozenTrial:
+def frozen(
+    space: Space, record: Record, objectives: int, attributes: dict[str, Any] | None = None
+) -> FrozenTrial:
     """A record as Optuna keeps it; `attributes` are the user's own."""
     from optuna.trial import TrialState, create_trial
 
@@ -184,7 +184,7 @@ def frozen(space: Space, record: Record, objectives: int, **attributes: Any) -> 
         distributions={axis.name: _distribution(axis) for axis in space.axes},
         constraints=dict(outcome.limits),
         intermediate_values=early,
-        user_attrs=attributes,
+        user_attrs=attributes or {},
     )
 
 
