@@ -416,8 +416,7 @@ def tune(
     *,
     data: Dataset | Place | None = None,
     objective: str | Sequence[str] | Cost = "quality",
-    samples: int = 128,
-    length: int = 128,
+    trials: int = 40,
     **options: Any,
 ) -> Tuned:
     """Search the options of a recipe's steps; write the best artifact, measured.
@@ -428,10 +427,11 @@ def tune(
             alone; calibration data is split off it without `calibration`.
         objective: `quality`, `size`, `latency`, or several of them; or a function of a Recipe,
             less is better, by which nothing is measured.
-        samples, length: of calibration, at the most; `length` also of what is measured.
-        options: `trials` (40), `calibration`, `task`, `max_drop`, `max_size` (bytes),
-            `max_latency` (seconds), `within` (seconds), `runtime`, `batch`, `threads`, `seed`,
-            `confidence`, `storage` (a database's URL), `journal` (a folder), `overwrite`.
+        trials: at the most.
+        options: `calibration`, `samples` of it at the most (128), `task`, `max_drop`, `max_size`
+            (bytes), `max_latency` (seconds), `within` (seconds), `runtime`, `batch`, `length`,
+            `threads`, `seed`, `confidence`, `storage` (a database's URL), `journal` (a folder),
+            `overwrite`.
 
     Raises:
         UsageError: a line that does not fit the recipe, or no Optuna.
@@ -440,12 +440,8 @@ def tune(
     """
     steps = _recipe_of(recipe)
     check_learned(steps)
-
-    def make(loaded: Model, chosen: Recipe, given: Dataset | Place | None) -> Model:
-        return apply(loaded, chosen, given, samples=samples, length=length)
-
-    return _tune(model, steps, search, Path(output), make=make, data=data, objective=objective,
-                 length=length, **options)  # fmt: skip
+    return _tune(model, steps, search, Path(output), make=apply, data=data, objective=objective,
+                 trials=trials, **options)  # fmt: skip
 
 
 def save(

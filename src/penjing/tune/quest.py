@@ -130,6 +130,7 @@ def tune(
     objectives: Sequence[str],
     make: Callable[[Recipe, Dataset], Model],
     *,
+    samples: int,
     calibration: Dataset | None = None,
 ) -> Tuned:
     """Search, measure what was chosen on samples that no trial saw, and write its artifact.
@@ -140,6 +141,7 @@ def tune(
         task: the quality measure.
         objectives: of `OBJECTIVES`; several give a front, of which the most even one is chosen.
         make: a recipe and calibration data to the edited network.
+        samples: of calibration data, at the most.
 
     Raises:
         InputError: unusable data, an existing output, another process at the same search.
@@ -157,7 +159,7 @@ def tune(
         evaluated = replace(data, calibration=seen)
         store = place.store(
             quest.facts(
-                model, objectives, runtime=runtime, batch=settings.batch,
+                model, objectives, runtime=runtime, samples=samples, batch=settings.batch,
                 confidence=settings.confidence, calibration=about(data, task, settings.length),
                 evaluation=about(evaluated, task, settings.length),
             ), quest.space, len(objectives),
@@ -172,10 +174,10 @@ def tune(
                 model, partial(_made, make, data.calibration), data, bench, tuple(objectives),
                 budget, runtime,
             )  # fmt: skip
-            left = _left(budget, began)
+            trials.prepare()
             records = search(
                 quest.space, trials, store, objectives=len(objectives), trials=quest.trials,
-                seed=settings.seed, within=left,
+                seed=settings.seed, within=_left(budget, began),
             )  # fmt: skip
             found = found_of(quest.space, records, objectives, quest.facts(model, objectives))
             result = prove(trials, held_out, found, place.output, settings, budget,

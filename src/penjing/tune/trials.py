@@ -107,6 +107,14 @@ class Trials:
         part = replace(self.samples, calibration=self.samples.evaluation.spread(count))
         return drop_of(self.model, part, self.bench.task, self.bench.length, self.bench.seed, [])
 
+    def prepare(self) -> None:
+        """Measure the original, so that the first trial takes no longer than others.
+
+        Raises:
+            InputError: the runtime does not take the network, or the data are not enough.
+        """
+        _ = self.original, self._first
+
     def __call__(self, recipe: Recipe, records: Sequence[Record]) -> Outcome:
         """The outcome of a recipe, given the trials before it.
 

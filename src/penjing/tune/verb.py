@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ def tune(
     search: Sequence[str],
     output: Path,
     *,
-    make: Callable[[Model, Recipe, Dataset | Given | None], Model],
+    make: Callable[..., Model],
     data: Dataset | Given | None = None,
     calibration: Dataset | Given | None = None,
     objective: str | Sequence[str] | Cost = "quality",
     trials: int = 40,
+    samples: int = 128,
     task: Any = None,
     max_drop: float | None = None,
     max_size: int | None = None,
@@ -54,7 +56,7 @@ def tune(
     journal: Given | None = None,
     overwrite: bool = False,
 ) -> Tuned:
-    """As `penjing.tune`, with `make` to apply a recipe to a network with calibration data."""
+    """As `penjing.tune`, with `penjing.apply` as `make`."""
     lines = tuple(line for text in search for line in text.split())
     space = parse(recipe, lines)
     if trials < 1:
@@ -75,27 +77,28 @@ def tune(
                              next="leave it out: nothing is measured then")  # fmt: skip
         asked = Quest(space, lines, trials, settings, budget)
         return quest.tune_cost(
-            loaded, place, asked, cost, names, lambda chosen: make(loaded, chosen, data)
-        )
+            loaded, place, asked, cost, names,
+            lambda chosen: make(loaded, chosen, data, samples=samples, length=length),
+        )  # fmt: skip
     if data is None:
         raise UsageError("tune needs data", next="give --data")
     dataset = dataset_of(data)
+    given = {"data": data, "calibration": calibration, "metric": task, "runtime": runtime}
+    given |= {name.replace("_", "-"): value for name, value in budget.to_json().items()}
+    plain = {"trials": 40, "samples": 128, "batch": 1, "length": 128, "seed": 0,
+             "confidence": 0.95}  # fmt: skip
+    here = locals()
+    given |= {name: here[name] for name in plain if here[name] != plain[name]}
     words = ["penjing", "tune", loaded.source.path, "recipe.toml"]
     words += [w for line in lines for w in ("--search", line)]
-    given = {"data": data, "calibration": calibration, "metric": task, "runtime": runtime}
-    words += [w for k, v in given.items() if isinstance(v, str | os.PathLike)
-              for w in (f"--{k}", os.fspath(v))]  # fmt: skip
     words += [w for name in names for w in ("--objective", name)]
-    words += [w for k, v in budget.to_json().items() for w in (f"--{k.replace('_', '-')}", f"{v}")]
-    words += [w for k, v, plain in (("trials", trials, 40), ("batch", batch, 1), ("length", length,
-              128), ("seed", seed, 0), ("confidence", confidence, 0.95)) if v != plain
+    words += [w for k, v in given.items() if isinstance(v, str | os.PathLike | float | int)
               for w in (f"--{k}", f"{v}")]  # fmt: skip
-    settings = Settings(runtime, batch, length, threads, confidence, seed,
-                        command=shlex.join([*words, "-o", output.name]))  # fmt: skip
+    settings = replace(settings, command=shlex.join([*words, "-o", output.name]))
     return quest.tune(
         loaded, dataset, place, Quest(space, lines, trials, settings, budget),
-        find(task, dataset, loaded), names, partial(make, loaded),
-        calibration=None if calibration is None else dataset_of(calibration),
+        find(task, dataset, loaded), names, partial(make, loaded, samples=samples, length=length),
+        samples=samples, calibration=None if calibration is None else dataset_of(calibration),
     )  # fmt: skip
 
 
