@@ -28,6 +28,8 @@ from penjing.tune.space import parse
 
 __all__ = ["tune"]
 
+_USUAL = {"trials": 40, "samples": 128, "batch": 1, "length": 128, "seed": 0, "confidence": 0.95}
+
 
 def tune(
     model: Model | Given,
@@ -83,17 +85,15 @@ def tune(
     if data is None:
         raise UsageError("tune needs data", next="give --data")
     dataset = dataset_of(data)
-    given = {"data": data, "calibration": calibration, "metric": task, "runtime": runtime}
+    given: dict[str, Any] = {"data": data, "calibration": calibration, "metric": task}
     given |= {name.replace("_", "-"): value for name, value in budget.to_json().items()}
-    plain = {"trials": 40, "samples": 128, "batch": 1, "length": 128, "seed": 0,
-             "confidence": 0.95}  # fmt: skip
-    here = locals()
-    given |= {name: here[name] for name in plain if here[name] != plain[name]}
+    given |= {"runtime": runtime, "trials": trials, "samples": samples, "batch": batch,
+              "length": length, "seed": seed, "confidence": confidence}  # fmt: skip
     words = ["penjing", "tune", loaded.source.path, "recipe.toml"]
     words += [w for line in lines for w in ("--search", line)]
     words += [w for name in names for w in ("--objective", name)]
     words += [w for k, v in given.items() if isinstance(v, str | os.PathLike | float | int)
-              for w in (f"--{k}", f"{v}")]  # fmt: skip
+              and v != _USUAL.get(k) for w in (f"--{k}", f"{v}")]  # fmt: skip
     settings = replace(settings, command=shlex.join([*words, "-o", output.name]))
     return quest.tune(
         loaded, dataset, place, Quest(space, lines, trials, settings, budget),
