@@ -165,7 +165,7 @@ def test_better_than_chance_and_than_the_recipe(tmp_path: Path) -> None:
 
 
 def test_every_point_of_a_small_space_is_tried_once(tmp_path: Path) -> None:
-    small = parse(cheap.RECIPE, ["quantize.bits=3..8:int", "quantize.group=0|8"])
+    small = parse(cheap.RECIPE, ["prune.sparsity=0.1..0.9:0.1", "quantize.group=0|8"])
     calls: list[Recipe] = []
 
     def count(recipe: Recipe, seen: Any) -> Outcome:
@@ -173,8 +173,8 @@ def test_every_point_of_a_small_space_is_tried_once(tmp_path: Path) -> None:
         return evaluate(recipe, seen)
 
     records = search(small, count, Journal(tmp_path / "t.jsonl", {}), trials=40)
-    assert len(calls) == len(set(calls)) == small.count == 12
-    assert best_of(records).params == {"quantize.bits": 5, "quantize.group": "8"}
+    assert len(calls) == len(set(calls)) == small.count == 18
+    assert best_of(records).params == {"prune.sparsity": 0.7, "quantize.group": "8"}
     repeated = [r for r in records if r.same is not None]
     assert all(r.params == records[r.same].params for r in repeated)
 
@@ -251,6 +251,9 @@ def test_the_front_and_the_most_even_point_of_it() -> None:
         made(4, 0.0, 0.0, size=0.1), made(5, 0.9, 9.0),
     ]  # fmt: skip
     assert [r.number for r in front(records)] == [0, 1, 2]
+    same = [Record(i, {}, Outcome("complete", (1.0,), figures={"drop": drop}))
+            for i, drop in enumerate([0.2, 0.1, 0.1])]  # fmt: skip
+    assert [r.number for r in front(same)] == [1]
     # Scaled: (0, 1), (1, 0), (0.4, 0.4).
     assert best_of(records).number == 2
     assert best_of([made(0, 3.0), made(1, 2.0), made(2, 1.0, drop=0.5)]).number == 1

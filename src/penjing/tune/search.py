@@ -11,7 +11,7 @@ import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,10 +83,10 @@ def search(
                 return store.records
             number, start = len(store.records), time.monotonic()
             if (fixed := _fixed(space, store.records, seed)) is not None:
-                study.enqueue_trial(fixed)
+                study.enqueue_trial(_inner(space, fixed))
             study.sampler = _sampler(seed, number)
             trial = study.ask({axis.name: _distribution(axis) for axis in space.axes})
-            params = dict(trial.params)
+            params = _outer(space, trial.params)
             if (known := done.get(_key(params))) is not None:
                 record = Record(number, params, known.outcome, 0.0, known.number)
             else:
@@ -141,7 +141,11 @@ def _sampler(seed: int, number: int) -> Any:
     return TPESampler(seed=int(_random(seed, number).integers(2**32)))
 
 
-def _distribution(axis: Axis) -> BaseDistribution:
+def _distribution(axis: Axis, plain: bool = False) -> BaseDistribution:
+    """Of a parameter; fractions with a step by their place on the grid, unless `plain`.
+
+    Optuna adds such steps up in floats: 0.8999999999999999 would be a point beside 0.9.
+    """
     from optuna.distributions import (
         CategoricalDistribution,
         FloatDistribution,
@@ -154,7 +158,31 @@ def _distribution(axis: Axis) -> BaseDistribution:
         return IntDistribution(
             int(axis.low), int(axis.high), log=axis.log, step=int(axis.spacing or 1)
         )
+    if (grid := axis.parameters) is not None and not plain:
+        return IntDistribution(0, len(grid) - 1)
     return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.spacing)
+
+
+def _inner(space: Space, params: Mapping[str, float | str]) -> dict[str, Any]:
+    """Parameters as Optuna is asked for them."""
+    return {
+        axis.name: params[axis.name] if (grid := _grid(axis)) is None
+        else grid.index(params[axis.name])
+        for axis in space.axes
+    }  # fmt: skip
+
+
+def _outer(space: Space, inner: Mapping[str, Any]) -> dict[str, float | str]:
+    """Inverse of `_inner`."""
+    return {
+        axis.name: inner[axis.name] if (grid := _grid(axis)) is None else grid[inner[axis.name]]
+        for axis in space.axes
+    }
+
+
+def _grid(axis: Axis) -> list[float | str] | None:
+    """Of fractions with a step."""
+    return None if axis.choices or axis.whole else axis.parameters
 
 
 def _study(space: Space, records: Sequence[Record], objectives: int) -> Study:
@@ -169,9 +197,9 @@ def _study(space: Space, records: Sequence[Record], objectives: int) -> Study:
 
 
 def frozen(
-    space: Space, record: Record, objectives: int, attributes: dict[str, Any] | None = None
+    space: Space, record: Record, objectives: int, shown: dict[str, Any] | None = None
 ) -> FrozenTrial:
-    """A record as Optuna keeps it; `attributes` are the user's own."""
+    """A record as Optuna keeps it; `shown` to people, with these attributes beside it."""
     from optuna.trial import TrialState, create_trial
 
     outcome = record.outcome
@@ -180,11 +208,11 @@ def frozen(
     return create_trial(
         state=TrialState.COMPLETE if complete else TrialState.PRUNED,
         values=outcome.values if complete else None,
-        params=dict(record.params),
-        distributions={axis.name: _distribution(axis) for axis in space.axes},
+        params=_inner(space, record.params) if shown is None else dict(record.params),
+        distributions={a.name: _distribution(a, shown is not None) for a in space.axes},
         constraints=dict(outcome.limits),
         intermediate_values=early,
-        user_attrs=attributes or {},
+        user_attrs=shown or {},
     )
 
 
@@ -204,17 +232,21 @@ def _tell(study: Study, trial: Any, record: Record, objectives: int) -> None:
 
 
 def front(records: Sequence[Record]) -> list[Record]:
-    """Trials within all limits that no other such trial beats, in the order they were made."""
+    """Trials within all limits that no other such trial beats, in the order they were made.
+
+    Of trials with the same objectives the one with the least drop, and of those the first.
+    """
     own = [r for r in records if r.same is None and r.outcome.within]
 
-    def beaten(values: tuple[float, ...]) -> bool:
-        return any(
-            o.outcome.values != values
-            and all(a <= b for a, b in zip(o.outcome.values, values, strict=True))
-            for o in own
-        )
+    def beats(a: Record, b: Record) -> bool:
+        pairs = zip(a.outcome.values, b.outcome.values, strict=True)
+        if a.outcome.values == b.outcome.values:
+            return (a.outcome.figures.get("drop", 0.0), a.number) < (
+                b.outcome.figures.get("drop", 0.0), b.number,
+            )  # fmt: skip
+        return all(x <= y for x, y in pairs)
 
-    return [r for r in own if not beaten(r.outcome.values)]
+    return [r for r in own if not any(beats(other, r) for other in own)]
 
 
 def best_of(records: Sequence[Record]) -> Record | None:
