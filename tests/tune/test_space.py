@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -155,3 +158,15 @@ def test_points_are_counted_and_listed() -> None:
     assert space.count == 18
     assert {tuple(point.values()) for point in space.points()} == by_hand
     assert parse(RECIPE, [*lines, "train.lr=0.1..0.2"]).count is None
+
+
+def test_the_options_of_all_steps_have_types_that_are_understood() -> None:
+    from penjing.api import STEPS
+    from penjing.tune.space import _types
+
+    # Of a mapping no values can be typed on a line; none is one.
+    known = {int, float, bool, str, tuple, type(None), Mapping}
+    for step in STEPS.values():
+        hints = typing.get_type_hints(step)
+        for field in dataclasses.fields(step):
+            assert _types(hints[field.name]) <= known, (step, field.name)

@@ -23,6 +23,7 @@ from penjing.cli.options import (
     size_options,
 )
 from penjing.cli.show import show_json, show_pairs
+from penjing.cli.work import note
 from penjing.errors import InputError
 from penjing.files import check_output
 
@@ -111,17 +112,21 @@ def tune(
     set_threads(threads)
     from penjing import api
 
-    found = api.tune(
-        api.load(model, weights=weights, allow_pickle=allow_pickle),
-        recipe,
-        search,
-        output,
-        objective=objective,
-        max_size=None if max_size is None else round(max_size),
-        threads=threads,
-        overwrite=overwrite,
-        **options,
-    )
+    try:
+        found = api.tune(
+            api.load(model, weights=weights, allow_pickle=allow_pickle),
+            recipe,
+            search,
+            output,
+            objective=objective,
+            max_size=None if max_size is None else round(max_size),
+            threads=threads,
+            overwrite=overwrite,
+            **options,
+        )
+    except (KeyboardInterrupt, SystemExit):
+        note("finished trials are kept: the same command goes on from there")
+        raise
     return _finish(found, output, as_json)
 
 
