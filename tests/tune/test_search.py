@@ -210,6 +210,9 @@ def test_time_that_is_over_ends_it(tmp_path: Path) -> None:
 
     records = search(space(), slow, Journal(tmp_path / "t.jsonl", {}), trials=40, within=1.0)
     assert 1 <= len(records) <= 4
+    # What follows takes as long as six trials: after one, 0.2 s, there is no time for another.
+    journal = Journal(tmp_path / "u.jsonl", {})
+    assert len(search(space(), slow, journal, trials=40, within=1.0, after=6)) == 1
 
 
 def test_damaged_or_other_journals_are_refused(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def search(
     trials: int = 40,
     seed: int = 0,
     within: float = math.inf,
+    after: float = 0.0,
 ) -> list[Record]:
     """Make trials until there are `trials` in the store, the time is over or the space empty.
 
@@ -68,6 +69,7 @@ def search(
         trials: at the most; what was tried before is not made again and does not count.
         seed: of the proposals.
         within: seconds from now. A trial that is not expected to end by then is not begun.
+        after: what follows and must end by then too, in trials.
 
     Returns:
         All records of the store.
@@ -79,7 +81,7 @@ def search(
     for _ in track(range(max(0, total - len(done))), "trials", total=max(0, total - len(done))):
         while True:
             slowest = max((r.seconds for r in store.records), default=0.0)
-            if time.monotonic() - began + slowest > within:
+            if time.monotonic() - began + (1 + after) * slowest > within:
                 return store.records
             number, start = len(store.records), time.monotonic()
             if (fixed := _fixed(space, store.records, seed)) is not None:
