@@ -43,6 +43,7 @@ LAYERS = [
     ["given"],
     ["report"],
     ["fit"],
+    ["tune"],
     ["structure"],
     ["transfer"],
     ["judging"],
@@ -53,7 +54,7 @@ LAYERS = [
     ["__main__"],
 ]  # fmt: skip
 TOGETHER = {"readers", "steps", "fit", "report", "cli", "data", "writers", "runtimes",
-            "transferring"}  # fmt: skip
+            "transferring", "tune"}  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         save,
         shrink,
         transfer,
+        tune,
         verify,
     )
 
@@ -50,6 +51,7 @@ __all__ = [
     "save",
     "shrink",
     "transfer",
+    "tune",
     "verify",
 ]
 

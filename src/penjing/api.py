@@ -50,13 +50,15 @@ from penjing.steps.recover import Recover
 from penjing.steps.rotate import Rotate
 from penjing.steps.shrink import OF, Shrink
 from penjing.transfer import transfer
+from penjing.tune import Cost, Tuned
+from penjing.tune import tune as _tune
 from penjing.verify import verify
 from penjing.writers.artifact import extend
 from penjing.writers.artifact import save as _save
 
 __all__ = [
     "STEPS", "apply", "cut", "evaluate", "export", "fit", "inspect", "load", "measure", "prune",
-    "quantize", "recover", "report", "save", "shrink", "transfer", "verify",
+    "quantize", "recover", "report", "save", "shrink", "transfer", "tune", "verify",
 ]  # fmt: skip
 
 # Samples that show which inputs 8 bits harm.
@@ -97,11 +99,7 @@ def apply(
     Raises:
         InputError: unusable model, recipe or data.
     """
-    if not isinstance(recipe, Recipe):
-        path = Path(recipe)
-        if not path.is_file():
-            raise InputError("no such recipe", got=path, next="give a recipe.toml")
-        recipe = Recipe.from_toml(path.read_text(encoding="utf-8"), STEPS)
+    recipe = _recipe_of(recipe)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     check_learned(recipe)
@@ -110,6 +108,16 @@ def apply(
     needed = any(getattr(step, "loss", None) == LABELS for step in recipe.steps)
     batches = batches_of(loaded, data, samples, length, slopes, needed)
     return _done(loaded, recipe, batches, journal, deadline)
+
+
+def _recipe_of(recipe: Recipe | Place) -> Recipe:
+    """The recipe, read where it is a path."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    path = Path(recipe)
+    if not path.is_file():
+        raise InputError("no such recipe", got=path, next="give a recipe.toml")
+    return Recipe.from_toml(path.read_text(encoding="utf-8"), STEPS)
 
 
 def _done(
@@ -397,6 +405,42 @@ def recover(
     if not edited(loaded):
         raise UsageError("nothing to recover: the model is not edited", next="edit it first")
     return apply(loaded, Recipe((step,), seed), data, **{"samples": 512, **options})
+
+
+def tune(
+    model: Model | Place,
+    recipe: Recipe | Place,
+    search: Sequence[str],
+    output: Place,
+    *,
+    data: Dataset | Place | None = None,
+    objective: str | Sequence[str] | Cost = "quality",
+    trials: int = 40,
+    **options: Any,
+) -> Tuned:
+    """Search the options of a recipe's steps; write the best artifact, measured.
+
+    Args:
+        search: lines `STEP.OPTION=LOW..HIGH[:log|:int|:STEP]` or `STEP.OPTION=a|b|c`.
+        data: what quality is measured on, half of it by trials and the other half of the artifact
+            alone; calibration data is split off it without `calibration`.
+        objective: `quality`, `size`, `latency`, or several of them; or a function of a Recipe,
+            less is better, by which nothing is measured.
+        trials: at the most.
+        options: `calibration`, `samples` of it at the most (128), `task`, `max_drop`, `max_size`
+            (bytes), `max_latency` (seconds), `within` (seconds), `runtime`, `batch`, `length`,
+            `threads`, `seed`, `confidence`, `storage` (a database's URL), `journal` (a folder),
+            `overwrite`.
+
+    Raises:
+        UsageError: a line that does not fit the recipe, or no Optuna.
+        InputError: unusable model or data, an existing output, another process at this search.
+        BudgetError: no trial came to any figures.
+    """
+    steps = _recipe_of(recipe)
+    check_learned(steps)
+    return _tune(model, steps, search, Path(output), make=apply, data=data, objective=objective,
+                 trials=trials, **options)  # fmt: skip
 
 
 def save(

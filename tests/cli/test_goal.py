@@ -7,8 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from penjing.cli import group
-from penjing.cli.goal import _finish
+from penjing.cli import goal, group
 from penjing.result import Drop, Latency, Measurement, Result
 
 
@@ -33,7 +32,7 @@ def result(met: bool) -> Result:
 def finish(met: bool, tmp_path: Path, as_json: bool = False) -> tuple[int, str, str]:
     @click.command()
     def verb() -> None:
-        click.get_current_context().exit(_finish(result(met), tmp_path, as_json))
+        click.get_current_context().exit(goal.finish(result(met), tmp_path, as_json))
 
     done = CliRunner().invoke(verb)
     return done.exit_code, done.stdout, done.stderr
@@ -92,10 +91,3 @@ def test_demo_does_not_touch_an_existing_output(tmp_path: Path) -> None:
     done = CliRunner().invoke(group, ["demo", "-o", str(tmp_path)])
     assert done.exit_code == 1
     assert "--overwrite" in done.stderr
-
-
-@pytest.mark.parametrize("verb", ["tune"])
-def test_verbs_that_are_not_there_yet(verb: str) -> None:
-    done = CliRunner().invoke(group, [verb, "MODEL", "--search", "x"])
-    assert done.exit_code == 2
-    assert f"{verb} is not there yet" in done.stderr

@@ -12,7 +12,7 @@ import pytest
 from penjing.errors import BudgetError
 from penjing.fit import loop, search
 from penjing.fit.budget import Budget
-from penjing.fit.outcome import Made, _certainty, _command
+from penjing.fit.outcome import Made, _command, certainty
 from penjing.fit.predict import Predictor
 from penjing.fit.search import Settings, Work
 from penjing.fit.survey import Depth, Survey
@@ -173,7 +173,7 @@ def test_quality_ranks_where_no_drop_is_asked() -> None:
 
 def test_an_interval_without_width_is_explained() -> None:
     def notes(found: Drop | None) -> list[str]:
-        return list(_certainty(SimpleNamespace(trial=SimpleNamespace(drop=found))))  # type: ignore[arg-type]
+        return list(certainty(found))
 
     (text,) = notes(Drop(0.0, 0.0, 0.0, 0.95, 20, False))
     # 0.95 ** 20 is not it: the share p with (1 - p)^20 = 0.05 is 13.91 %.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 from penjing.cli.bits import quantize
-from penjing.cli.goal import demo, fit, tune
+from penjing.cli.goal import demo, fit
 from penjing.cli.group import Group
 from penjing.cli.look import evaluate, inspect
 from penjing.cli.shape import cut, prune, replay, shrink
 from penjing.cli.ship import export, measure, report, verify
 from penjing.cli.train import recover
 from penjing.cli.transfer import transfer
+from penjing.cli.tune import tune
 
 __all__ = ["group", "main"]
 

@@ -1,4 +1,4 @@
-"""Verbs with a goal: demo, fit; tune has its place."""
+"""Verbs with a goal: demo, fit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from penjing.errors import UsageError, printable
 from penjing.files import check_output
 from penjing.result import Result
 
-__all__ = ["demo", "fit", "tune"]
+__all__ = ["demo", "finish", "fit"]
 
 OVER_BUDGET = 3
 
 
-def _finish(result: Result, output: Path, as_json: bool) -> int:
+def finish(result: Result, output: Path, as_json: bool) -> int:
     if as_json:
         show_json(result.to_json() | {"output": str(output)})
     else:
@@ -62,7 +62,7 @@ def demo(output: Path, overwrite: bool, as_json: bool) -> int:
     check_output(output, overwrite)
     from penjing.demo import demo as run
 
-    return _finish(run(output, overwrite=overwrite), output, as_json)
+    return finish(run(output, overwrite=overwrite), output, as_json)
 
 
 @click.command()
@@ -149,14 +149,4 @@ def fit(
         overwrite=overwrite,
         confidence=confidence,
     )
-    return _finish(result, output, as_json)
-
-
-_ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
-
-
-@click.command(context_settings=_ANYTHING)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def tune(arguments: tuple[str, ...]) -> None:
-    """Search the options of a recipe (not there yet)."""
-    raise UsageError("tune is not there yet", next="edit recipe.toml and use penjing apply")
+    return finish(result, output, as_json)

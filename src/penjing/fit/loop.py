@@ -124,7 +124,7 @@ def fit(
             raise BudgetError("no candidate could be made", got="; ".join(notes[-3:]))
         best = min(front, key=lambda m: _rank(m, budget))
         result = result_of(model, best, front, budget, task, bench, found)
-        write(best, result, output, overwrite, settings.command)
+        write(best.trial.exported, best.recipe, result, output, overwrite, settings.command)
     return result
 
 

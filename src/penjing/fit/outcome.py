@@ -6,14 +6,15 @@ import importlib.metadata
 import itertools
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from penjing.apply import Done
 from penjing.errors import InputError
 from penjing.files import write_json
-from penjing.fit.bench import Bench, Trial
+from penjing.fit.bench import Bench, Exported, Trial
 from penjing.fit.budget import Budget
 from penjing.fit.predict import Prediction
 from penjing.fit.space import Choice
@@ -21,11 +22,11 @@ from penjing.fit.survey import Survey
 from penjing.model import Model
 from penjing.recipe import Recipe
 from penjing.report import render
-from penjing.result import Point, Result, Unit
+from penjing.result import Drop, Point, Result, Unit
 from penjing.tasks import Task
 from penjing.writers.artifact import save
 
-__all__ = ["Made", "result_of", "write"]
+__all__ = ["Made", "certainty", "public", "result_of", "versions", "write"]
 
 
 @dataclass
@@ -73,22 +74,22 @@ def result_of(
         why="; ".join(text for _, text in over.values()) or None,
         front=tuple(points),
         units=tuple(_units(model, best, found)),
-        notes=tuple(_public(note, model, bench) for note in [*bench.notes, *_certainty(best)]),
+        notes=tuple(public([*bench.notes, *certainty(best.trial.drop)], model, bench)),
         seed=bench.seed,
-        versions=_versions(),
+        versions=versions(),
         higher_is_better=task.higher_is_better,
     )
 
 
-def _public(note: str, model: Model, bench: Bench) -> str:
-    """Without the folders of this machine."""
+def public(notes: Iterable[str], model: Model, bench: Bench) -> Iterator[str]:
+    """Notes without the folders of this machine."""
     place = str(model.source.path)
-    return note.replace(f"{bench.folder}/", "").replace(place, Path(place).name)
+    for note in notes:
+        yield note.replace(f"{bench.folder}/", "").replace(place, Path(place).name)
 
 
-def _certainty(best: Made) -> Iterator[str]:
+def certainty(drop: Drop | None) -> Iterator[str]:
     """What an interval of no width means: no sample changed, so no resample differs."""
-    drop = best.trial.drop
     if drop is not None and (most := drop.unseen) is not None:
         yield (
             f"none of {drop.samples} samples changed the metric, so its interval is [0, 0]; with "
@@ -129,7 +130,7 @@ def _units(model: Model, best: Made, found: Survey) -> Iterator[Unit]:
             yield Unit("all weights", "recover", next(iter(edits)).why)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     names = ("penjing", "torch", "transformers", "onnx", "onnxruntime", "openvino")
     found = {}
     for name in names:
@@ -140,19 +141,28 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def write(best: Made, result: Result, output: Path, overwrite: bool, command: str) -> None:
-    """The artifact folder: weights, the exported file, results and report."""
-    exported = best.trial.exported
+def write(
+    exported: Exported, recipe: Recipe, result: Result, output: Path, overwrite: bool,
+    command: str, tuning: Mapping[str, Any] | None = None,
+    more: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """The artifact folder: weights, the exported file, results and report.
+
+    `tuning` is what the page shows of a search; `more` adds files of its own.
+    """
 
     def extra(folder: Path) -> None:
         if not exported.file.path.exists():
             raise InputError("the exported file is gone", got=exported.file.path)
         shutil.copytree(exported.folder, folder, dirs_exist_ok=True)
         write_json(folder / "results.json", result.to_json())
-        page = render(result, title=output.name, recipe_toml=best.recipe.to_toml(),
-                      command=_command(command), trainings=exported.model.curves)  # fmt: skip
+        page = render(result, title=output.name, recipe_toml=recipe.to_toml(),
+                      command=_command(command), trainings=exported.model.curves,
+                      tuning=tuning)  # fmt: skip
         (folder / "report.html").write_text(page, encoding="utf-8")
+        if more is not None:
+            more(folder)
 
     metrics = {"quality": result.after.quality, "size_bytes": result.after.size_bytes}
-    save(exported.model, output, recipe=best.recipe, extra=extra, metrics=metrics,
+    save(exported.model, output, recipe=recipe, extra=extra, metrics=metrics,
          overwrite=overwrite)  # fmt: skip

@@ -24,10 +24,11 @@ __all__ = ["of_training", "render", "write"]
 def write(folder: Path) -> Path:
     """Write report.html into an artifact folder, whole or not at all; gives its path.
 
-    Reads results.json, recipe.toml and manifest.json; without the first the page shows the curves
-    of training that the manifest holds. Replaces report.html and its entry in the manifest. The
-    command is the manifest's `command`, of its top or its `metrics`, else the one that replays the
-    recipe; the title likewise its `name`, else the last part of the source's path.
+    Reads results.json, recipe.toml, manifest.json, and tuning.json where there is one; without
+    results the page shows the curves of training that the manifest holds. Replaces report.html and
+    its entry in the manifest. The command is the manifest's `command`, of its top or its `metrics`,
+    else the one that replays the recipe; the title likewise its `name`, else the last part of the
+    source's path.
 
     Raises:
         InputError: a file is missing or malformed, or the folder cannot be written.
@@ -45,6 +46,7 @@ def write(folder: Path) -> Path:
         recipe_toml=_recipe(folder / "recipe.toml", manifest),
         command=_named(manifest, "command") or _REPLAY,
         trainings=trainings,
+        tuning=_tuning(folder / "tuning.json"),
     )
     output = folder / "report.html"
     whole_file(output, lambda path: _write_text(path, page), overwrite=True)
@@ -80,6 +82,12 @@ def _trainings(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         one for one in (found if isinstance(found, list) else ())
         if isinstance(one, dict) and isinstance(one.get("losses"), list)
     ]  # fmt: skip
+
+
+def _tuning(path: Path) -> dict[str, Any]:
+    """What a search left; nothing where there was none."""
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _source(manifest: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from penjing.report.text import (
     size,
     threads,
 )
+from penjing.report.tuning import trials
 from penjing.result import Measurement, Result
 
 __all__ = ["render"]
@@ -55,7 +56,7 @@ _ICON = (
 
 def render(
     result: Result | None, *, title: str, recipe_toml: str, command: str,
-    trainings: Sequence[Mapping[str, Any]] = (),
+    trainings: Sequence[Mapping[str, Any]] = (), tuning: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """The whole page as one string.
 
@@ -66,6 +67,7 @@ def render(
         recipe_toml: shown as it is.
         command: the command line that makes the artifact again.
         trainings: as `penjing.report.curves` draws them.
+        tuning: as `penjing.report.tuning` shows it.
     """
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -83,6 +85,7 @@ def render(
             figures.drop(result),
             figures.front(result),
             figures.units(result),
+            trials(tuning or {}),
             curves(trainings),
             _notes(result),
             _reproduce(_facts(result), recipe_toml, command),
