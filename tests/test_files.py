@@ -22,6 +22,28 @@ from penjing.files import (
     write_json,
 )
 
+
+def test_what_another_run_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    def both() -> None:
+        with whole_folder(tmp_path / "out") as slow:
+            (slow / "manifest.json").write_text("slow")
+            with whole_folder(tmp_path / "out") as fast:
+                (fast / "manifest.json").write_text("fast")
+
+    with pytest.raises(InputError, match="exists"):
+        both()
+    assert (tmp_path / "out" / "manifest.json").read_text() == "fast"
+    assert os.listdir(tmp_path) == ["out"]
+
+    def late(path: Path) -> None:
+        (tmp_path / "file").write_text("fast")
+        path.write_text("slow")
+
+    with pytest.raises(InputError, match="exists"):
+        whole_file(tmp_path / "file", late)
+    assert (tmp_path / "file").read_text() == "fast"
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path

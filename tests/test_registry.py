@@ -63,3 +63,11 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     whole.write_text("x = 1")
     broken.write_text("x = 1\n")
     assert registry.attribute_of(f"{broken}:x") == 1
+
+
+def test_a_changed_file_is_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text("made = 1\n")
+    assert registry.attribute_of(f"{path}:made") == 1
+    path.write_text("made = 22\n")
+    assert registry.attribute_of(f"{path}:made") == 22

@@ -1,5 +1,6 @@
 """A technique on a network from the command line: checks, work, artifact."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -275,3 +276,17 @@ def test_blocks_that_lost_nothing_are_named() -> None:
     ]
     after.structure = []
     assert next(removed(0.75, before, after)).startswith("0.0% of the units were removed")
+
+
+def test_a_refused_run_leaves_the_journal_of_another(bert: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "out.journal"
+    journal.mkdir()
+    arguments = ["prune", str(bert), "--sparsity", "0.5", "-o", str(tmp_path / "out")]
+    with open(journal / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = CliRunner().invoke(group, arguments)
+        assert done.exit_code == 1
+        assert "another run" in done.stderr
+        assert (journal / "lock").exists()
+    assert CliRunner().invoke(group, arguments).exit_code == 0
+    assert not journal.exists()

@@ -100,6 +100,7 @@ BAD = {
         b'{"text": "a", "label": 1}\n{"text": "b"}\n',
         "line 2: no 'label' here, line 1 has one",
     ),
+    "half-pair.jsonl": (b'{"text": "\\ud800 a"}\n', "line 1: half of a surrogate pair"),
     "number.jsonl": (b'{"text": 5}\n', "line 1: text is not text; got int"),
     "null.jsonl": (b'{"text": "a", "label": null}\n', "line 1: not a label; got None"),
     "half.jsonl": (b'{"text": "a", "label": 0.5}\n', "line 1: not a label; got 0.5"),

@@ -6,6 +6,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 
 from penjing.errors import UsageError
+from penjing.model import Model, Source
 from penjing.tasks.fidelity import Fidelity
 
 RNG = np.random.default_rng(0)
@@ -56,3 +57,23 @@ def test_a_reference_is_needed() -> None:
     for reference in (None, np.zeros((2, 4))):
         with pytest.raises(UsageError, match="original's output for the same batch"):
             Fidelity().record(np.zeros((2, 3)), {}, reference)
+
+
+def test_one_number_a_sample_is_judged_by_its_error() -> None:
+    theirs = RNG.normal(3.0, 2.0, size=(400, 1)).astype(np.float32)
+    ours = theirs + RNG.normal(0.0, 0.5, size=theirs.shape).astype(np.float32)
+    task = Fidelity("error")
+    rows = task.record(ours, {}, theirs)
+    correlation = np.corrcoef(ours[:, 0], theirs[:, 0])[0, 1]
+    # Of additive noise, error / variance = 1 / r^2 - 1 about.
+    assert task.reduce(rows) == pytest.approx(1 / correlation**2 - 1, rel=0.1)
+    assert task.reduce(task.record(theirs, {}, theirs)) == 0
+
+
+@pytest.mark.parametrize(("outputs", "metric"), [(1, "error"), (3, "kl")])
+def test_the_metric_that_sees_the_output(outputs: int, metric: str) -> None:
+    module = torch.nn.Linear(4, outputs)
+    example = {"pixel_values": torch.randn(2, 4)}
+    model = Model(module.eval(), "image", example, Source("factory", "here", "0"))
+    assert Fidelity().bind(model).metric == metric
+    assert model.suited_loss == {"error": "mse", "kl": "kl"}[metric]

@@ -259,3 +259,32 @@ def test_rotated_layers_rotate_their_input_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
     kinds = [op.get_type_name() for op in graph.get_ops()]
     assert kinds.count("MatMul") == 4
+
+
+def test_rows_of_two_bits_that_end_amid_a_byte(tmp_path: Path) -> None:
+    """As ternary codes have them: the runtime's own kernel was off by a quarter."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(36, 50), nn.GELU(), nn.Linear(50, 36))
+    model = model_of(module, {"x": torch.randn(2, 7, 36)})
+    for path in ("0.weight", "2.weight"):
+        weight = model.module.get_parameter(path).detach()
+        step = weight.abs().mean(1, keepdim=True)
+        codes = (weight / step).round().clamp(-1, 1)
+        planes = IntegerPlanes(
+            (codes + 1).to(torch.uint8)[None], (2,), step[None], -1.04 * step, weight.shape[1],
+            tuple(weight.shape),
+        )  # fmt: skip
+        assert torch.allclose(planes.dequantize(), (codes - 0.04) * step)
+        quantize(model, path, planes)
+    got, want, _ = written(model, tmp_path)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_ranges_found_at_run_time_leave_inputs_in_floats(tmp_path: Path) -> None:
+    model = text()
+    for name in ("a", "b"):
+        weight = model.module.get_submodule(name).weight
+        quantize(model, f"{name}.weight", planes_of(weight, 8, 0, True))
+        model.activations[name] = ActivationRange(0.0, 0)
+    got, want, _ = written(model, tmp_path)
+    np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())

@@ -328,7 +328,7 @@ def _affine(
 
 
 def _width(bits: float, columns: int = 8) -> int:
-    # OpenVINO 2026.4 reads rows of 2-bit codes that end amid a byte wrongly.
+    # OpenVINO 2026.4 multiplies wrongly by rows of 2-bit codes that end amid a byte.
     return next(width for width in _WIDTHS if width >= bits and not columns * width % 8)
 
 
