@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.networks import Basic, ResNet, arrays, bert, llama, resnet, stack, text_batch, vit, wrap
-from torch import Tensor, nn
+from torch import nn
 
 from penjing.apply import apply
 from penjing.errors import InputError
@@ -72,7 +72,7 @@ class Named(nn.Module):
         self.body = nn.Sequential(Basic(width, width), Basic(width, 2 * width, 2))
         self.classes = nn.Linear(2 * width, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.norm(self.first(x)))
         return self.classes(self.body(x).mean((2, 3)))
 
@@ -185,3 +185,27 @@ def test_neither_network_changes() -> None:
     inherit(student, teacher, arrays())
     after = [p for m in (teacher, student) for p in m.module.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = torch.nn.LSTM(7, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.g = torch.nn.GRU(12, 5, batch_first=True)
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.g(self.l(x)[0])[0][:, -1])
+
+
+def test_a_network_of_the_same_shapes_is_copied_whole() -> None:
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made.append(wrap(Recurrent(), "tensor", {"x": torch.randn(4, 9, 7)}))
+    batches = [{"x": torch.randn(4, 9, 7)}]
+    found = inherit(made[0], made[1], batches).model
+    for (name, own), wanted in zip(
+        found.module.named_parameters(), made[1].module.parameters(), strict=True
+    ):
+        assert torch.equal(own, wanted), name

@@ -165,6 +165,13 @@ def quantize(
             next="leave --to out: Python and the runtime packed run it",
         )  # fmt: skip
 
+    refusing = ("gguf", "compressed-tensors", *(("openvino",) if codes == "power2" else ()))
+    if codes != "integer" and (held := sorted(set(options["to"]) & set(refusing))):
+        raise UsageError(
+            f"--codes {codes} with --to", got=", ".join(held),
+            allowed="onnx" if codes == "power2" else "onnx, openvino",
+        )  # fmt: skip
+
     def work(loaded: Any, **more: Any) -> Any:
         from penjing import api
 

@@ -88,7 +88,9 @@ def removed(ratio: float, before: Model, after: Model, everywhere: bool = True) 
         kept, total = kept + len(index), total + before.module.get_parameter(path).shape[dim]
     whole = [b for b in before.blocks if not any(e["path"].startswith(f"{b}.") for e in entries)]
     reached = 1 - kept / total if total else 0.0
-    if ratio and abs(reached - ratio) > 0.02:
+    if ratio and not entries:
+        yield "nothing was removed: penjing inspect --groups says what holds each group"
+    elif ratio and abs(reached - ratio) > 0.02:
         yield (
             f"{reached:.1%} of the units were removed, asked {ratio:.1%}: what stays is a "
             "multiple (--multiple), and some of each must"

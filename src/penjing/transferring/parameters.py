@@ -114,6 +114,7 @@ def _droppable(model: Model, gone: list[str]) -> bool:
 def _copy(made: Model, near: Model, found: Match, widths: Widths, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
+    alike = _alike(made, near, found)
     for mine, theirs in found.layers.items():
         layer, source = made.module.get_submodule(mine), near.module.get_submodule(theirs)
         given = tensors_of(source)
@@ -128,6 +129,9 @@ def _copy(made: Model, near: Model, found: Match, widths: Widths, seed: int) -> 
                 continue
             if value.ndim != own.ndim:
                 continue
+            if alike:  # recurrent layers have axes that are followed by nobody
+                own.copy_(value)
+                continue
             path = f"{mine}.{name}".lstrip(".")
             for dim in range(own.ndim):
                 index = widths.known[path, dim].to(value.device)
@@ -135,6 +139,16 @@ def _copy(made: Model, near: Model, found: Match, widths: Widths, seed: int) -> 
                 if dim == 1 and reads(layer):
                     value = value * _shares(index, generator).view(1, -1, *[1] * (own.ndim - 2))
             own.copy_(value)
+
+
+def _alike(made: Model, near: Model, found: Match) -> bool:
+    """Whether every tensor has the shape of its counterpart: then all are taken as they are."""
+    for mine, theirs in found.layers.items():
+        own = tensors_of(made.module.get_submodule(mine))
+        given = tensors_of(near.module.get_submodule(theirs))
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in given.items()}:
+            return False
+    return True
 
 
 def reads(layer: nn.Module) -> bool:
