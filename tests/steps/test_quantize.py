@@ -524,3 +524,14 @@ def test_a_rotated_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path)
     for name, planes in whole.planes.items():
         assert torch.equal(again.planes[name].codes, planes.codes)
         assert torch.equal(again.module.get_parameter(name), whole.module.get_parameter(name))
+
+
+def test_layers_that_read_one_input_have_one_grid() -> None:
+    """Chosen alone, their grids differ, and a runtime rounds the input for each."""
+    batches = [net.text_batch(seed, samples=4) for seed in range(3)]
+    step = Quantize(bits=8, symmetric=True, activations=8, observer="auto")
+    found = apply(net.bert(3), Recipe((step,)), batches).model.activations
+    for block in range(3):
+        names = (f"encoder.layer.{block}.attention.self.{n}" for n in ("query", "key", "value"))
+        assert len({found[name].key for name in names}) == 1
+    assert len({r.key for r in found.values()}) > 3

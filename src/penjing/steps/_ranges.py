@@ -21,7 +21,7 @@ from penjing.migration import divisors, input_scales
 from penjing.recipe import ActivationRange
 from penjing.registry import choices, lookup
 
-__all__ = ["activation_range", "migrations"]
+__all__ = ["activation_range", "migrations", "readers"]
 
 _ROWS = 1024
 
@@ -30,6 +30,19 @@ def migrations(
     layers: dict[str, nn.Module], stats: dict[str, LayerStats], alpha: float, floor: float
 ) -> dict[str, Tensor]:
     """Divisors [in] of the inputs of linear layers; layers that read one input share them."""
+    found: dict[str, Tensor] = {}
+    for group in readers(layers, stats):
+        own = stats[group[0]]
+        weights = [layers[path].weight.detach().float() for path in group]  # type: ignore[operator]
+        if own.rows is not None and not _helps(own.rows[:: _step(own.rows)], weights, alpha, floor):
+            continue
+        peak = input_scales(own.lows, own.highs)  # type: ignore[arg-type]
+        found |= dict.fromkeys(group, divisors(peak, weights, alpha, floor))
+    return found
+
+
+def readers(layers: dict[str, nn.Module], stats: dict[str, LayerStats]) -> list[list[str]]:
+    """Linear layers with statistics, those that read one input together."""
     groups: list[list[str]] = []
     for path, layer in layers.items():
         own = stats.get(path)
@@ -41,15 +54,7 @@ def migrations(
                 break
         else:
             groups.append([path])
-    found: dict[str, Tensor] = {}
-    for group in groups:
-        own = stats[group[0]]
-        weights = [layers[path].weight.detach().float() for path in group]  # type: ignore[operator]
-        if own.rows is not None and not _helps(own.rows[:: _step(own.rows)], weights, alpha, floor):
-            continue
-        peak = input_scales(own.lows, own.highs)  # type: ignore[arg-type]
-        found |= dict.fromkeys(group, divisors(peak, weights, alpha, floor))
-    return found
+    return groups
 
 
 def _helps(rows: Tensor, weights: list[Tensor], alpha: float, floor: float) -> bool:
@@ -87,7 +92,8 @@ def activation_range(
         path: of the layer, for messages.
         observer: a name of `penjing.observers`, or `auto`, which needs `weight`.
         channels: [in], what the input is divided by first.
-        weight: [out, in] or [out, in / groups, ...], as it multiplies the undivided input.
+        weight: [out, in] or [out, in / groups, ...], as it multiplies the undivided input; of
+            all layers that read it, one after the other, which then have one grid.
 
     Raises:
         UsageError: no data.

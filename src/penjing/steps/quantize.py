@@ -25,7 +25,7 @@ from penjing.recipe import ActivationRange, Edit
 from penjing.registry import constant, lookup
 from penjing.rotation import Rotation, possible
 from penjing.steps._awq import Divide
-from penjing.steps._ranges import activation_range, migrations
+from penjing.steps._ranges import activation_range, migrations, readers
 from penjing.steps._reconstruct import reconstruct
 from penjing.steps._select import canonical, selected
 
@@ -227,6 +227,12 @@ class Quantize:
             and f"{path}.weight" not in unit.model.planes
         }  # fmt: skip
         divided = migrations(free, stats, self.migrate, _FLOOR)
+        # One grid of an input that several read: runtimes round it once.
+        wide: dict[str, Tensor] = {}
+        if self.activations and self.observer == "auto":
+            for group in readers(unit.layers, stats):
+                rows = [unit.layers[path].weight.detach() for path in group]  # type: ignore[operator]
+                wide |= dict.fromkeys(group, torch.cat(rows))
         for path, layer in unit.layers.items():
             table = isinstance(layer, nn.Embedding)
             name = canonical(unit.model, f"{path}.weight")
@@ -237,7 +243,8 @@ class Quantize:
             found = None
             # A layer that the data never reached has no range, and needs none.
             if self.activations and not table and (self.dynamic or own.count or path not in stats):
-                found = self._range(layer, path, own, channels)
+                weight = wide.get(path, layer.weight.detach())  # type: ignore[operator]
+                found = self._range(weight, path, own, channels)
             if name not in unit.model.planes:
                 tied = id(layer.weight) in shared
                 yield from self._quantized(unit, path, layer, name, own, channels, tied=tied)
@@ -249,11 +256,10 @@ class Quantize:
                 yield Edit("activation", path, found, why)
 
     def _range(
-        self, layer: nn.Module, path: str, own: LayerStats, channels: Tensor | None
+        self, weight: Tensor, path: str, own: LayerStats, channels: Tensor | None
     ) -> ActivationRange:
         if self.dynamic:
             return ActivationRange(0.0, 0, channels)
-        weight: Tensor = layer.weight.detach()  # type: ignore[operator]
         return activation_range(own, path, self.observer, channels=channels, weight=weight)
 
     def _quantized(
