@@ -1,22 +1,23 @@
 """Every number format on three models: stored bits, fidelity, time to quantize, speed.
 
-    python bench/schemes.py [--missing] [--seconds S] [--rows WORD] [MODEL ...]
+    python bench/schemes.py [--missing] [--seconds S] [--rows PATTERN] [MODEL ...]
 
 Error: MiniLM-L6, 1 - cosine to the float32 embedding, 240 sentences about movies; SmolLM2-135M
 (off its 4-bit grid, see bench/smollm2_fixture.py), KL divergence in nats a token, 32 windows of 128
 tokens; EfficientNet-Lite0, KL divergence of the classes, 128 stamps. Mean and 95 % interval.
 Calibration: 240 sentences, 8 windows of 256 tokens, 64 stamps: little, so that all rows can be made
 in hours; the tables of one model (quantization.py, smollm2.py, cnn.py) have more. Weights of the
-blocks, of the CNN all. `rtn` sees no data; with `gptq` other codes than integers are in error
-feedback.
+blocks, of the CNN all. `rtn`, `clip` and `hqq` see no data, except that 8-bit inputs get their
+ranges from it; with `gptq` other codes than integers are in error feedback. In brackets the
+seconds of one processor that quantizing took. A dash: the method refuses the format.
 
 Speed: float32's latency over the row's, in the same runtime and run, one thread, batch of 1: 128
-tokens, one token after 128, one image. It does not depend on the method, and is measured
-of `rtn`. A dash: the runtime has no place for the format.
+tokens, one token after 128, one image; and the file's size. Neither depends on the method. A dash:
+the runtime has no place for the format.
 
-All rows are kept in bench/results/schemes.json, and the table beside it is written from all of
-them. MODEL is minilm, smollm2 or efficientnet; with --rows only rows whose `format|method`
-contains the word are made.
+All rows are kept in bench/results/schemes.json, and the tables beside it and in
+docs/quantization.md are written from all of them. MODEL is minilm, smollm2 or efficientnet; with
+--rows only rows whose `format|method` contains the word are made.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,9 @@ from penjing.steps.quantize import Quantize
 STORE = HERE / "results" / "schemes.json"
 WORK = CACHE / "schemes"
 WRITERS = {"onnxruntime": ("onnx", "model.onnx"), "openvino": ("openvino", "openvino")}
-METHODS = ("rtn", "gptq")
+DOCUMENT = HERE.parent / "docs" / "quantization.md"
+MARKS = "<!-- tables of bench/schemes.py -->", "<!-- end of the tables -->"
+METHODS = ("rtn", "clip", "hqq", "awq", "gptq", "autoround", "adaround")
 # A model, calibration, evaluation, and the error of each sample by outputs and float32's.
 Case = tuple[Model, list[Batch], list[Batch], Callable[[Tensor, Tensor], Tensor]]
 
@@ -140,9 +145,9 @@ def row(one: Case, step: Quantize, wanted: Tensor) -> tuple[dict[str, Any], Mode
     step = replace(step, targets=blocks)
     # With static inputs `rtn` needs data for the ranges.
     given = calibration if step.needs else []
-    start = time.monotonic()
+    start = time.process_time()
     made = apply(model, Recipe((step,)), given).model
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start
     errors = off(outputs(made, data), wanted)
     half = 1.96 * float(errors.std()) / math.sqrt(len(errors))
     found = {"bits": stored_bits(made), "error": float(errors.mean()), "half": half}
@@ -170,60 +175,83 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
+    measured = {
+        key.rpartition("|")[0] for key in store if options.missing and "runtimes" in store[key]
+    }
     for name in options.models:
         one = case(name)
         wanted = outputs(one[0], one[2])
         plain = write(one[0], WORK / f"{name}-float32")
-        for about, step in schemes(one[0].is_image).items():
-            for method in METHODS:
-                key = f"{name}|{about}|{method}"
-                if (options.missing and key in store) or options.rows not in key:
-                    continue
-                try:
-                    found, made = row(one, replace(step, method=method), wanted)
-                except PenjingError as error:
-                    print(f"{key}: {error}", file=sys.stderr, flush=True)
-                    continue
-                if method == METHODS[0] and options.seconds:
-                    folder = WORK / f"{name}-{about}".replace(" ", "-")
-                    found["runtimes"] = speeds(made, write(made, folder), plain, options.seconds)
-                    shutil.rmtree(folder)
-                store[key] = found
-                STORE.write_text(json.dumps(store, indent=1) + "\n")
-                table(store)
-                print(key, found, flush=True)
+        for method, (about, step) in product(METHODS, schemes(one[0].is_image).items()):
+            key = f"{name}|{about}|{method}"
+            if (options.missing and key in store) or not re.search(options.rows, key):
+                continue
+            try:
+                found, made = row(one, replace(step, method=method), wanted)
+            except PenjingError as error:
+                print(f"{key}: {error}", file=sys.stderr, flush=True)
+                continue
+            if options.seconds and f"{name}|{about}" not in measured:
+                folder = WORK / f"{name}-{about}".replace(" ", "-")
+                found["runtimes"] = speeds(made, write(made, folder), plain, options.seconds)
+                shutil.rmtree(folder)
+                measured.add(f"{name}|{about}")
+            print(key, found, flush=True)
+            # Other models may be measured beside this one.
+            store = json.loads(STORE.read_text()) if STORE.exists() else {}
+            store[key] = store.get(key, {}) | found
+            STORE.write_text(json.dumps(store, indent=1) + "\n")
+            table(store)
 
 
 def table(store: dict[str, Any]) -> None:
-    """All rows, model by model."""
-    text = ["# Number formats on three models", ""]
-    for part in (__doc__ or "").split("\n\n")[2:4]:
-        text += [part.replace("\n", " "), ""]
-    runtimes = (*WRITERS, "packed")
+    """All rows, model by model: errors by method, then sizes and speeds by runtime."""
+    text = []
     for name in dict.fromkeys(key.split("|")[0] for key in store):
-        text += [f"## {name}", "", "| format | stored bits | "
-                 + " | ".join(f"error, {m} | s" for m in METHODS) + " | "
-                 + " | ".join(f"{r}, MB | times float32" for r in runtimes) + " |"]  # fmt: skip
-        text += ["|---" * (2 + 2 * len(METHODS) + 2 * len(runtimes)) + "|"]
-        for about in schemes(name == "efficientnet"):
-            own = {m: store.get(f"{name}|{about}|{m}") for m in METHODS}
-            some = next((r for r in own.values() if r), None)
-            if some is None:
-                continue
-            cells = [about, f"{some['bits']:.2f}"]
-            for found in own.values():
-                cells += (
-                    [f"{found['error']:.4g} ± {found['half']:.2g}", f"{found['seconds']:.0f}"]
-                    if found else ["", ""]
-                )  # fmt: skip
-            for runtime in runtimes:
-                speed = some.get("runtimes", {}).get(runtime)
-                cells += (
-                    [f"{speed['bytes'] / 1e6:.1f}", f"{speed['times']:.2f}"] if speed else ["–"] * 2
-                )
-            text.append("| " + " | ".join(cells) + " |")
+        kept = {
+            about: {m: store[key] for m in METHODS if (key := f"{name}|{about}|{m}") in store}
+            for about in schemes(name == "efficientnet")
+        }
+        methods = [m for m in METHODS if any(m in own for own in kept.values())]
+        text += [f"### {name}", "", *heads("format", "stored bits", *methods)]
+        for about, own in kept.items():
+            if own:
+                cells = [error(own.get(method)) for method in methods]
+                text.append(line(about, f"{next(iter(own.values()))['bits']:.2f}", *cells))
+        runtimes = (*WRITERS, "packed")
+        text += ["", *heads("format", *(f"{r}, {what}" for r in runtimes for what in ("MB", "x")))]
+        for about, own in kept.items():
+            found = next((r["runtimes"] for r in own.values() if "runtimes" in r), None)
+            if found:
+                cells = [cell for r in runtimes for cell in speed(found.get(r))]
+                text.append(line(about, *cells))
         text.append("")
-    STORE.with_suffix(".md").write_text("\n".join(text).rstrip() + "\n")
+    tables = "\n".join(text)
+    about = [part.replace("\n", " ") for part in (__doc__ or "").split("\n\n")[2:4]]
+    STORE.with_suffix(".md").write_text(
+        "\n\n".join(["# Number formats on three models", *about, tables]).rstrip() + "\n"
+    )
+    before, rest = DOCUMENT.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    DOCUMENT.write_text(before + f"{MARKS[0]}\n\n{tables}\n{MARKS[1]}" + after)
+
+
+def line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def heads(*cells: str) -> list[str]:
+    return [line(*cells), "|---" * len(cells) + "|"]
+
+
+def error(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found['error']:.3g} ± {found['half']:.1g} ({found['seconds']:.0f})"
+
+
+def speed(found: dict[str, Any] | None) -> tuple[str, str]:
+    return (f"{found['bytes'] / 1e6:.1f}", f"{found['times']:.2f}") if found else ("–", "–")
 
 
 if __name__ == "__main__":

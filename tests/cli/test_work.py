@@ -92,6 +92,24 @@ def test_a_target_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> N
         assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
+def test_heads_that_onnxruntime_cannot_keep_in_integers_are_refused_before_the_work(
+    tmp_path: Path,
+) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=48, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    # Data that no network could read: it is not looked at.
+    (tmp_path / "d.jsonl").write_text("not JSON")
+    given = ["--data", f"{tmp_path / 'd.jsonl'}", "-o", f"{tmp_path / 'o'}"]
+    made = CliRunner().invoke(
+        group, ["quantize", f"{tmp_path / 'llama'}", "--kv-cache", "8", "--to", "onnx", *given]
+    )
+    assert made.exit_code == 2
+    assert "heads of 12 at model.layers.0.self_attn" in made.stderr
+
+
 def test_cut_says_what_went(bert: Path, tmp_path: Path) -> None:
     data = tmp_path / "texts.jsonl"
     lines = (json.dumps({"text": " ".join("abcdefghij"[i : i + 5])}) for i in range(6))

@@ -175,6 +175,8 @@ def test_targets_alone_are_trained() -> None:
     assert {d.path for d in done} == blocks | {"out.bias"}
     with pytest.raises(UsageError, match="nothing to train"):
         apply(pruned, Recipe((_recover(1, targets=("no.*",)),)), BATCHES, original=model)
+    with pytest.raises(UsageError, match="codes to learn; got a network without quantized weights"):
+        apply(pruned, Recipe((_recover(1, codes=True),)), BATCHES, original=model)
 
 
 def test_time_is_a_limit() -> None:

@@ -408,6 +408,25 @@ def test_what_is_added_comes_from_integer_products_unrounded(stride: int, tmp_pa
     assert "DequantizeLinear" not in {made[name] for name in readers[0].input}
 
 
+@pytest.mark.parametrize("before", [nn.Identity, nn.ReLU, nn.Sigmoid])
+def test_the_input_of_a_float_convolution_is_cut_to_its_range(
+    before: type[nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), before(), nn.Conv2d(8, 4, 3)).eval()
+    model = Model(module, "image", {"pixel_values": torch.randn(4, 3, 9, 9)}, FACTORY)
+    quantize(model, nn.Conv2d, Scheme(7, 0, True))
+    # Of the last one's inputs a good part lies beyond +-0.5.
+    found = ActivationRange(0.5 / 128, 128)
+    edits.perform(model, Edit("activation", "2", found, "test"))
+    path = tmp_path / "m.onnx"
+    wanted, got = both(model, path, model.example)
+    # torch rounds what is left, by half a step of 1/256.
+    assert relative(wanted, got) < 5e-3
+    kinds = [n.op_type for n in onnx.load(path).graph.node if n.op_type in ("Clip", "Relu")]
+    assert kinds == ["Clip"]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_convolutions_with_low_bit_weights(bits: int, tmp_path: Path) -> None:
     model = cnn()

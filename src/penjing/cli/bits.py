@@ -175,6 +175,8 @@ def quantize(
     def work(loaded: Any, **more: Any) -> Any:
         from penjing import api
 
+        if kv_cache and options["to"]:
+            _check_heads(loaded.model)
         return api.quantize(loaded, bits, **more)
 
     technique(
@@ -200,3 +202,17 @@ def quantize(
         remarks=lambda before, after: tables_in_floats(before, after, embeddings is not None),
         **options,
     )
+
+
+def _check_heads(model: Any) -> None:
+    """Before the work: onnxruntime keeps integers of heads that are a multiple of 8 wide."""
+    from penjing.cache import attention_layers
+
+    for path in attention_layers(model.module).values():
+        width = getattr(model.module.get_submodule(path), "head_dim", None)
+        if isinstance(width, int) and width % 8:
+            raise UsageError(
+                "--kv-cache with --to onnx", got=f"heads of {width} at {path}",
+                allowed="heads that are a multiple of 8 wide",
+                next="leave --to out: Python and the runtime packed run it",
+            )  # fmt: skip

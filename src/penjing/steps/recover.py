@@ -184,6 +184,12 @@ class Recover:
             if n not in student.planes and n not in front.names and self._wanted(n)
         }  # fmt: skip
         chosen = [n for n in student.planes if self._wanted(n)]
+        if self.codes and not chosen:
+            raise UsageError(
+                "codes to learn",
+                got=", ".join(self.targets) or "a network without quantized weights",
+                next="quantize first, or leave codes out",
+            )
         behind = dict(teacher.parameters()) if self.codes else {}
         grids = attach(student, chosen, {n: p.detach() for n, p in behind.items()})
         factors = {}

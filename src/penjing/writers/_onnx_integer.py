@@ -12,11 +12,12 @@ with a kernel of one place it is the product of a linear layer, channels last, a
 in floats (EfficientNet-Lite0 with these products ran in three quarters of the time that float
 products of the same layers took). A larger kernel whose output nobody quantizes has its float
 product and its integers as weights: quantizing only its input would cost time and accuracy for
-nothing.
+nothing. The input is cut to its range, as rounding would do.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +122,7 @@ def place_kernels(graph: Graph, layers: list[Layer]) -> None:
     grids: dict[str, ActivationRange] = {}
     for layer in layers:
         grids.setdefault(layer.use.node.input[0], layer.range)
-    made = set()
+    made, floats = set(), []
     inputs = {id(layer.use.node) for layer in layers}
     for layer in layers:
         node = layer.use.node
@@ -141,6 +142,7 @@ def place_kernels(graph: Graph, layers: list[Layer]) -> None:
             continue
         if not fused:
             place(graph, layer.name, layer.planes, [layer.use])
+            floats.append(layer)
             continue
         made.add(id(node))
         _kernel(graph, layer)
@@ -159,6 +161,33 @@ def place_kernels(graph: Graph, layers: list[Layer]) -> None:
                 for index, name in enumerate(reader.input):
                     if name == value:
                         reader.input[index] = paired
+    for layer in floats:
+        if layer.range.scale:
+            _cut(graph, layer.use.node, layer.range)
+
+
+def _cut(graph: Graph, node: onnx.NodeProto, grid: ActivationRange) -> None:
+    """Cut the input of a float convolution to what its grid can hold."""
+    value = node.input[0]
+    writer = graph.writer(value)
+    if writer is not None and writer.op_type == "DequantizeLinear":
+        return
+    low, high = _ends(grid)
+    known = _bounds(graph, writer) if writer is not None and writer.op_type in _PASSED else None
+    if known is not None and low <= known[0] and known[1] <= high:
+        return
+    new = value
+    if known is not None and len(graph.readers(value)) == 1 and value not in graph.outputs:
+        # One cut in place of two, which the runtime makes a part of the convolution before it.
+        low, high = max(low, known[0]), min(high, known[1])
+    else:
+        writer, new = None, graph.name("cut")
+    limits = [graph.constant("cut", np.array(limit, np.float32)) for limit in (low, high)]
+    if writer is None:
+        graph.before(node, [graph.node("Clip", [value, *limits], [new])])
+        node.input[0] = new
+    else:
+        graph.replace([writer], [graph.node("Clip", [writer.input[0], *limits], [new])])
 
 
 def _chain(graph: Graph, node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], str]:
@@ -175,17 +204,25 @@ def _chain(graph: Graph, node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], st
 def _is_redundant(graph: Graph, node: onnx.NodeProto, grid: ActivationRange) -> bool:
     """Whether rounding to `grid` cuts at least where the Relu or Clip `node` does."""
     slack = 0.5 * grid.scale
-    low = -grid.zero_point * grid.scale
-    high = (255 - grid.zero_point) * grid.scale
+    low, high = _ends(grid)
+    known = _bounds(graph, node)
+    return known is not None and low >= known[0] - slack and high <= known[1] + slack
+
+
+def _ends(grid: ActivationRange) -> tuple[float, float]:
+    """The least and the largest number of a grid."""
+    return -grid.zero_point * grid.scale, (255 - grid.zero_point) * grid.scale
+
+
+def _bounds(graph: Graph, node: onnx.NodeProto) -> tuple[float, float] | None:
+    """What a Relu or Clip gives at least and at most; None where that is found at run time."""
     if node.op_type == "Relu":
-        return low >= -slack
-    limits = [name for name in node.input[1:] if name]
-    if any(name not in graph.constants for name in limits):
-        return False
-    bounds = [float(graph.array(n)) if n else None for n in (*node.input[1:], "", "")[:2]]
-    return (bounds[0] is None or low >= bounds[0] - slack) and (
-        bounds[1] is None or high <= bounds[1] + slack
-    )
+        return 0.0, math.inf
+    names = [*node.input[1:], "", ""][:2]
+    if any(name and name not in graph.constants for name in names):
+        return None
+    low, high = (float(graph.array(name)) if name else None for name in names)
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _is_pointwise(node: onnx.NodeProto, planes: IntegerPlanes) -> bool:
