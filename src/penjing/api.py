@@ -22,6 +22,7 @@ from penjing.apply import apply as _apply
 from penjing.data import Dataset
 from penjing.errors import InputError, UsageError
 from penjing.export import export as _export
+from penjing.fit.allocate import allocated
 from penjing.given import Place, batches_of, edited, model_of, need, network_of
 from penjing.gradients import LABELS
 from penjing.inspect import inspect
@@ -321,6 +322,7 @@ def quantize(
     attention: int | None = None,
     kv_cache: int | None = None,
     floats: float = 0.0,
+    mixed: bool | Sequence[int] = False,
     data: Dataset | Place | None = None,
     targets: Sequence[str] | None = None,
     seed: int = 0,
@@ -335,6 +337,8 @@ def quantize(
     values; their ranges need data. `floats` is the share of the work that may stay in floats, see
     `penjing.sensitivity`. `refine` is steps of gradient descent on a block after it is quantized.
     `observer` chooses the ranges of inputs, a name of `penjing.observers` or `auto`.
+    `mixed`: bits and group of each layer by need, in no more bytes than `bits` and `group` would
+    take (`penjing.fit.allocate`); or the bits that layers may have.
     `attention=8` rounds queries and keys too, from data (the step `Attention`; OpenVINO).
     """
     if kv_cache is not None:
@@ -349,6 +353,8 @@ def quantize(
         need(data, "quantize with refine")
     if floats:
         need(data, "what to leave in floats")
+    if mixed:
+        need(data, "bits by layer")
     step = Quantize(
         bits,
         group,
@@ -373,6 +379,11 @@ def quantize(
         plain = _apply(loaded, Recipe((Fold(),))).model if has_norms(loaded) else loaded
         few = batches_of(loaded, data, _FEW, options.get("length", 128))
         step = replace(step, skip=in_floats(plain, few, floats))
+    if mixed:
+        plain = _apply(loaded, Recipe((Fold(),))).model if has_norms(loaded) else loaded
+        given = {"samples": 128, "length": 128} | options
+        batches = batches_of(loaded, data, given["samples"], given["length"])
+        step = allocated(plain, step, batches, None if mixed is True else mixed)
     steps: tuple[Any, ...] = (Fold(), step) if has_norms(loaded) else (step,)
     if attention is not None:
         steps += (Attention(),)

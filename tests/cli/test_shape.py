@@ -102,6 +102,8 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         (("quantize", "{w}", "--refine", "64", "-o", "{d}/o.npy"), "--refine is for networks"),
         (("quantize", "{w}", "--observer", "mse", "-o", "{d}/o.npy"), "--observer is for networks"),
         (("quantize", "{d}", "--observer", "mse", "-o", "{d}/o"), "--activations 8 and --data"),
+        (("quantize", "{d}", "--mixed", "-o", "{d}/o"), "with --data, whole --bits of integers"),
+        (("quantize", "{w}", "--mixed", "-o", "{d}/o.npy"), "--mixed is for networks"),
         (("quantize", "{d}", "--observer", "none", "-o", "{d}/o"), "auto, entropy, minmax"),
         (
             ("quantize", "{w}", "--data", "{w}", "--to", "onnx", "-o", "{d}/o.npz"),

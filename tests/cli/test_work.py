@@ -76,6 +76,25 @@ def test_tables_that_stay_in_floats_are_named(bert: Path, tmp_path: Path) -> Non
     assert "tensors alone" in done.stdout
 
 
+def test_bits_by_layer_in_no_more_bytes(bert: Path, tmp_path: Path) -> None:
+    from penjing.load import load
+
+    data = tmp_path / "texts.jsonl"
+    letters = "abcdefghijklmnopqrstuvwxy"
+    texts = [" ".join(letters[i % 25 : i % 25 + 6][::-1] + letters[i % 7]) for i in range(40)]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stored = {}
+    for name in ("--mixed", ""):
+        output = tmp_path / f"out{name}"
+        arguments = ["quantize", str(bert), "--bits", "3", "--group", "16", "--scale-bits", "16"]
+        arguments += [*name.split(), "--data", str(data), "-o", str(output)]
+        done = CliRunner().invoke(group, arguments)
+        assert done.exit_code == 0, done.stderr
+        stored[name] = sum(planes.stored_bytes for planes in load(output).planes.values())
+        assert ("bits by layer: " in done.stderr) is bool(name)
+    assert stored["--mixed"] <= stored[""]
+
+
 def test_a_target_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
     folder = tmp_path / "llama"
     config = transformers.LlamaConfig(

@@ -314,6 +314,17 @@ def test_targets_and_skip() -> None:
     assert set(small.planes) == {"blocks.1.up.weight", "blocks.2.up.weight"}
 
 
+def test_layers_of_other_bits_and_groups() -> None:
+    step = Quantize(bits=3, widths=("blocks.1.*=2/4", "blocks.*.up=5"))
+    made = apply(net.stack(), Recipe((step,)), net.arrays()).model
+    found = {n: (p.bits, p.group) for n, p in made.planes.items() if n.startswith("blocks.")}
+    assert found == {
+        "blocks.0.up.weight": ((5,), 8), "blocks.0.down.weight": ((3,), 24),
+        "blocks.1.up.weight": ((2,), 4), "blocks.1.down.weight": ((2,), 4),
+        "blocks.2.up.weight": ((5,), 8), "blocks.2.down.weight": ((3,), 24),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_pruned_connections_stay_zero(method: str) -> None:
     recipe = Recipe((Prune(0.5, "magnitude"), Quantize(4, 4, method)))
@@ -343,6 +354,9 @@ def test_refusals(tmp_path: Path) -> None:
         ({"activations": 4}, "activations"),
         ({"activations": 8}, "symmetric weights"),
         ({"activations": 8, "symmetric": True, "group": 32}, "group = 0"),
+        ({"widths": ("*.up",)}, "GLOB=BITS"),
+        ({"widths": ("*.up=9",)}, "bits"),
+        ({"widths": ("*.up=4",), "codes": "binary", "bits": 2}, "integer codes"),
         ({"paired": True}, "paired"),
         ({"paired": True, "activations": 8, "symmetric": True, "bits": 7}, "paired"),
         ({"paired": True, "activations": 8, "symmetric": True, "method": "hqq"}, "paired"),

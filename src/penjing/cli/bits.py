@@ -18,7 +18,14 @@ from penjing.cli.options import (
     targets_option,
     to_option,
 )
-from penjing.cli.work import check_bare, is_bare, show_file, tables_in_floats, technique
+from penjing.cli.work import (
+    bits_by_layer,
+    check_bare,
+    is_bare,
+    show_file,
+    tables_in_floats,
+    technique,
+)
 from penjing.errors import UsageError
 from penjing.scheme import FAMILIES, Scheme
 
@@ -26,6 +33,8 @@ __all__ = ["quantize"]
 
 # Exports that hold rotated weights.
 _ROTATING = ("onnx", "openvino")
+# Bits that those store as they are.
+_STORED = (2, 4, 8)
 # Codes of several weights at once, which no export holds.
 _TOGETHER = ("additive", "e8", "trellis")
 
@@ -62,6 +71,10 @@ _TOGETHER = ("additive", "e8", "trellis")
     metavar="15%",
     help="Share of the work that may stay in floats, from the input on.",
 )
+@click.option(
+    "--mixed", is_flag=True,
+    help="Bits and group of each layer by need, in the bytes of --bits and --group.",
+)  # fmt: skip
 @click.option("--rotate", is_flag=True, help="Quantize weights in a rotated basis of their inputs.")
 @click.option(
     "--refine",
@@ -95,6 +108,7 @@ def quantize(
     activations: int | None,
     kv_cache: str | None,
     floats: float,
+    mixed: bool,
     embeddings: int | None,
     method: str | None,
     symmetric: bool | None,
@@ -121,7 +135,7 @@ def quantize(
     if is_bare(model, output):
         networks = {"activations": activations, "embeddings": embeddings, "kv_cache": kv_cache,
                     "floats": floats, "refine": refine, "observer": observer,
-                    "attention": attention}  # fmt: skip
+                    "attention": attention, "mixed": mixed}  # fmt: skip
         check_bare(model, options | networks)
         check_model(model)
         if codes != "integer" or scale_bits != "32" or rotate:
@@ -155,6 +169,14 @@ def quantize(
         raise UsageError("--kv-cache with --to", got=", ".join(held), allowed="onnx")
     if observer and not (activations and options["data"]):
         raise UsageError("--observer", got=observer, allowed="with --activations 8 and --data")
+    if mixed and (codes != "integer" or activations or not options["data"] or bits != int(bits)):
+        raise UsageError(
+            "--mixed",
+            got=f"--codes {codes}, --bits {bits:g}" + ", --activations" * bool(activations),
+            allowed="with --data, whole --bits of integers, and inputs in floats",
+        )  # fmt: skip
+    if mixed and (held := sorted(set(options["to"]) - set(_ROTATING))):
+        raise UsageError("--mixed with --to", got=", ".join(held), allowed=", ".join(_ROTATING))
     if attention and not (activations and options["data"]):
         raise UsageError("--attention", got=attention, allowed="with --activations 8 and --data")
     if attention and (held := sorted(set(options["to"]) - {"openvino"})):
@@ -193,13 +215,17 @@ def quantize(
         embeddings=embeddings,
         kv_cache=int(kv_cache) if kv_cache else None,
         floats=floats,
+        mixed=(_STORED if options["to"] else True) if mixed else False,
         symmetric=symmetric,
         rotate=rotate,
         refine=refine,
         observer=observer or "minmax",
         attention=attention,
         targets=targets or None,
-        remarks=lambda before, after: tables_in_floats(before, after, embeddings is not None),
+        remarks=lambda before, after: [
+            *tables_in_floats(before, after, embeddings is not None),
+            *(bits_by_layer(after) if mixed else ()),
+        ],
         **options,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from penjing.model import Model
 
 __all__ = [
-    "check_bare", "cut_short", "is_bare", "note", "pruned", "removed", "show_file",
+    "bits_by_layer", "check_bare", "cut_short", "is_bare", "note", "pruned", "removed", "show_file",
     "tables_in_floats", "technique",
 ]  # fmt: skip
 
@@ -48,7 +49,7 @@ def check_bare(model: str, options: Mapping[str, Any]) -> None:
         UsageError: options that were given, by name.
     """
     names = ("data", "to", "journal", "weights", "learn", "activations", "embeddings", "kv_cache",
-             "floats", "refine", "observer", "attention")  # fmt: skip
+             "floats", "refine", "observer", "attention", "mixed")  # fmt: skip
     if given := [f"--{name.replace('_', '-')}" for name in names if options.get(name)]:
         raise UsageError(
             f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for networks",
@@ -135,6 +136,12 @@ def cut_short(ratio: float | None, before: Model, after: Model) -> Iterator[str]
             f"{len(gone)} of {count} blocks, {len(gone) / count:.1%}, were cut or lost a part, "
             f"asked {ratio:.1%}: it is a whole number, one at least"
         )
+
+
+def bits_by_layer(after: Model) -> Iterator[str]:
+    """How many layers have how many bits."""
+    found = Counter(planes.bits[0] for planes in after.planes.values())
+    yield "bits by layer: " + ", ".join(f"{n} in {bits:g}" for bits, n in sorted(found.items()))
 
 
 def tables_in_floats(before: Model, after: Model, asked: bool) -> Iterator[str]:

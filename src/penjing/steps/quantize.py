@@ -27,9 +27,9 @@ from penjing.rotation import Rotation, possible
 from penjing.steps._awq import Divide
 from penjing.steps._ranges import activation_range, migrations, readers
 from penjing.steps._reconstruct import reconstruct
-from penjing.steps._select import canonical, selected
+from penjing.steps._select import canonical, matches, selected
 
-__all__ = ["SMALL_TABLE", "Quantize", "activation_range"]
+__all__ = ["SMALL_TABLE", "Quantize", "about_mean", "activation_range"]
 
 # Tables smaller than this (token types and the like) cost more in metadata than they save.
 SMALL_TABLE = 16384
@@ -64,6 +64,9 @@ class Quantize:
         migrate: divide the input channels of linear layers so that an outlier does not set the
             range of all, 0 (not at all) to 1; see `penjing.migration`.
         targets: globs of layer paths; without any, every layer.
+        widths: `glob=bits` or `glob=bits/group` of layers that have others than `bits` and
+            `group`, the first that matches a path; linear and convolution layers, integer codes.
+            `penjing.fit.allocate` finds them.
         skip: globs of layer paths that stay as they are.
         alpha: how far a layer makes up for what was lost before it, 0 to 1.
         codes: the family of codes, see `Scheme`; tables always have integers.
@@ -96,6 +99,7 @@ class Quantize:
     embeddings: int = 0
     embedding_group: int = 0
     targets: tuple[str, ...] = ()
+    widths: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     alpha: float = 0.5
     codes: str = "integer"
@@ -110,6 +114,14 @@ class Quantize:
             self._scheme(self.bits, self.group, self.codes)
         if self.embeddings:
             self._scheme(self.embeddings, self.embedding_group)
+        if self.widths and (self.activations or self.codes != "integer" or not self.bits):
+            raise UsageError(
+                "widths", got=f"bits = {self.bits:g}, codes = {self.codes}, "
+                f"activations = {self.activations}",
+                allowed="with bits, integer codes and float inputs",
+            )  # fmt: skip
+        for _, bits, group in self._widths():
+            self._scheme(bits, group)
         lookup("quantizers", self.method, "fit")
         if self.codes != "integer":
             if self.method not in ("gptq", "rtn"):
@@ -154,6 +166,18 @@ class Quantize:
         if self.paired and self.method not in ("gptq", "rtn"):
             raise UsageError("method of paired weights", got=self.method, allowed="gptq, rtn")
 
+    def _widths(self) -> list[tuple[str, int, int]]:
+        """Globs, their bits and groups."""
+        found = []
+        for text in self.widths:
+            glob, _, size = text.rpartition("=")
+            bits, _, group = size.partition("/")
+            if not glob or not bits.isdigit() or not (group or "0").isdigit():
+                raise UsageError("widths", got=text, allowed="GLOB=BITS, such as *.query=4, "
+                                 "or GLOB=BITS/GROUP")  # fmt: skip
+            found.append((glob, int(bits), int(group) if group else self.group))
+        return found
+
     def _scheme(self, bits: float, group: int, codes: str = "integer") -> Scheme:
         whole = int(bits) if bits == int(bits) else bits
         return Scheme(whole, group, self.symmetric, codes, self.scale_bits)
@@ -192,11 +216,17 @@ class Quantize:
             path: layer
             for path, layer in selected(unit, self.targets).items()
             if path not in skipped
-            and (self._bits(layer) and layer.weight.numel() >= self._least(layer))  # type: ignore[operator]
+            and (self._sized(path, layer)[0] and layer.weight.numel() >= self._least(layer))  # type: ignore[operator]
         }
 
-    def _bits(self, layer: nn.Module) -> float:
-        return self.embeddings if isinstance(layer, nn.Embedding) else self.bits
+    def _sized(self, path: str, layer: nn.Module) -> tuple[float, int]:
+        """Bits and group of a layer's weight."""
+        if isinstance(layer, nn.Embedding):
+            return self.embeddings, self.embedding_group
+        own = (size for glob, *size in self._widths() if matches(path, (glob,)))
+        bits, group = next(own, (self.bits, self.group))
+        # Runtimes have one scale an output channel of a convolution.
+        return bits, 0 if isinstance(layer, nn.Conv1d | nn.Conv2d) else int(group)
 
     def _least(self, layer: nn.Module) -> int:
         return SMALL_TABLE if isinstance(layer, nn.Embedding) else 0
@@ -274,11 +304,8 @@ class Quantize:
         tied: bool = False,
     ) -> list[Edit]:
         table = isinstance(layer, nn.Embedding)
-        bits = self._bits(layer)
+        bits, group = self._sized(path, layer)
         weight: Tensor = layer.weight.detach()  # type: ignore[operator]
-        group = self.embedding_group if table else self.group
-        if isinstance(layer, nn.Conv1d | nn.Conv2d):
-            group = 0  # runtimes have one scale an output channel of a convolution
         codes = "integer" if table else self.codes
         scheme = self._scheme(bits, group, codes)
         if self.paired and not table:
@@ -290,7 +317,7 @@ class Quantize:
         bias = getattr(layer, "bias", None) if self.bias else None
         mean, was = own.mean, own.mean if own.was is None else own.was
         if bias is not None:
-            own = _about_mean(own)
+            own = about_mean(own)
         target = matrix
         if own.gram is not None and own.cross is not None and self.alpha:
             target = asymmetric_target(matrix, own.gram, own.cross, self.alpha)
@@ -338,7 +365,7 @@ class Quantize:
         return edits
 
 
-def _about_mean(stats: LayerStats) -> LayerStats:
+def about_mean(stats: LayerStats) -> LayerStats:
     """Covariances in place of second moments: what a layer with a free bias has to fit."""
     if stats.grams is not None and stats.mean is not None:
         pairs = stats.mean.unsqueeze(2) * stats.mean.unsqueeze(1)  # [groups, row, row]
