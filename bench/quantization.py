@@ -96,6 +96,26 @@ def drawn(texts: list[str], count: int, seed: int) -> list[str]:
 
 def movies() -> list[str]:
     """Sentences of movie reviews."""
+    return snippets("movie")
+
+
+def products() -> list[str]:
+    """Sentences of reviews of products."""
+    return snippets("amazon")
+
+
+def editorials() -> list[str]:
+    """Sentences of a newspaper's opinions."""
+    return snippets("nyt")
+
+
+def tweets() -> list[str]:
+    """Short messages."""
+    return snippets("tweets")
+
+
+def snippets(kind: str) -> list[str]:
+    """One of the four kinds of sentences that VADER was judged on."""
     archives = [p for p in CACHE.glob("*.tar.gz") if p.name.lower().startswith(VADER)]
     if not archives:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE)]
@@ -106,8 +126,8 @@ def movies() -> list[str]:
         inner = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=outer.extractfile(inner)) as archive:
             name = next(
-                m for m in archive.getmembers() if m.name.endswith("Snippets_GroundTruth.txt")
-                and "movie" in m.name
+                m for m in archive.getmembers() if m.name.endswith("GroundTruth.txt")
+                and kind in m.name
             )  # fmt: skip
             lines = archive.extractfile(name).read().decode("utf-8", "replace").splitlines()
     return [line.split("\t")[2] for line in lines if line.count("\t") >= 2]
