@@ -5,7 +5,8 @@
 All linear layers of the encoder (10.6 M weights); tables stay as they are. Calibration: 400
 sentences each of State of the Union speeches, of BBC News and of WordNet's glosses. Evaluation:
 1,200 sentences about movies (the data of VADER, from the source package of vaderSentiment). Error:
-1 - cosine to the embedding in float32, mean over the sentences with its 95 % interval. Every row
+1 - cosine to the embedding in float32, mean over the sentences with its 95 % interval. Seconds are
+of one processor. `mixed`: bits and group of each layer by need, in the bytes of groups of 64. Every row
 that is made is kept in bench/results/quantization-minilm.json, and the table beside it is written
 from all of them; with ROW only the rows whose name contains it are made.
 """
@@ -30,6 +31,7 @@ import penjing
 from penjing.apply import apply
 from penjing.data import encode, read
 from penjing.demo import bbc_news, minilm
+from penjing.fit.allocate import allocated
 from penjing.model import Batch, Model
 from penjing.planes import IntegerPlanes, Scheme
 from penjing.quantizers import gptq
@@ -180,6 +182,7 @@ def rows() -> dict[str, Quantize]:
         made[f"{bits} bits, gptq"] = integer(bits, "gptq")
         made[f"{bits} bits, gptq, refined"] = integer(bits, "gptq", refine=64)
         made[f"{bits} bits, gptq, rotated"] = integer(bits, "gptq", rotate=True)
+        made[f"{bits} bits, gptq, mixed"] = integer(bits, "gptq")
     for codes, bits, group, scale in FAMILIES:
         name = f"{bits:g} bits, {codes}" + (f" g{group}" if group else " a row")
         name += "" if scale == 16 else f", {scale}-bit scales"
@@ -210,6 +213,7 @@ def stored_bits(model: Model) -> float:
 
 
 def main(wanted: list[str]) -> None:
+    torch.set_num_threads(1)
     model = penjing.load(str(minilm()))
     calibration, data, reference = sentences(model)
     store = HERE / "results" / "quantization-minilm.json"
@@ -217,9 +221,12 @@ def main(wanted: list[str]) -> None:
     for name, step in rows().items():
         if wanted and not any(word in name for word in wanted):
             continue
-        start = time.monotonic()
+        start = time.process_time()
+        if name.endswith("mixed"):
+            step = allocated(model, step, calibration)
+            print(*step.widths)
         made = apply(model, Recipe((step,)), calibration).model
-        seconds = time.monotonic() - start
+        seconds = time.process_time() - start
         off = errors(made, data, reference)
         half = 1.96 * float(off.std()) / len(off) ** 0.5
         found[name] = [stored_bits(made), float(off.mean()), half, seconds]

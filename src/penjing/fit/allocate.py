@@ -7,14 +7,15 @@ a layer, from its block on; e = tr(E H E^T) / 2 is the layer's own error E at a 
 outer product of its inputs, of error feedback without refits, whose ratios are those of the whole
 method. An integer program takes a size for every layer, within the bytes of the uniform one.
 
-What is lost early is made up for by the layers behind it, each fitted to what comes in and to what
-should have come (`Quantize.alpha`). How far, one run of each layer alone does not say. So the
-program is solved for a few discounts of what lies ahead of the last block, D * discount^blocks
-behind, each choice is carried out, and the one whose outputs are nearest is kept.
+Layers are fitted to what comes in and to what should have come (`Quantize.alpha`), so costs do not
+quite add up, least where bits are fewest. So the program is solved twice, with and without sizes of
+fewer bits than the uniform one; both are carried out, and of these and the uniform one that is kept
+whose outputs are nearest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,8 +44,6 @@ GROUPS = (32, 64, 128, 0)
 """Groups that may be chosen."""
 # Of so many batches one is for comparing outputs.
 _HELD = 5
-# Per block of the network, of what is lost `n` blocks before the last one.
-_DISCOUNTS = (1.0, 0.85)
 
 
 def sizes_near(bits: int, widths: Sequence[int] = tuple(range(2, 9))) -> list[Size]:
@@ -75,10 +74,9 @@ class Allocation:
 
 @dataclass
 class _Layer:
-    """One layer: its numbers, its place, and what each size costs."""
+    """One layer: its divergence alone, and its own error and bits in each size."""
 
     path: str
-    block: int
     measured: float
     errors: list[float]
     bits: list[float]
@@ -127,8 +125,8 @@ def allocate(
     best, least = {layer.path: own for layer in layers}, uniform
     tried = {tuple(best.values())}
     evaluations = len(layers) + 1
-    for discount in _DISCOUNTS:
-        found = _solved(layers, sizes, discount, len(model.blocks))
+    for fewest in (2, own[0]):
+        found = _solved(layers, sizes, fewest)
         if (key := tuple(found.values())) in tried:
             continue
         tried.add(key)
@@ -174,7 +172,7 @@ def _measured(
     """Every layer alone in the uniform size, and its own error in all of them."""
     alone = replace(step, alpha=0.0, refine=0, embeddings=0)
     suffixes, stream = Suffixes(model, search), Stream(model, calibration)
-    found, last = [], len(model.blocks) - 1
+    found = []
     with torch.no_grad():
         for unit in track(list(units_of(model, stream)), "sizes"):
             suffixes.enter(unit)
@@ -190,8 +188,7 @@ def _measured(
                 edits = list(alone.plan(replace(chosen, layers={path: layer}), stats))
                 outputs = suffixes.outputs(variant(model, edits), edits)
                 distance = divergence(model.interface, search, reference, outputs)
-                block = {"front": -1, "back": last}.get(unit.name, unit.index or 0)
-                found.append(_sized(path, block, layer, distance, stats[path], step, sizes))
+                found.append(_sized(path, layer, distance, stats[path], step, sizes))
     return found
 
 
@@ -200,7 +197,7 @@ def _matrices(step: Quantize, unit: Unit) -> dict[str, nn.Module]:
 
 
 def _sized(
-    path: str, block: int, layer: nn.Module, distance: float, stats: LayerStats, step: Quantize,
+    path: str, layer: nn.Module, distance: float, stats: LayerStats, step: Quantize,
     sizes: Sequence[Size],
 ) -> _Layer:  # fmt: skip
     weight: Tensor = layer.weight.detach().float()  # type: ignore[operator]
@@ -214,18 +211,18 @@ def _sized(
         off = planes.dequantize().double() - weight.double()
         errors.append(float(((off @ stats.gram) * off).sum()))
         bits.append(planes.stored_bits * weight.numel())
-    return _Layer(path, block, distance, errors, bits)
+    return _Layer(path, distance, errors, bits)
 
 
-def _solved(
-    layers: Sequence[_Layer], sizes: Sequence[Size], discount: float, blocks: int
-) -> dict[str, Size]:
+def _solved(layers: Sequence[_Layer], sizes: Sequence[Size], fewest: int) -> dict[str, Size]:
+    """The cheapest sizes of at least so many bits."""
     costs, amounts = [], []
     for layer in layers:
-        scale = (
-            discount ** (blocks - 1 - layer.block) * layer.measured / max(layer.errors[0], 1e-300)
-        )
-        costs.append([scale * error for error in layer.errors])
+        scale = layer.measured / max(layer.errors[0], 1e-300)
+        costs.append([
+            scale * error if bits >= fewest else math.inf
+            for error, (bits, _) in zip(layer.errors, sizes, strict=True)
+        ])  # fmt: skip
         amounts.append(layer.bits)
     limit = sum(layer.bits[0] for layer in layers)
     chosen = solve(costs, {"bits": Constraint(amounts, limit)})
