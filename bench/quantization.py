@@ -6,9 +6,9 @@ All linear layers of the encoder (10.6 M weights); tables stay as they are. Cali
 sentences each of State of the Union speeches, of BBC News and of WordNet's glosses. Evaluation:
 1,200 sentences about movies (the data of VADER, from the source package of vaderSentiment). Error:
 1 - cosine to the embedding in float32, mean over the sentences with its 95 % interval. Seconds are
-of one processor. `mixed`: bits and group of each layer by need, in the bytes of groups of 64. Every row
-that is made is kept in bench/results/quantization-minilm.json, and the table beside it is written
-from all of them; with ROW only the rows whose name contains it are made.
+of one processor. `mixed`: bits and group of each layer by need, in the bytes of groups of 64. Every
+row that is made is kept in bench/results/quantization-minilm.json, and the table beside it is
+written from all of them; with ROW only the rows whose name contains it are made.
 """
 
 from __future__ import annotations

@@ -133,7 +133,9 @@ def test_a_limit_of_memory_is_one_of_size(bert: Maker, made: list[Any]) -> None:
     assert asked[0][1].size <= 0.7 * free * 1.01 or asked[0][1].size == min(
         said.size for _, said in asked
     )
-    assert search._sized(work.budget, work.predictor).max_size == pytest.approx(0.7 * free, abs=9e6)
+    assert search._aimed(work.budget, work.predictor, 0).max_size == pytest.approx(
+        0.7 * free, abs=9e6
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,3 +227,31 @@ def test_the_first_candidate_need_not_leave_time_for_what_stands_in(
     work.reserve = 70.0
     assert search.search(work, [None]) == []  # type: ignore[list-item]
     assert len(asked) == 1
+
+
+def test_without_any_limit_several_drops_are_tried(bert: Maker, made: list[Any]) -> None:
+    asked, _ = made
+    work = work_of(bert(4), Budget())
+    found = search.search(work, [])
+    assert len(found) == work.settings.tries
+    drops = [said.drop for _, said in asked]
+    assert all(d <= 1.25 * asked_for for d, asked_for in zip(drops, search._DROPS, strict=False))
+    assert len({choice for choice, _ in asked}) == len(asked)
+    assert max(drops) > 2 * min(drops)
+
+
+def test_the_knee_of_a_front_by_hand() -> None:
+    def made_of(size: int, ratio: float, lost: float) -> Any:
+        return SimpleNamespace(
+            trial=SimpleNamespace(
+                measured=side(size), drop=drop(lost), baseline=side(1000), ratio=ratio
+            )
+        )
+
+    # Size and latency in halves, quarters, fifths: (1 - gain) / 0.8 - drop / 0.1.
+    half, quarter, fifth = made_of(500, 2, 0.01), made_of(250, 4, 0.02), made_of(200, 5, 0.1)
+    assert loop.knee([half, quarter, fifth]) is quarter  # 0.525, 0.7375, 0
+    steep = made_of(250, 4, 0.06)
+    assert loop.knee([half, steep, fifth]) is half  # 0.525, 0.3375, 0
+    # Nothing lost anywhere: the smallest and fastest.
+    assert loop.knee([made_of(500, 2, 0.0), made_of(200, 5, -0.01)]).trial.ratio == 5

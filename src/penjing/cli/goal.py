@@ -21,7 +21,7 @@ from penjing.cli.options import (
     size_options,
 )
 from penjing.cli.show import show_json, show_result
-from penjing.errors import UsageError, printable
+from penjing.errors import printable
 from penjing.files import check_output
 from penjing.result import Result
 
@@ -117,14 +117,9 @@ def fit(
     penjing fit ./my-model --data eval.jsonl --max-drop 1% -o ./fitted
     penjing fit ./my-model --data eval.jsonl --max-size 25MB --max-latency 20ms -o ./fitted
 
-    Exit status 3 when the budget could not be met; the nearest artifact is kept.
+    Without a limit it measures several and takes the knee of their front. Exit status 3 when the
+    budget could not be met; the nearest artifact is kept.
     """
-    if (max_drop, max_size, max_latency, max_memory) == (None, None, None, None):
-        raise UsageError(
-            "no budget",
-            allowed="--max-drop, --max-size, --max-latency, --max-memory",
-            next="give one",
-        )
     check_model(model)
     check_output(output, overwrite, (Path(model), Path(data)))
     set_threads(threads)

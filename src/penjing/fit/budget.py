@@ -44,6 +44,12 @@ class Budget:
                 allowed = "0 or more, e.g. 0.01" if name == "max_drop" else "a number above 0"
                 raise UsageError(f"--{name.replace('_', '-')}", got=repr(value), allowed=allowed)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing but time is limited: the knee of what was measured is wanted."""
+        limits = (self.max_drop, self.max_size, self.max_latency, self.max_memory)
+        return all(limit is None for limit in limits)
+
     def to_json(self) -> dict[str, Any]:
         """Only what was asked."""
         return {name: value for name, value in asdict(self).items() if value is not None}

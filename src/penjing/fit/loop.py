@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from penjing.recipe import Recipe
 from penjing.result import Result
 from penjing.tasks import Task
 
-__all__ = ["fit"]
+__all__ = ["fit", "knee"]
 
 
 def fit(
@@ -122,7 +123,11 @@ def fit(
                 front.insert(0, Made(plain[0], predictor(plain[0]), measured, plain[2]))
         if not front:
             raise BudgetError("no candidate could be made", got="; ".join(notes[-3:]))
-        best = min(front, key=lambda m: _rank(m, budget))
+        if budget.is_open:
+            best = knee(front)
+            notes.append(f"no limits were given: the knee of {len(front) + 1} measured points")
+        else:
+            best = min(front, key=lambda m: _rank(m, budget))
         result = result_of(model, best, front, budget, task, bench, found)
         write(best.trial.exported, best.recipe, result, output, overwrite, settings.command)
     return result
@@ -212,10 +217,31 @@ def _slope(found: Survey) -> float:
     return max(0.05, sum(e * d for e, d in pairs) / weight) if weight else 1.0
 
 
+def knee(front: Sequence[Made]) -> Made:
+    """Of measured points the one furthest under the line from the original to the smallest.
+
+    Satopaa et al., "Finding a Kneedle in a Haystack" (2011), section 3: drop against size and
+    latency as fractions of the original's, each axis from 0 to 1.
+    """
+    gains = [_gain(made) / 2 for made in front]
+    drops = [max(0.0, made.trial.drop.value) if made.trial.drop else 0.0 for made in front]
+    least, most = min(gains), max(max(drops), 1e-9)
+
+    def under(index: int) -> float:
+        saved = (1 - gains[index]) / max(1 - least, 1e-9)
+        return saved - drops[index] / most
+
+    return front[max(range(len(front)), key=lambda i: (under(i), -gains[i]))]
+
+
+def _gain(made: Made) -> float:
+    """Size and latency as fractions of the original's, added: less is better."""
+    was, now = made.trial.baseline, made.trial.measured
+    return now.size_bytes / was.size_bytes + 1 / max(made.trial.ratio, 1e-9)
+
+
 def _rank(made: Made, budget: Budget) -> tuple[float, float, float]:
     """Least over the budget first; then smallest and fastest, or best where no drop is asked."""
     over = budget.excess(made.trial.measured, made.trial.drop)
-    was, now = made.trial.baseline, made.trial.measured
-    gain = now.size_bytes / was.size_bytes + 1 / max(made.trial.ratio, 1e-9)
     lost = made.trial.drop.value if made.trial.drop and budget.max_drop is None else 0.0
-    return max((ratio for ratio, _ in over.values()), default=0.0), lost, gain
+    return max((ratio for ratio, _ in over.values()), default=0.0), lost, _gain(made)

@@ -27,6 +27,8 @@ from penjing.result import Drop, show_drop
 
 __all__ = ["Settings", "Work", "failing", "search"]
 
+# Without any limit candidates are made for these drops, one after the other.
+_DROPS = (0.02, 0.005, 0.05, 0.1)
 # Candidates that came to nothing (no export, given up early) beyond `tries`.
 _LOST = 3
 
@@ -86,6 +88,8 @@ class Work:
 def search(work: Work, known: Sequence[Choice]) -> list[Made]:
     """Make and measure candidates until one meets the budget and nothing better is in sight.
 
+    Without any limit they are spread over several drops, for the front.
+
     `known` are exported already: with one of them a candidate that cannot end within the
     budget's time is not begun.
     """
@@ -99,6 +103,7 @@ def search(work: Work, known: Sequence[Choice]) -> list[Made]:
     slowest = work.usual
     within = budget.within or float("inf")
     patience = budget.within or settings.patience
+    formats = formats_for(work.model)
     for number in range(settings.tries + _LOST):
         spent = time.monotonic() - work.start
         if len(made) == settings.tries:
@@ -112,18 +117,21 @@ def search(work: Work, known: Sequence[Choice]) -> list[Made]:
             )
             break
         # Without a bar for quality the first that fits is the one with the least error.
-        if good and (spent + slowest > patience or budget.max_drop is None):
+        if good and (
+            spent + slowest > patience or (budget.max_drop is None and not budget.is_open)
+        ):
             break
         began = time.monotonic()
         left = [
             (c, p)
-            for c, p in candidates(predictor, _sized(budget, predictor), formats_for(work.model))
+            for c, p in candidates(predictor, _aimed(budget, predictor, number), formats)
             if c not in seen and p.error < 0.9 * ceiling
         ]
         if not left:
             break
         choice, said = left[0]
         best = min((predictor(c).gain(predictor.plain) for c in good), default=float("inf"))
+        best = float("inf") if budget.is_open else best
         if said.gain(predictor.plain) > 0.95 * best:
             break
         seen.add(choice)
@@ -156,8 +164,13 @@ def search(work: Work, known: Sequence[Choice]) -> list[Made]:
     return made
 
 
-def _sized(budget: Budget, predictor: Predictor) -> Budget:
-    """A limit of memory as one of size: a runtime's memory grows with the file."""
+def _aimed(budget: Budget, predictor: Predictor, number: int) -> Budget:
+    """What the candidate of this number is to meet.
+
+    A limit of memory is one of size: a runtime's memory grows with the file.
+    """
+    if budget.is_open:
+        return replace(budget, max_drop=_DROPS[number % len(_DROPS)])
     if budget.max_memory is None:
         return budget
     size = max(1, round(predictor.size_within(budget.max_memory)))
