@@ -91,7 +91,10 @@ class Drop:
 
 @dataclass(frozen=True)
 class Point:
-    """One candidate of the front; `recipe` is TOML."""
+    """One candidate of the front; `recipe` is TOML.
+
+    `predicted` is what was expected of it before it was made: `size_bytes`, `latency_ms`, `drop`.
+    """
 
     size_bytes: float
     latency_ms: float
@@ -99,6 +102,7 @@ class Point:
     recipe: str
     measured: bool
     name: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ class Result:
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     higher_is_better: bool = True
+    sensitivity: dict[str, dict[str, float]] = field(default_factory=dict)
+    bounds: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The dictionary that results.json holds."""
@@ -144,7 +150,8 @@ class Result:
         fields["drop"] = Drop(**fields["drop"]) if fields["drop"] else None
         fields["front"] = tuple(Point(**p) for p in fields["front"])
         fields["units"] = tuple(Unit(**u) for u in fields["units"])
-        fields["notes"] = tuple(fields["notes"])
+        for name in ("notes", "bounds"):
+            fields[name] = tuple(fields.get(name, ()))
         return Result(**fields)
 
 

@@ -395,3 +395,19 @@ def test_an_interval_without_width_is_not_called_proof() -> None:
     assert "at most 14\u00a0% of all samples" in page
     assert "The whole interval lies within" not in page
     assert Drop(0.0, -0.1, 0.1, 0.95, 20, False).unseen is None
+
+
+def test_what_limited_it_and_what_was_predicted() -> None:
+    result = samples.minilm()
+    first = replace(result.front[0], predicted={"size_bytes": 23.5e6, "latency_ms": 5.2})
+    table = {"<block>": {"cut": 0.25, "int8": 0.001}, "b": {"int8": 0.002}}
+    front, said = (first, *result.front[1:]), ("<size> binds",)
+    explained = replace(result, front=front, sensitivity=table, bounds=said)
+    page = render(explained, title="t", recipe_toml="", command="c")
+    assert "&lt;size&gt; binds" in page
+    assert "(23.5\u00a0MB)" in page
+    assert "(5.2\u00a0ms)" in page
+    section = page[page.index("Sensitivity") :]
+    cells = re.findall(r'<td class="n( worse)?">([^<]*)</td>', section[: section.index("</table>")])
+    assert [text for _, text in cells] == ["0.25000", "0.00100", "–", "0.00200"]
+    assert [bool(mark) for mark, _ in cells] == [True, False, False, True]

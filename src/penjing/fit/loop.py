@@ -21,6 +21,7 @@ from penjing.fit.bench import Bench, Exported, runtimes_here
 from penjing.fit.budget import Budget
 from penjing.fit.check import preflight
 from penjing.fit.choose import uniform
+from penjing.fit.explain import bounds, sensitivity
 from penjing.fit.outcome import Made, result_of, write
 from penjing.fit.predict import Predictor
 from penjing.fit.samples import Samples, about, divide, drop_of, timed
@@ -128,7 +129,13 @@ def fit(
             notes.append(f"no limits were given: the knee of {len(front) + 1} measured points")
         else:
             best = min(front, key=lambda m: _rank(m, budget))
-        result = result_of(model, best, front, budget, task, bench, found)
+        result = replace(
+            result_of(model, best, front, budget, task, bench, found),
+            sensitivity=sensitivity(model.blocks, found),
+            bounds=tuple(
+                bounds(best, budget, predictor, [m for m in front if m is not best], task.metric)
+            ),
+        )
         write(best.trial.exported, best.recipe, result, output, overwrite, settings.command)
     return result
 

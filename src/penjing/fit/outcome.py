@@ -59,7 +59,7 @@ def result_of(
         latency = was.latency_ms.median / made.trial.ratio
         points.append(
             Point(now.size_bytes, latency, now.quality, made.recipe.to_toml(), True,
-                  made.choice.describe())
+                  made.choice.describe(), _said(made.said))
         )  # fmt: skip
     return Result(
         task=type(task).__name__.lower(),
@@ -79,6 +79,10 @@ def result_of(
         versions=versions(),
         higher_is_better=task.higher_is_better,
     )
+
+
+def _said(said: Prediction) -> dict[str, float]:
+    return {"size_bytes": said.size, "latency_ms": said.latency * 1e3, "drop": said.drop}
 
 
 def public(notes: Iterable[str], model: Model, bench: Bench) -> Iterator[str]:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from penjing.report import plot
 from penjing.report.text import (
+    DASH,
     ceiling,
     drop_amount,
     finite,
     is_percent,
     milliseconds,
+    number,
     quality,
     safe,
     size,
 )
 from penjing.result import Result
 
-__all__ = ["drop", "front", "units"]
+__all__ = ["drop", "explained", "front", "units"]
 
 _ORIGINAL: plot.Kind = "original"
 _CHOSEN: plot.Kind = "chosen"
@@ -106,6 +109,7 @@ class _Candidate(NamedTuple):
     kind: plot.Kind
     label: str
     name: str
+    predicted: Mapping[str, float] = MappingProxyType({})
 
 
 def _candidates(result: Result) -> list[_Candidate]:
@@ -119,7 +123,11 @@ def _candidates(result: Result) -> list[_Candidate]:
         if p.size_bytes != after.size_bytes or p.quality != after.quality:
             kind: plot.Kind = "measured" if p.measured else "predicted"
             label = str(len(found) - 1)
-            found.append(_Candidate(p.size_bytes, p.latency_ms, p.quality, kind, label, p.name))
+            found.append(
+                _Candidate(p.size_bytes, p.latency_ms, p.quality, kind, label, p.name, p.predicted)
+            )
+        elif p.predicted:
+            found[1] = found[1]._replace(predicted=p.predicted)
     return found
 
 
@@ -187,20 +195,63 @@ def _hint(p: _Candidate, percent: bool) -> str:
 def _points(result: Result, points: list[_Candidate]) -> str:
     percent = is_percent(result)
     rows = "".join(
-        f'<tr class="{p.kind}"><td>{p.label}</td><td class="n">{size(p.size)}</td>'
-        f'<td class="n">{milliseconds(p.latency)}</td><td class="n">{quality(p.quality, percent)}'
+        f'<tr class="{p.kind}"><td>{p.label}</td>'
+        f'<td class="n">{size(p.size)}{_said(size, p.predicted.get("size_bytes"))}</td>'
+        f'<td class="n">{milliseconds(p.latency)}'
+        f"{_said(milliseconds, p.predicted.get('latency_ms'))}</td>"
+        f'<td class="n">{quality(p.quality, percent)}'
         f'</td><td>{_KINDS[p.kind]}</td><td class="why">{safe(p.name)}</td></tr>'
         for p in points
     )
     named = any(p.name for p in points)
+    about = ""
+    if any(p.predicted for p in points):
+        about = '<p class="soft">In brackets what was predicted before the candidate was made.</p>'
     return (
-        f"<details><summary>All {len(points)} points</summary>"
+        f"<details><summary>All {len(points)} points</summary>{about}"
         '<div class="box" tabindex="0" role="region" aria-label="All points"><table><thead><tr>'
         '<th>Point</th><th class="n">Size</th><th class="n">Latency</th>'
         f'<th class="n">{safe(result.metric, 40)}</th><th>How known</th>'
         f"<th>{'Name' if named else ''}</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div></details>"
     )
+
+
+def _said(show: Callable[[float], str], value: float | None) -> str:
+    return "" if value is None else f' <span class="soft">({show(value)})</span>'
+
+
+def explained(result: Result) -> str:
+    """What limited the result, and the error of each part's options as a table."""
+    if not result.bounds and not result.sensitivity:
+        return ""
+    said = "".join(f"<li>{safe(text, 600)}</li>" for text in result.bounds)
+    said = f'<ul class="notes">{said}</ul>' if said else ""
+    options = list(dict.fromkeys(o for own in result.sensitivity.values() for o in own))
+    if not options:
+        return f"<section><h2>What limited it</h2>{said}</section>"
+    heads = "".join(f'<th class="n">{safe(option, 60)}</th>' for option in options)
+    most = {o: max(own.get(o, 0.0) for own in result.sensitivity.values()) for o in options}
+    rows = "".join(
+        f'<tr><td class="name">{safe(part)}</td>'
+        + "".join(_error(own.get(o), most[o], len(result.sensitivity) > 1) for o in options)
+        + "</tr>"
+        for part, own in result.sensitivity.items()
+    )
+    return (
+        f"<section><h2>What limited it</h2>{said}<h3>Sensitivity</h3>"
+        '<p class="soft">Error of the outputs on calibration data when this alone is done; the '
+        "largest of a column is marked.</p>"
+        '<div class="box" tabindex="0" role="region" aria-label="Sensitivity"><table><thead><tr>'
+        f"<th>Part</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _error(value: float | None, most: float, several: bool) -> str:
+    if value is None:
+        return f'<td class="n">{DASH}</td>'
+    tone = " worse" if several and value == most and value > 0 else ""
+    return f'<td class="n{tone}">{number(value, 5)}</td>'
 
 
 def _class_of(decision: str) -> str:

@@ -85,6 +85,7 @@ def render(
             figures.drop(result),
             figures.front(result),
             figures.units(result),
+            figures.explained(result),
             trials(tuning or {}),
             curves(trainings),
             _notes(result),
