@@ -1,11 +1,14 @@
 """Allocate: bits and group of every layer, for the least divergence in so many stored bytes.
 
-    cost[layer, size] = D(layer) * e(layer, size) / e(layer, uniform)
+    cost[layer, size] = D(layer)^0.8 * e(layer, size) / e(layer, uniform)
 
 D is the divergence of the network's outputs with that layer alone quantized, one run of the network
 a layer, from its block on; e = tr(E H E^T) / 2 is the layer's own error E at a size, H the mean
 outer product of its inputs, of error feedback without refits, whose ratios are those of the whole
 method. An integer program takes a size for every layer, within the bytes of the uniform one.
+
+The power is because layers differ less in the quantized network than one by one: of the uniform
+error of MiniLM in 3 bits powers of 1, 0.8 and 0.6 left 0.770, 0.765 and 0.781 on 600 sentences.
 
 Layers are fitted to what comes in and to what should have come (`Quantize.alpha`), so costs do not
 quite add up, least where bits are fewest. So the program is solved twice, with and without sizes of
@@ -40,8 +43,10 @@ __all__ = ["GROUPS", "Allocation", "Size", "allocate", "allocated", "sizes_near"
 Size = tuple[int, int]
 """Bits and group; a group of 0 is the whole row."""
 
-GROUPS = (32, 64, 128, 0)
+GROUPS = (32, 64, 128, 256, 0)
 """Groups that may be chosen."""
+# Of a layer's divergence.
+_POWER = 0.8
 # Of so many batches one is for comparing outputs.
 _HELD = 5
 
@@ -218,7 +223,7 @@ def _solved(layers: Sequence[_Layer], sizes: Sequence[Size], fewest: int) -> dic
     """The cheapest sizes of at least so many bits."""
     costs, amounts = [], []
     for layer in layers:
-        scale = layer.measured / max(layer.errors[0], 1e-300)
+        scale = layer.measured**_POWER / max(layer.errors[0], 1e-300)
         costs.append([
             scale * error if bits >= fewest else math.inf
             for error, (bits, _) in zip(layer.errors, sizes, strict=True)
