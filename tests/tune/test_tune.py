@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,6 @@ from penjing.errors import InputError, UsageError
 from penjing.fit import Budget
 from penjing.report import write
 from penjing.result import Drop
-from penjing.tune.records import Outcome, Record
 from penjing.tune.trials import Trials
 
 pytest.importorskip("optuna")
@@ -166,7 +166,9 @@ def test_a_cost_of_ones_own(place: Path, tmp_path: Path) -> None:
         (["--objective", "beauty"], 2, "quality, size, latency"),
         (["--objective", "size", "--objective", "size"], 2, "each once"),
         ([], 2, "tune needs data"),
-        (["--workers", "2"], 2, "not there yet"),
+        (["--device", "pi.json"], 2, "not there yet"),
+        (["--workers", "5"], 2, "concurrency; got 4; allowed: 5 or more"),
+        (["--workers", "2", "--ray", "auto"], 2, "one of them"),
         (["--storage", "sqlite:///t.db", "--journal", "j", "--data", "DATA"], 2, "one of them"),
         (["--objective", "NET:cost", "--max-drop", "1%"], 2, "max_drop with a function"),
         (["--objective", "NET:cost", "--objective", "size"], 2, "give it alone"),
@@ -193,21 +195,17 @@ def test_hopeless_is_beyond_doubt_and_only_where_it_is_asked() -> None:
     def first(value: float, low: float) -> Drop:
         return Drop(value, low, 1.0, 0.95, 20, False)
 
-    def best(high: float, state: str = "complete") -> Record:
-        return Record(0, {}, Outcome(state, figures={"first_high": high}))  # type: ignore[arg-type]
-
-    found = trials(("size",), 0.1)._hopeless(first(0.3, 0.15), [])
+    found = trials(("size",), 0.1)._hopeless(first(0.3, 0.15), math.inf)
     assert found is not None
     assert found.state == "pruned"
     assert found.limits == {"drop": pytest.approx(0.05)}
-    assert trials(("size",), 0.1)._hopeless(first(0.3, 0.05), []) is None
+    assert trials(("size",), 0.1)._hopeless(first(0.3, 0.05), math.inf) is None
     only = trials(("quality",), None)
-    assert only._hopeless(first(0.3, 0.15), [best(0.2)]) is None
-    assert only._hopeless(first(0.3, 0.15), [best(0.1, "pruned")]) is None
-    given_up = only._hopeless(first(0.3, 0.15), [best(0.2), best(0.1)])
+    assert only._hopeless(first(0.3, 0.15), 0.2) is None
+    given_up = only._hopeless(first(0.3, 0.15), 0.1)
     assert given_up is not None
     assert given_up.early == 0.3
-    assert trials(("quality", "size"), None)._hopeless(first(0.3, 0.15), [best(0.1)]) is None
+    assert trials(("quality", "size"), None)._hopeless(first(0.3, 0.15), 0.1) is None
 
 
 def test_too_little_data_is_refused_before_any_work(place: Path, tmp_path: Path) -> None:
