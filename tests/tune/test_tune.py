@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import penjing
-from penjing.cli import group
 from penjing.errors import InputError, UsageError
 from penjing.fit import Budget
 from penjing.report import write
@@ -22,55 +21,13 @@ from penjing.result import Drop
 from penjing.tune.trials import Trials
 
 pytest.importorskip("optuna")
-
-NET = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 64, bias=False), nn.ReLU(), nn.Linear(64, 4, bias=False))
-
-def example():
-    return {"x": torch.zeros(2, 16)}
-
-def cost(recipe):
-    return abs(recipe.steps[0].sparsity - 0.25)
-"""
-RECIPE = """
-seed = 0
-[[step]]
-do = "prune"
-sparsity = 0.0
-criterion = "magnitude"
-ranking = "layer"
-[[step]]
-do = "quantize"
-bits = 8
-method = "rtn"
-"""
-COMMAND = ["--search", "prune.sparsity=0..0.9:0.3 quantize.bits=4|8", "--search",
-           "quantize.group=0|5", "--weights", "own", "--threads", "1"]  # fmt: skip
+sys.path.insert(0, str(Path(__file__).parent))
+from small import make, tune
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tune")
-    (folder / "net.py").write_text(NET)
-    (folder / "recipe.toml").write_text(RECIPE)
-    x = np.random.default_rng(0).normal(size=(240, 16)).astype(np.float32)
-    model = penjing.load(f"{folder / 'net.py'}:net", weights="own")
-    import torch
-
-    with torch.no_grad():  # the network is always right
-        label = model.module(torch.from_numpy(x)).argmax(1).numpy()
-    np.savez(folder / "data.npz", x=x, label=label)
-    return folder
-
-
-def tune(place: Path, output: Path, *more: str) -> Any:
-    words = ["tune", f"{place / 'net.py'}:net", str(place / "recipe.toml"), *COMMAND, *more]
-    return CliRunner().invoke(group, [*words, "-o", str(output)])
+    return make(tmp_path_factory.mktemp("tune"))
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,6 @@ class Trials:
         objectives: some of `OBJECTIVES`, in the order of an outcome's values.
         budget: limits.
         runtime: that runs the exported files.
-        exports: made so far.
     """
 
     model: Model
@@ -83,7 +82,6 @@ class Trials:
     objectives: tuple[str, ...]
     budget: Budget
     runtime: str
-    exports: int = 0
 
     @cached_property
     def reference(self) -> Predictor:
@@ -144,14 +142,15 @@ class Trials:
             figures = {"first": first.value, "first_low": first.low, "first_high": first.high}
             if (hopeless := self._hopeless(first, bar)) is not None:
                 return replace(hopeless, figures=figures)
-        self.exports += 1
-        exported = self.bench.export(edited, f"trial-{self.exports}", self.runtime)
-        if exported is None:
-            raise InputError(self.bench.notes.pop())
+        # What is said of a trial depends on the trial alone: its folder has no number.
         try:
+            exported = self.bench.export(edited, "trial", self.runtime)
+            if exported is None:
+                raise InputError(self.bench.notes.pop())
             return self._measured(original, exported, figures)
         finally:
-            shutil.rmtree(exported.folder, ignore_errors=True)
+            for folder in self.bench.folder.glob("trial-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _hopeless(self, first: Drop, bar: float) -> Outcome | None:
         """What is known beyond doubt after the first part of the samples."""
