@@ -11,7 +11,8 @@ that does a piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from penjing.errors import UsageError
 from penjing.registry import lookup
 from penjing.workers._quiet import quiet
 
-__all__ = ["Begin", "Crew", "Parcel", "Where", "crew", "in_order", "quiet"]
+__all__ = ["Begin", "Crew", "Parcel", "Where", "Work", "crew", "in_order", "quiet"]
 
 Work = Callable[[Any], Any]
 Begin = Callable[[Path], Work]
@@ -117,19 +118,22 @@ def crew(where: Where, folder: Path) -> Iterator[Crew]:
         yield hands
 
 
-def in_order(hands: Crew, pieces: Sequence[Any] | Iterable[Any]) -> Iterator[Any]:
-    """Results of pieces in the order of the pieces.
+def in_order(hands: Crew, pieces: Iterable[Any]) -> Iterator[Any]:
+    """Results of pieces in the order of the pieces; a piece is asked for when a worker is free.
 
     Raises:
         PenjingError: of the work.
     """
-    count = 0
-    for piece in pieces:
-        hands.give(count, piece)
-        count += 1
+    left, flying = enumerate(pieces), 0
     early: dict[int, Any] = {}
-    for wanted in range(count):
+    for wanted in itertools.count():
         while wanted not in early:
-            number, result = hands.take()
-            early[number] = result
+            while flying < hands.room and (one := next(left, None)) is not None:
+                hands.give(*one)
+                flying += 1
+            if not flying:
+                return
+            number, early_one = hands.take()
+            early[number] = early_one
+            flying -= 1
         yield early.pop(wanted)
