@@ -152,18 +152,36 @@ def test_a_network_is_measured_the_same_by_workers(
     assert (place / "two" / weights).read_bytes() == (place / "alone" / weights).read_bytes()
 
 
-def test_two_ray_nodes_of_which_one_is_killed(place: Path, measured: list[dict[str, Any]]) -> None:
+def killed(two: Any, journal: Path, after: int) -> threading.Thread:
+    """Kills a node after so many trials."""
+
+    def kill() -> None:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < after + 1:
+            time.sleep(0.005)
+        two.remove_node(next(iter(two.worker_nodes)), allow_graceful=False)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_two_ray_nodes_of_which_one_is_killed(
+    alone: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     have_ray()
     with cluster(2) as two:
-
-        def kill() -> None:
-            journal = place / "ray.journal" / "trials.jsonl"
-            while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
-                time.sleep(0.005)
-            two.remove_node(next(iter(two.worker_nodes)), allow_graceful=False)
-
-        thread = threading.Thread(target=kill)
-        thread.start()
-        assert network(place, "ray", "--ray", two.address) == measured
+        thread = killed(two, tmp_path / "journal" / "trials.jsonl", 6)
+        found = search(tmp_path, ray=two.address)
         thread.join()
         assert len(two.worker_nodes) == 1
+    assert in_order(found) == alone[1]
+    assert same_artifact(tmp_path, alone[0])
+
+
+@pytest.mark.slow
+def test_a_network_is_measured_the_same_on_ray(place: Path, measured: list[dict[str, Any]]) -> None:
+    have_ray()
+    with cluster(2) as two:
+        thread = killed(two, place / "ray.journal" / "trials.jsonl", 3)
+        assert network(place, "ray", "--ray", two.address) == measured
+        thread.join()
