@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import torch
 import penjing
 from clusters import cluster
 from penjing.fit.survey import survey
-from penjing.tune.quest import _Costs
+from penjing.tune.quest import Costs
 from penjing.tune.records import Journal, Record
 from penjing.tune.search import Attempts, search
 from penjing.tune.space import parse
@@ -66,7 +67,7 @@ def searched(where: Where, cost: Any, trials: int, lines: list[str]) -> tuple[li
         journal = Timed(Path(name) / "trials.jsonl", {}, AT_ONCE)
         journal.ends = []
         with crew(where, Path(name)) as hands:
-            hands.start(Attempts(space, _Costs(cost, ("cost",))))
+            hands.start(Attempts(space, Costs(cost, ("cost",))))
             found = search(space, hands, journal, trials=trials, concurrency=AT_ONCE, seed=3)
     return [r.to_json() | {"seconds": 0} for r in found], journal
 
@@ -104,36 +105,36 @@ def _kill(made: Any, journal: Path, point: int, wait: float, which: int) -> None
     made.remove_node(nodes[which], allow_graceful=False)
 
 
-def kills(made: Any) -> list[dict[str, Any]]:
-    """Runs with a node killed; `made` is the cluster."""
+def kills(made: Any, keep: Any) -> None:
+    """Runs with a node killed; `made` is the cluster. The driver and its workers stay, and a new
+    node takes the place of the killed one."""
     wanted, _ = searched(Where(), cheap.late, TRIALS, cheap.SEARCH)
-    draw, rows = random.Random(0), []
-    for _ in range(KILLS):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            journal = folder / "journal" / "trials.jsonl"
+    space, draw, rows = parse(cheap.RECIPE, cheap.SEARCH), random.Random(0), []
+    with tempfile.TemporaryDirectory() as name, crew(Where(ray=made.address), Path(name)) as hands:
+        for number in range(KILLS):
+            path = Path(name) / f"{number}.jsonl"
             point, wait = draw.randrange(2, TRIALS - 8), draw.uniform(0, 0.1)
-            which = draw.randrange(2)
-
-            thread = threading.Thread(target=_kill, args=(made, journal, point, wait, which))
+            thread = threading.Thread(
+                target=_kill, args=(made, path, point, wait, draw.randrange(2))
+            )
             thread.start()
-            penjing.tune(
-                cheap.network(), cheap.RECIPE, cheap.SEARCH, folder / "out", objective=cheap.late,
-                trials=TRIALS, seed=3, journal=folder / "journal", ray=made.address,
-            )  # fmt: skip
+            hands.start(Attempts(space, Costs(cheap.late, ("cost",))))
+            search(space, hands, Journal(path, {}, AT_ONCE), trials=TRIALS, concurrency=AT_ONCE,
+                   seed=3)  # fmt: skip
             thread.join()
-            kept = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+            kept = [json.loads(line) for line in path.read_text().splitlines()[1:]]
             numbers = [entry["number"] for entry in kept]
             found = sorted((e | {"seconds": 0} for e in kept), key=lambda e: e["number"])
             rows.append({
                 "killed_after": point, "trials": len(numbers),
                 "lost": len(set(range(len(wanted))) - set(numbers)),
-                "doubled": len(numbers) - len(set(numbers)), "equal": found == wanted,
+                "doubled": len(numbers) - len(set(numbers)),
+                "equal": found == json.loads(json.dumps(wanted)),
             })  # fmt: skip
             print(rows[-1], flush=True)
-        made.add_node(num_cpus=1, object_store_memory=100_000_000, include_dashboard=False)
-        made.wait_for_nodes()
-    return rows
+            keep(rows)
+            made.add_node(num_cpus=1, object_store_memory=100_000_000, include_dashboard=False)
+            made.wait_for_nodes()
 
 
 def network(places: dict[str, Where]) -> dict[str, Any]:
@@ -218,13 +219,18 @@ def main() -> None:
             "overhead": lambda: overhead(HERE_WORKERS | ray),
             "same": lambda: same(HERE_WORKERS | ray),
             "network": lambda: network(some | ray),
-            "kills": lambda: kills(made),
         }
+
+        def keep(part: str, found: Any) -> None:
+            kept[part] = found
+            STORE.write_text(json.dumps(kept, indent=1) + "\n")
+            STORE.with_suffix(".md").write_text(page(kept))
+
+        if "kills" in given.parts:
+            kills(made, partial(keep, "kills"))
         for part, work in works.items():
             if part in given.parts:
-                kept[part] = work()
-                STORE.write_text(json.dumps(kept, indent=1) + "\n")
-                STORE.with_suffix(".md").write_text(page(kept))
+                keep(part, work())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from penjing.errors import InputError, UsageError
-from penjing.workers import Where, crew, in_order
+from penjing.workers import Where, _ready, crew, in_order
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pieces
@@ -97,6 +99,15 @@ def test_functions_of_a_users_file_are_known_in_workers(tmp_path: Path) -> None:
     with crew(Where(workers=1), tmp_path) as hands:
         hands.start(attribute_of(f"{tmp_path / 'own.py'}:begin"))
         assert list(in_order(hands, [1, 2])) == [2, 3]
+
+
+def test_a_worker_with_other_versions_refuses() -> None:
+    said = _ready.head(1)
+    threads = torch.get_num_threads()
+    other = dataclasses.replace(said, versions={**said.versions, "torch": "1.0"}, threads=7)
+    with pytest.raises(InputError, match=r"has another torch; got .*; allowed: 1\.0"):
+        _ready.meet(other)
+    assert torch.get_num_threads() == threads
 
 
 def spans(path: Path) -> list[tuple[float, float]]:

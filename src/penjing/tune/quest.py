@@ -32,7 +32,7 @@ from penjing.tune.trials import OBJECTIVES, Shipped, Trials, halves
 from penjing.workers import Crew, Where, crew
 from penjing.writers.artifact import save
 
-__all__ = ["Cost", "Place", "Quest", "check_objectives", "tune", "tune_cost"]
+__all__ = ["Cost", "Costs", "Place", "Quest", "check_objectives", "tune", "tune_cost"]
 
 _TRIALS = "trials.jsonl"
 # The chosen one is made again and timed longer, with its original: so many of the slowest trial.
@@ -224,7 +224,7 @@ def tune_cost(
     with place.alone():
         store = place.store(quest.facts(model, names), quest, len(names))
         with tempfile.TemporaryDirectory() as folder, crew(quest.where, Path(folder)) as hands:
-            records = quest.search(_Costs(cost, tuple(names)), hands, store, len(names), began)
+            records = quest.search(Costs(cost, tuple(names)), hands, store, len(names), began)
         found = found_of(quest.space, records, names, quest.facts(model, names))
         save(make(found.recipe), place.output, recipe=found.recipe, extra=found.write,
              overwrite=place.overwrite)  # fmt: skip
@@ -246,7 +246,7 @@ def check_objectives(objectives: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _Costs:
+class Costs:
     """Evaluates by a function of the user's own."""
 
     cost: Cost
