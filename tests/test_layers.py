@@ -13,7 +13,7 @@ LAYERS = [
     ["errors"],
     ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames",
      "processor", "rotation", "cache", "indices", "together"],
-    ["scales", "bitmask", "sharding"],
+    ["scales", "bitmask", "sharding", "workers"],
     ["stored"],
     ["planes", "result"],
     ["sparsecodes"],
@@ -54,7 +54,7 @@ LAYERS = [
     ["__main__"],
 ]  # fmt: skip
 TOGETHER = {"readers", "steps", "fit", "report", "cli", "data", "writers", "runtimes",
-            "transferring", "tune"}  # fmt: skip
+            "transferring", "tune", "workers"}  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 

@@ -441,7 +441,8 @@ def tune(
         options: `calibration`, `samples` of it at the most (128), `task`, `max_drop`, `max_size`
             (bytes), `max_latency` (seconds), `within` (seconds), `runtime`, `batch`, `length`,
             `threads`, `seed`, `confidence`, `storage` (a database's URL), `journal` (a folder),
-            `overwrite`.
+            `overwrite`, `concurrency` (trials that may be made at once, 4), `workers` (processes),
+            `ray` (a cluster's address), `insecure` (it may ask for no token).
 
     Raises:
         UsageError: a line that does not fit the recipe, or no Optuna.

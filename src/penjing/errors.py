@@ -6,6 +6,8 @@ Every error carries the exit status of the command line: 1 bad input, 2 usage,
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = ["BudgetError", "ExportError", "InputError", "PenjingError", "UsageError", "printable"]
 
 
@@ -47,6 +49,18 @@ class PenjingError(Exception):
         if next is not None:
             parts.append(f"next: {printable(next, 400)}")
         super().__init__("; ".join(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its parts, as text: an error crosses from a worker's process to its driver's.
+        got = None if self.got is None else str(self.got)
+        allowed = None if self.allowed is None else str(self.allowed)
+        return _again, (type(self), self.what, got, allowed, self.next)
+
+
+def _again(
+    kind: type[PenjingError], what: str, got: str | None, allowed: str | None, next: str | None
+) -> PenjingError:
+    return kind(what, got=got, allowed=allowed, next=next)
 
 
 class InputError(PenjingError):

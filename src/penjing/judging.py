@@ -24,6 +24,7 @@ from penjing.model import Model
 from penjing.registry import lookup
 from penjing.result import Result
 from penjing.tasks import find
+from penjing.workers import Where
 
 __all__ = ["evaluate", "fit", "measure", "result_of"]
 
@@ -125,6 +126,9 @@ def fit(
     overwrite: bool = False,
     confidence: float = 0.95,
     recover: float = 20.0,
+    workers: int | None = None,
+    ray: str | None = None,
+    insecure: bool = False,
 ) -> Result:
     """The smallest and fastest artifact within a budget, every number measured by running it.
 
@@ -138,10 +142,13 @@ def fit(
         max_memory: bytes.
         within: seconds of work.
         recover: seconds of distillation of a candidate.
+        workers, ray, insecure: where units are surveyed, see `penjing.workers.Where`; a worker
+            has `threads` (1) threads.
 
     Raises:
         InputError: unusable model or data, or an output that exists.
     """
+    where = Where(workers, ray, threads or 1, insecure)
     budget = Budget(max_drop, max_size, max_latency, max_memory, within)
     place = Path(output)
     check_output(place, overwrite)
@@ -159,7 +166,7 @@ def fit(
                ("seed", seed, 0), ("confidence", confidence, 0.95)) if v != plain}  # fmt: skip
     words += [w for k, v in chosen.items() if v is not None for w in (f"--{k}", f"{v}")]
     settings = Settings(
-        runtime, batch, length, threads, confidence, seed, recover=recover,
+        runtime, batch, length, threads, confidence, seed, recover=recover, where=where,
         command=shlex.join([*words, "-o", place.name]),
     )  # fmt: skip
     found = find(task, dataset, loaded)

@@ -10,12 +10,16 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from penjing.errors import InputError, UsageError
 
-__all__ = ["attribute_of", "choices", "constant", "lookup"]
+__all__ = ["adopt", "attribute_of", "choices", "constant", "lookup", "user_modules"]
+
+_OWN = "penjing_user_"
 
 
 def choices(family: str) -> tuple[str, ...]:
@@ -72,7 +76,7 @@ def attribute_of(spec: str) -> Any:
             raise InputError("no such Python file", got=place, next="check the path")
         written = path.stat()  # a file that changed is another module
         about = (str(path), written.st_mtime_ns, written.st_size)
-        key = f"penjing_user_{path.stem}_{abs(hash(about))}"
+        key = f"{_OWN}{path.stem}_{abs(hash(about))}"
         if key not in sys.modules:
             module_spec = importlib.util.spec_from_file_location(key, path)
             if module_spec is None or module_spec.loader is None:
@@ -98,3 +102,27 @@ def attribute_of(spec: str) -> Any:
         public = ", ".join(n for n in vars(module) if not n.startswith("_"))
         raise InputError(f"{place} has no {name}", allowed=public)
     return getattr(module, name)
+
+
+def user_modules() -> dict[str, str]:
+    """Python files of the user's that were loaded here: paths by module name."""
+    return {name: str(m.__file__) for name, m in sys.modules.items() if name.startswith(_OWN)}
+
+
+def adopt(modules: Mapping[str, str]) -> None:
+    """Know what `user_modules` told in another process: its functions can be named here too.
+
+    A file is loaded when one of its functions is needed.
+    """
+    sys.meta_path.append(_Own(modules))
+
+
+class _Own:
+    """Finds modules by the names that another process gave them."""
+
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        self._modules = dict(modules)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        place = self._modules.get(name)
+        return None if place is None else importlib.util.spec_from_file_location(name, place)

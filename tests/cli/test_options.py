@@ -66,8 +66,8 @@ def test_data_that_is_not_there() -> None:
 
 
 def test_options_that_are_not_there_yet(tmp_path: Path) -> None:
-    error = refused("fit", ".", "--data", str(tmp_path), "--ray", "auto", "-o", "x")
-    assert "--ray is not there yet" in error
+    error = refused("fit", ".", "--data", str(tmp_path), "--device", "pi", "-o", "x")
+    assert "--device is not there yet" in error
 
 
 def test_threads() -> None:

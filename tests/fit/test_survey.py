@@ -14,6 +14,7 @@ import torch
 from penjing.errors import InputError
 from penjing.fit import survey as module
 from penjing.fit.survey import Survey, error_of, survey
+from penjing.fit.variant import Suffixes
 from penjing.model import Batch, Model
 
 Maker = Callable[..., Model]
@@ -228,7 +229,7 @@ def test_a_survey_that_is_out_of_time_counts_the_rest_as_worst(
         path.unlink()
     now, seen = [0.0], []
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    real = module.Suffixes.enter
+    real = Suffixes.enter
 
     def enter(self: object, unit: object) -> None:
         real(self, unit)  # type: ignore[arg-type]
@@ -236,7 +237,7 @@ def test_a_survey_that_is_out_of_time_counts_the_rest_as_worst(
             seen.append(unit.index)  # type: ignore[attr-defined]
             now[0] += 1.0
 
-    monkeypatch.setattr(module.Suffixes, "enter", enter)
+    monkeypatch.setattr(Suffixes, "enter", enter)
     found = run(model, data, deadline=1.5)
     assert seen == [0, 1]
     assert not found.complete

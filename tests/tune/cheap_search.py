@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import time
+from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -32,6 +34,31 @@ def cost(recipe: Recipe) -> float:
     if quantize.bits == 2 and not quantize.group:
         raise UsageError("two bits in whole rows")
     return abs(math.log(prune.sparsity / 0.7)) + abs(quantize.bits - 5) / 6 + (quantize.group != 8)
+
+
+def late(recipe: Recipe) -> float:
+    """The same, of which some take longer than others that begin after them."""
+    time.sleep(0.05 * (recipe.steps[1].bits % 3))
+    return cost(recipe)
+
+
+def nothing(recipe: Recipe) -> float:
+    """At no cost."""
+    return recipe.steps[0].sparsity
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """The same; two trials, found by their bits, end their process the first time."""
+
+    folder: Path
+
+    def __call__(self, recipe: Recipe) -> float:
+        mark = self.folder / f"died-{recipe.steps[1].bits}"
+        if recipe.steps[1].bits in (3, 5) and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return late(recipe)
 
 
 def network() -> Model:
@@ -64,3 +91,11 @@ def race(folder: Path, number: int, barrier: Barrier, storage: str | None, cache
         (folder / f"said-{number}").write_text(f"{os.getpid()} {error}")
         sys.exit(error.exit_status)
     (folder / f"done-{number}").write_text(str(os.getpid()))
+
+
+def run_with(folder: Path, trials: int, workers: int) -> None:
+    """A search with workers, to be killed."""
+    penjing.tune(
+        network(), RECIPE, SEARCH, folder / "out", objective=late, trials=trials, seed=3,
+        journal=folder / "journal", workers=workers,
+    )  # fmt: skip

@@ -17,10 +17,13 @@ import pytest
 
 from penjing.errors import InputError, UsageError
 from penjing.recipe import Recipe
+from penjing.tune.best import best_of, front, importances
 from penjing.tune.database import Database, safe_url
 from penjing.tune.records import Journal, Outcome, Record, alone
-from penjing.tune.search import best_of, front, importances, search
+from penjing.tune.search import Attempts
+from penjing.tune.search import search as search_with
 from penjing.tune.space import Space, parse
+from penjing.workers import Where, crew
 
 pytest.importorskip("optuna")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,6 +36,13 @@ def evaluate(recipe: Recipe, _: Any) -> Outcome:
 
 def space() -> Space:
     return parse(cheap.RECIPE, cheap.SEARCH)
+
+
+def search(where: Space, how: Any, store: Any, **options: Any) -> list[Record]:
+    """In this process."""
+    with crew(Where(), Path()) as hands:
+        hands.start(Attempts(where, lambda _: how))
+        return search_with(where, hands, store, **options)
 
 
 def said(path: Path) -> list[dict[str, Any]]:
@@ -290,7 +300,7 @@ def test_importances_tell_what_matters(tmp_path: Path) -> None:
 
 
 def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from penjing.tune import search as module
+    from penjing.tune import propose as module
 
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'penjing\[tune\]'"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,67 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import penjing
-from penjing.cli import group
 from penjing.errors import InputError, UsageError
 from penjing.fit import Budget
 from penjing.report import write
 from penjing.result import Drop
-from penjing.tune.records import Outcome, Record
 from penjing.tune.trials import Trials
 
 pytest.importorskip("optuna")
-
-NET = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 64, bias=False), nn.ReLU(), nn.Linear(64, 4, bias=False))
-
-def example():
-    return {"x": torch.zeros(2, 16)}
-
-def cost(recipe):
-    return abs(recipe.steps[0].sparsity - 0.25)
-"""
-RECIPE = """
-seed = 0
-[[step]]
-do = "prune"
-sparsity = 0.0
-criterion = "magnitude"
-ranking = "layer"
-[[step]]
-do = "quantize"
-bits = 8
-method = "rtn"
-"""
-COMMAND = ["--search", "prune.sparsity=0..0.9:0.3 quantize.bits=4|8", "--search",
-           "quantize.group=0|5", "--weights", "own", "--threads", "1"]  # fmt: skip
+sys.path.insert(0, str(Path(__file__).parent))
+from small import make, tune
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tune")
-    (folder / "net.py").write_text(NET)
-    (folder / "recipe.toml").write_text(RECIPE)
-    x = np.random.default_rng(0).normal(size=(240, 16)).astype(np.float32)
-    model = penjing.load(f"{folder / 'net.py'}:net", weights="own")
-    import torch
-
-    with torch.no_grad():  # the network is always right
-        label = model.module(torch.from_numpy(x)).argmax(1).numpy()
-    np.savez(folder / "data.npz", x=x, label=label)
-    return folder
-
-
-def tune(place: Path, output: Path, *more: str) -> Any:
-    words = ["tune", f"{place / 'net.py'}:net", str(place / "recipe.toml"), *COMMAND, *more]
-    return CliRunner().invoke(group, [*words, "-o", str(output)])
+    return make(tmp_path_factory.mktemp("tune"))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +123,9 @@ def test_a_cost_of_ones_own(place: Path, tmp_path: Path) -> None:
         (["--objective", "beauty"], 2, "quality, size, latency"),
         (["--objective", "size", "--objective", "size"], 2, "each once"),
         ([], 2, "tune needs data"),
-        (["--workers", "2"], 2, "not there yet"),
+        (["--device", "pi.json"], 2, "not there yet"),
+        (["--workers", "5"], 2, "concurrency; got 4; allowed: 5 or more"),
+        (["--workers", "2", "--ray", "auto"], 2, "one of them"),
         (["--storage", "sqlite:///t.db", "--journal", "j", "--data", "DATA"], 2, "one of them"),
         (["--objective", "NET:cost", "--max-drop", "1%"], 2, "max_drop with a function"),
         (["--objective", "NET:cost", "--objective", "size"], 2, "give it alone"),
@@ -193,21 +152,17 @@ def test_hopeless_is_beyond_doubt_and_only_where_it_is_asked() -> None:
     def first(value: float, low: float) -> Drop:
         return Drop(value, low, 1.0, 0.95, 20, False)
 
-    def best(high: float, state: str = "complete") -> Record:
-        return Record(0, {}, Outcome(state, figures={"first_high": high}))  # type: ignore[arg-type]
-
-    found = trials(("size",), 0.1)._hopeless(first(0.3, 0.15), [])
+    found = trials(("size",), 0.1)._hopeless(first(0.3, 0.15), math.inf)
     assert found is not None
     assert found.state == "pruned"
     assert found.limits == {"drop": pytest.approx(0.05)}
-    assert trials(("size",), 0.1)._hopeless(first(0.3, 0.05), []) is None
+    assert trials(("size",), 0.1)._hopeless(first(0.3, 0.05), math.inf) is None
     only = trials(("quality",), None)
-    assert only._hopeless(first(0.3, 0.15), [best(0.2)]) is None
-    assert only._hopeless(first(0.3, 0.15), [best(0.1, "pruned")]) is None
-    given_up = only._hopeless(first(0.3, 0.15), [best(0.2), best(0.1)])
+    assert only._hopeless(first(0.3, 0.15), 0.2) is None
+    given_up = only._hopeless(first(0.3, 0.15), 0.1)
     assert given_up is not None
     assert given_up.early == 0.3
-    assert trials(("quality", "size"), None)._hopeless(first(0.3, 0.15), [best(0.1)]) is None
+    assert trials(("quality", "size"), None)._hopeless(first(0.3, 0.15), 0.1) is None
 
 
 def test_too_little_data_is_refused_before_any_work(place: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from penjing.cli.options import (
     size_options,
 )
 from penjing.cli.show import show_json, show_result
+from penjing.cli.spread import worker_options
 from penjing.errors import printable
 from penjing.files import check_output
 from penjing.result import Result
@@ -87,7 +88,8 @@ def demo(output: Path, overwrite: bool, as_json: bool) -> int:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
 @output_options(journal=False)
-@not_yet("--device", "--workers", "--ray")
+@worker_options
+@not_yet("--device")
 @json_option
 def fit(
     model: str,
@@ -107,6 +109,9 @@ def fit(
     threads: int | None,
     seed: int,
     confidence: float,
+    workers: int | None,
+    ray: str | None,
+    insecure: bool,
     output: Path,
     overwrite: bool,
     as_json: bool,
@@ -143,5 +148,8 @@ def fit(
         seed=seed,
         overwrite=overwrite,
         confidence=confidence,
+        workers=workers,
+        ray=ray,
+        insecure=insecure,
     )
     return finish(result, output, as_json)

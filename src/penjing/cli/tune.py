@@ -23,6 +23,7 @@ from penjing.cli.options import (
     size_options,
 )
 from penjing.cli.show import show_json, show_pairs
+from penjing.cli.spread import worker_options
 from penjing.cli.work import note
 from penjing.errors import InputError
 from penjing.files import check_output
@@ -79,7 +80,15 @@ __all__ = ["tune"]
 @click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
 @click.option("--storage", metavar="URL", help="A database for the trials, e.g. sqlite:///t.db.")
 @output_options()
-@not_yet("--workers", "--ray", "--device")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Trials that may be made at once; other trials for another number.",
+)
+@worker_options
+@not_yet("--device")
 @json_option
 def tune(
     model: str,

@@ -18,6 +18,7 @@ from penjing.model import Model
 from penjing.registry import lookup
 from penjing.result import Drop, Measurement
 from penjing.tasks import Task
+from penjing.workers import quiet
 
 __all__ = ["Bench", "Exported", "Trial", "runtimes_here"]
 
@@ -107,15 +108,16 @@ class Bench:
         return Exported(name, folder, runtime, model.parameter_count, model)
 
     def time(self, exports: list[Exported], seconds: float = 8.0) -> list[Measured]:
-        """Latency, memory and size of several files, interleaved."""
-        return measure_files(
-            [e.file for e in exports],
-            exports[0].model,
-            batch=self.batch,
-            length=self.length,
-            threads=self.threads,
-            seconds=seconds,
-        )
+        """Latency, memory and size of several files, interleaved; beside no other worker."""
+        with quiet():
+            return measure_files(
+                [e.file for e in exports],
+                exports[0].model,
+                batch=self.batch,
+                length=self.length,
+                threads=self.threads,
+                seconds=seconds,
+            )
 
     def evaluate(self, exported: Exported, reference: Predictor | None) -> Evaluation | None:
         """The user's metric through the exported file, in a process of its own."""

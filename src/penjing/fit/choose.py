@@ -15,7 +15,7 @@ from penjing.fit.budget import Budget
 from penjing.fit.predict import Prediction, Predictor
 from penjing.fit.solve import Constraint, solve
 from penjing.fit.space import TABLES, Choice
-from penjing.fit.survey import HEADS, WIDTHS
+from penjing.fit.units import HEADS, WIDTHS
 
 __all__ = ["candidates", "uniform"]
 

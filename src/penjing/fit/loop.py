@@ -108,6 +108,7 @@ def fit(
             model, data.edits, data.search, lambda variant: drops(variant).value,
             formats_for(model), limit=limit, seconds=min(90.0, 0.5 * left),
             about=about(data, task, settings.length), deadline=began + 0.5 * left,
+            where=settings.where, folder=folder,
         )  # fmt: skip
         notes.append(_surveyed(found, time.monotonic() - began))
         predictor = Predictor(model, found, latencies, _slope(found), remains, memory)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from penjing.apply import Done, apply
 from penjing.errors import BudgetError, PenjingError
@@ -24,6 +24,7 @@ from penjing.model import Model
 from penjing.progress import task as progress
 from penjing.recipe import Recipe
 from penjing.result import Drop, show_drop
+from penjing.workers import Where
 
 __all__ = ["Settings", "Work", "failing", "search"]
 
@@ -47,6 +48,7 @@ class Settings:
         recover: seconds of distillation of a candidate, 0 for none.
         patience: seconds after which a found artifact is good enough, where no time was given.
         command: as typed, for the report.
+        where: units are surveyed.
     """
 
     runtime: str | None = None
@@ -59,6 +61,7 @@ class Settings:
     recover: float = 20.0
     patience: float = 200.0
     command: str = ""
+    where: Where = field(default_factory=Where)
 
 
 @dataclass

@@ -8,88 +8,36 @@ The survey is kept on disk and serves every later budget.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from penjing import processor
 from penjing.apply import apply
-from penjing.calibrate import Stream, Unit, units_of
 from penjing.divergence import divergence
 from penjing.errors import InputError, PenjingError
 from penjing.files import whole_file
+from penjing.fit.optionerrors import Depth, Survey
 from penjing.fit.samples import timed
 from penjing.fit.space import FORMATS, TABLES
-from penjing.fit.variant import Suffixes, variant
+from penjing.fit.units import HEADS, WIDTHS, Shipped, Units, fast, quantized
 from penjing.model import Batch, Model
 from penjing.progress import track
-from penjing.recipe import Edit, Patch, Recipe
-from penjing.steps.cut import Cut, fit_patch
-from penjing.steps.fold import Fold, has_norms
-from penjing.steps.quantize import Quantize
-from penjing.steps.shrink import Shrink
+from penjing.recipe import Recipe
+from penjing.steps.cut import Cut
+from penjing.workers import Where, Work, crew, in_order
+from penjing.writers.artifact import save
 
 __all__ = ["HEADS", "WIDTHS", "Depth", "Survey", "cache_folder", "survey"]
 
-# Kept fractions of hidden units and of heads; half is measured, the others follow its curve.
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
-HEADS = (1.0, 0.5)
-_MEASURED = 0.5
 _BEAM = 2
-# Networks with more blocks than this are measured at their lowest bits only, with all heads.
-_DEEP = 12
-
-
-@dataclass
-class Depth:
-    """A set of cut blocks, measured whole."""
-
-    cut: list[int]
-    error: float
-    drop: float
-
-
-@dataclass
-class Survey:
-    """Errors of options.
-
-    Attributes:
-        cuts: error of cutting one block, with its patch, by block.
-        widths: error of halving a block's hidden units, by block; absent where it cannot.
-        heads: error of halving a block's heads, by block; absent where it cannot.
-        formats: error of one block in a format, by format name and block.
-        tables: error of the embedding tables, by table format.
-        rest: error of the layers outside the blocks, by format.
-        ladder: greedy sets of cut blocks, by depth.
-        evaluations: networks run.
-        seconds: time it took, in all runs together.
-        complete: whether every unit was measured.
-        fresh: networks run this time; 0 where an earlier survey served.
-        batches: of search data that errors were measured on.
-    """
-
-    cuts: dict[str, float] = field(default_factory=dict)
-    widths: dict[str, float] = field(default_factory=dict)
-    heads: dict[str, float] = field(default_factory=dict)
-    formats: dict[str, dict[str, float]] = field(default_factory=dict)
-    tables: dict[str, float] = field(default_factory=dict)
-    rest: dict[str, float] = field(default_factory=dict)
-    ladder: list[Depth] = field(default_factory=list)
-    evaluations: int = 0
-    seconds: float = 0.0
-    complete: bool = False
-    fresh: int = 0
-    batches: int = 0
 
 
 def cache_folder() -> Path:
@@ -120,6 +68,8 @@ def survey(
     seconds: float,
     about: str = "",
     deadline: float = math.inf,
+    where: Where | None = None,
+    folder: Path = Path(),
 ) -> Survey:
     """Measure every unit's options, or read an earlier survey of the same model and data.
 
@@ -135,6 +85,8 @@ def survey(
             all of `search` would take longer, fewer of its batches are used; units that are left
             all the same count as the worst that was measured, and the survey is not kept.
         about: all that `drop_of` depends on, for telling surveys apart.
+        where: units are measured; in this process by default.
+        folder: for files of workers; removed by the caller.
     """
     key = _key(model, calibration, search, formats, about)
     path = cache_folder() / f"survey-{key}.json"
@@ -144,17 +96,26 @@ def survey(
         found = Survey()  # of an earlier fit that had less time
     search = search[: found.batches or len(search)]
     reference: list[Tensor] = []  # the original's outputs, run when they are first needed
+    new = 0
     if not found.complete:
-        with _fast(model):
+        with fast(model):
             search = search[: _affordable(model, search, formats, deadline)]
         found = Survey(batches=len(search))
-        with _fast(model):
-            reference += (model.run(b) for b in search)
-            found.complete = _singles(
-                model, calibration, search, reference, formats, found, deadline
+        with fast(model):
+            found.complete = _units(
+                model,
+                calibration,
+                search,
+                reference,
+                formats,
+                found,
+                deadline,
+                where or Where(),
+                folder,
             )
-    before, known = len(found.ladder), found.evaluations if not reference else 0
-    with _fast(model):
+        new = found.evaluations
+    before, known = len(found.ladder), found.evaluations - new
+    with fast(model):
         until = time.monotonic() + seconds
         some = calibration[: len(search)]
         _climb(model, some, search, reference, drop_of, found, limit, until)
@@ -179,111 +140,48 @@ def _affordable(
     return max(1, min(len(search), int(left / (3 * networks * once))))
 
 
-@contextlib.contextmanager
-def _fast(model: Model) -> Iterator[None]:
-    # Without its cache: it would keep the weights of every variant until the survey ends.
-    with torch.no_grad(), processor.autocast(model.device.type, cache=False):
-        yield
-
-
 def error_of(model: Model, search: Sequence[Batch], reference: Sequence[Tensor]) -> float:
     """Divergence of an edited network's outputs (`penjing.divergence`)."""
     return divergence(model.interface, search, reference, (model.run(b) for b in search))
 
 
-def _singles(
+def _units(
     model: Model,
     calibration: Sequence[Batch],
     search: Sequence[Batch],
-    reference: Sequence[Tensor],
+    reference: list[Tensor],
     formats: Sequence[str],
     found: Survey,
     deadline: float,
+    where: Where,
+    folder: Path,
 ) -> bool:
-    """Measure every unit alone; whether there was time for all of them."""
-    base = model
-    if has_norms(model):  # numbers are tried on what will be quantized
-        base = apply(model, Recipe((Fold(),))).model
+    """Measure every unit alone, wherever; whether there was time for all of them."""
 
-    suffixes = Suffixes(base, search)
+    def begin(_: Path) -> Work:
+        reference[:] = (model.run(b) for b in search)
+        return Units(model, calibration, search, formats, reference).measure
+
+    count = len(model.blocks) + 2
+    pieces = ((unit, deadline - time.monotonic()) for unit in range(count))
     late = False
-
-    def error(edits: Sequence[Edit]) -> float:
-        found.evaluations += 1
-        outputs = suffixes.outputs(variant(base, edits), edits)
-        return divergence(model.interface, search, reference, outputs)
-
-    steps = {
-        name: step for name in formats if (step := FORMATS[name].quantize("rtn", ())) is not None
-    }
-    lowest = min(steps, key=lambda name: FORMATS[name].bits)
-    least = FORMATS[lowest].bits
-    stream = Stream(base, calibration)
-    needs = frozenset({"gram", "range"})
-    for unit in track(list(units_of(base, stream)), "survey"):
-        # A module that was run refers to itself: copies stay until a collection.
-        gc.collect()
-        if time.monotonic() <= deadline:
-            suffixes.enter(unit)
-        if unit.index is None:
-            stats = stream.collect(unit, frozenset({"range"})) if unit.layers else {}
-            for name, step in steps.items():
-                edits = list(step.plan(unit, stats))
-                edits = [e for e in edits if e.path in stats or e.kind != "activation"]
-                if edits:
-                    found.rest[name] = found.rest.get(name, 0.0) + error(edits)
-            for name, table in TABLES.items():
-                if table is not None and unit.name == "front":
-                    bits, group = table
-                    step = Quantize(0, embeddings=bits, embedding_group=group, method="rtn")
-                    if edits := list(step.plan(unit, {})):
-                        found.tables[name] = error(edits)
-            continue
-        key = str(unit.index)
-        late = late or time.monotonic() > deadline
-        if late:  # unmeasured, it counts as the worst; whole in width and uncut it stays
-            for name in steps:
-                own = found.formats.setdefault(name, {})
-                own[key] = max(own.values(), default=math.inf)
-            continue
-        stream.enter(unit.index)
-        stats = stream.collect(unit, needs)
-        for name, step in steps.items():
-            bits = FORMATS[name].bits
-            if len(base.blocks) > _DEEP and bits > least:
+    with crew(where, folder) as hands:
+        if where.kind == "serial":
+            hands.start(begin)
+        else:
+            save(model, folder / "surveyed")
+            parcel = hands.ship(folder / "surveyed")
+            hands.start(Shipped(parcel, tuple(calibration), tuple(search), tuple(formats)))
+        parts = track(in_order(hands, pieces), "survey", total=count)
+        for index, part in enumerate(parts, -1):
+            if part is not None:
+                found.add(part)
                 continue
-            found.formats.setdefault(name, {})[key] = error(list(step.plan(unit, stats)))
-        for name in steps:
-            # Squared rounding error falls by four with every bit.
-            known = found.formats[lowest][key] * 4.0 ** (least - FORMATS[name].bits)
-            found.formats.setdefault(name, {}).setdefault(key, known)
-        if edits := list(Shrink(1 - _MEASURED, heads=0.0).plan(unit, stats)):
-            found.widths[key] = error(edits)
-        if len(base.blocks) <= _DEEP and (
-            edits := list(Shrink(0.0, heads=1 - _MEASURED).plan(unit, stats))
-        ):
-            found.heads[key] = error(edits)
-        if len(base.blocks) > 1 and (cut := _cut_one(stream, unit)) is not None:
-            found.cuts[key] = error(cut)
+            late = True  # unmeasured, it counts as the worst; whole in width and uncut it stays
+            for name in quantized(formats):
+                own = found.formats.setdefault(name, {})
+                own[str(index)] = max(own.values(), default=math.inf)
     return not late
-
-
-def _cut_one(stream: Stream, unit: Unit) -> list[Edit] | None:
-    """Patch and drop of one block; None where it changes the shape of the hidden state."""
-    index, blocks = unit.index or 0, unit.model.blocks
-    block = unit.model.module.get_submodule(unit.name)
-    inputs = [call.hidden for call in stream.calls()]
-    outputs = list(stream.run(block))
-    if inputs[0].shape != outputs[0].shape:
-        return None
-    edits = []
-    fit = fit_patch(stream, inputs, outputs, 0.01) if inputs[0].ndim == 3 else None
-    if fit is not None:
-        last = index + 1 == len(blocks)
-        near = blocks[index - 1] if last else blocks[index + 1]
-        patch = Patch(fit.weight, fit.bias, "after" if last else "before")
-        edits.append(Edit("patch", near, patch, "survey"))
-    return [*edits, Edit("drop", unit.name, None, "survey")]
 
 
 def _climb(

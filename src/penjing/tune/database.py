@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from penjing.errors import InputError
-from penjing.tune.records import Record, check_same
-from penjing.tune.search import frozen
+from penjing.tune.propose import frozen
+from penjing.tune.records import Record, check_same, in_turn
 from penjing.tune.space import Space
 
 __all__ = ["Database", "lock_of", "safe_url"]
@@ -44,14 +44,16 @@ class Database:
         search: what the search is, JSON-ready; a study of another one is refused.
         space: the search space.
         objectives: numbers that an outcome has.
+        concurrency: of the search.
 
     Raises:
         InputError: the database cannot be opened, or its study is not of this search.
     """
 
     def __init__(
-        self, url: str, name: str, search: dict[str, Any], space: Space, objectives: int
-    ) -> None:
+        self, url: str, name: str, search: dict[str, Any], space: Space, objectives: int,
+        concurrency: int = 1,
+    ) -> None:  # fmt: skip
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -78,7 +80,7 @@ class Database:
             check_same(kept or {}, search, where)
         try:
             self.records = [Record.of_json(t.user_attrs[_RECORD]) for t in trials]
-            if [r.number for r in self.records] != [t.number for t in trials]:
+            if not in_turn([r.number for r in self.records], concurrency):
                 raise ValueError
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -100,10 +102,10 @@ class Database:
                 f"cannot write to the storage {self._place}", got=type(error).__name__,
                 next="run again: finished trials are kept",
             ) from error  # fmt: skip
-        if there != record.number + 1:
+        self.records.append(record)
+        if there != len(self.records):
             raise InputError(
                 f"another process writes to the study in {self._place}",
-                got=f"{there} trials", allowed=f"{record.number + 1}",
+                got=f"{there} trials", allowed=len(self.records),
                 next="let one process search, and begin anew in another study",
             )  # fmt: skip
-        self.records.append(record)

@@ -22,8 +22,8 @@ from penjing.fit.outcome import certainty, public, versions, write
 from penjing.progress import task as progress
 from penjing.recipe import Recipe
 from penjing.result import Point, Result
+from penjing.tune.best import best_of, front, importances
 from penjing.tune.records import Record
-from penjing.tune.search import best_of, front, importances
 from penjing.tune.space import Space
 from penjing.tune.trials import Trials
 
@@ -119,7 +119,7 @@ def prove(
     recipe = found.recipe
     with progress("the chosen trial on samples held out"):
         bench.start(trials.original, trials.reference)
-        exported = bench.export(trials.make(recipe), "best", trials.runtime)
+        exported = bench.export(trials.made(recipe), "best", trials.runtime)
         if exported is None:
             raise InputError("the chosen trial cannot be exported", got=bench.notes[-1])
         trial = bench.trial(exported, trials.reference)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from penjing.tasks import Task
 from penjing.tune.database import Database, lock_of, safe_url
 from penjing.tune.outcome import Found, Tuned, found_of, prove
 from penjing.tune.records import Journal, Outcome, Record, Store, alone
-from penjing.tune.search import search
+from penjing.tune.search import Attempts, Evaluate, search
 from penjing.tune.space import Space
-from penjing.tune.trials import OBJECTIVES, Trials, halves
+from penjing.tune.trials import OBJECTIVES, Shipped, Trials, halves
+from penjing.workers import Crew, Where, crew
 from penjing.writers.artifact import save
 
-__all__ = ["Cost", "Place", "Quest", "check_objectives", "tune", "tune_cost"]
+__all__ = ["Cost", "Costs", "Place", "Quest", "check_objectives", "tune", "tune_cost"]
 
 _TRIALS = "trials.jsonl"
 # The chosen one is made again and timed longer, with its original: so many of the slowest trial.
@@ -78,11 +79,12 @@ class Place:
         if self.journal is None and self.storage is None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def store(self, what: dict[str, Any], space: Space, objectives: int) -> Store:
+    def store(self, what: dict[str, Any], quest: Quest, objectives: int) -> Store:
         """Where the trials of this search are kept."""
         if self.storage is not None:
-            return Database(self.storage, self.output.name, what, space, objectives)
-        return Journal(self._folder / _TRIALS, what)
+            return Database(self.storage, self.output.name, what, quest.space, objectives,
+                            quest.concurrency)  # fmt: skip
+        return Journal(self._folder / _TRIALS, what, quest.concurrency)
 
     @property
     def _folder(self) -> Path:
@@ -105,6 +107,8 @@ class Quest:
         trials: at the most.
         settings: of the measurements; its seed is that of the search too.
         budget: limits, and the time of the whole.
+        concurrency: trials that may be made at once.
+        where: they are made.
     """
 
     space: Space
@@ -112,6 +116,22 @@ class Quest:
     trials: int
     settings: Settings
     budget: Budget
+    concurrency: int
+    where: Where
+
+    def search(
+        self, begin: Callable[[Path], Evaluate], hands: Crew, store: Store, objectives: int,
+        began: float, after: float = 0.0,
+    ) -> list[Record]:  # fmt: skip
+        """Search; `began` is when the time of the whole did, on the monotonic clock."""
+        left = math.inf
+        if self.budget.within is not None:
+            left = began + self.budget.within - time.monotonic()
+        hands.start(Attempts(self.space, begin))
+        return search(
+            self.space, hands, store, objectives=objectives, trials=self.trials,
+            concurrency=self.concurrency, seed=self.settings.seed, within=left, after=after,
+        )  # fmt: skip
 
     def facts(self, model: Model, objectives: Sequence[str], **more: Any) -> dict[str, Any]:
         """What a search that goes on must have in common with the one before."""
@@ -119,7 +139,8 @@ class Quest:
         return {
             "space": list(self.lines), "recipe": self.space.recipe.to_toml(),
             "model": f"{model.source.fingerprint} {model.recipe.to_toml() if model.recipe else ''}",
-            "objectives": list(objectives), "limits": limits, "seed": self.settings.seed, **more,
+            "objectives": list(objectives), "limits": limits, "seed": self.settings.seed,
+            "concurrency": self.concurrency, **more,
         }  # fmt: skip
 
 
@@ -130,7 +151,7 @@ def tune(
     quest: Quest,
     task: Task,
     objectives: Sequence[str],
-    make: Callable[[Recipe, Dataset], Model],
+    make: Callable[[Model, Recipe, Dataset], Model],
     *,
     samples: int,
     calibration: Dataset | None = None,
@@ -142,7 +163,7 @@ def tune(
         dataset: what quality is measured on; calibration is split off without `calibration`.
         task: the quality measure.
         objectives: of `OBJECTIVES`; several give a front, of which the most even one is chosen.
-        make: a recipe and calibration data to the edited network.
+        make: a network, a recipe and calibration data to the edited network.
         samples: of calibration data, at the most.
 
     Raises:
@@ -164,7 +185,7 @@ def tune(
                 model, objectives, runtime=runtime, samples=samples, batch=settings.batch,
                 confidence=settings.confidence, calibration=about(data, task, settings.length),
                 evaluation=about(evaluated, task, settings.length),
-            ), quest.space, len(objectives),
+            ), quest, len(objectives),
         )  # fmt: skip
         with disk_errors(place.output), folder_beside(place.output, "work") as folder:
             bench = Bench(
@@ -172,15 +193,10 @@ def tune(
                 settings.threads or physical_cores(), settings.confidence, settings.seed,
                 notes=notes,
             )  # fmt: skip
-            trials = Trials(
-                model, partial(_made, make, data.calibration), data, bench, tuple(objectives),
-                budget, runtime,
-            )  # fmt: skip
-            trials.prepare()
-            records = search(
-                quest.space, trials, store, objectives=len(objectives), trials=quest.trials,
-                seed=settings.seed, within=_left(budget, began), after=_AFTER,
-            )  # fmt: skip
+            trials = Trials(model, make, data, bench, tuple(objectives), budget, runtime)
+            with crew(quest.where, folder) as hands:
+                begin, after = _begin(trials, hands, quest.where, folder)
+                records = quest.search(begin, hands, store, len(objectives), began, after)
             found = found_of(quest.space, records, objectives, quest.facts(model, objectives))
             result = prove(trials, held_out, found, place.output, settings, budget,
                            place.overwrite)  # fmt: skip
@@ -205,20 +221,10 @@ def tune_cost(
         make: a recipe to the edited network.
     """
     began = time.monotonic()
-
-    def evaluate(recipe: Recipe, _: Sequence[Record]) -> Outcome:
-        values = cost(recipe)
-        numbers = tuple(float(v) for v in (values if isinstance(values, Sequence) else (values,)))
-        if len(numbers) != len(names):
-            raise UsageError(f"numbers of {names[0]}", got=len(numbers), allowed=len(names))
-        return Outcome("complete", numbers)
-
     with place.alone():
-        store = place.store(quest.facts(model, names), quest.space, len(names))
-        records = search(
-            quest.space, evaluate, store, objectives=len(names), trials=quest.trials,
-            seed=quest.settings.seed, within=_left(quest.budget, began),
-        )  # fmt: skip
+        store = place.store(quest.facts(model, names), quest, len(names))
+        with tempfile.TemporaryDirectory() as folder, crew(quest.where, Path(folder)) as hands:
+            records = quest.search(Costs(cost, tuple(names)), hands, store, len(names), began)
         found = found_of(quest.space, records, names, quest.facts(model, names))
         save(make(found.recipe), place.output, recipe=found.recipe, extra=found.write,
              overwrite=place.overwrite)  # fmt: skip
@@ -239,12 +245,36 @@ def check_objectives(objectives: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _made(make: Callable[[Recipe, Dataset], Model], data: Dataset, recipe: Recipe) -> Model:
-    return make(recipe, data)
+@dataclass(frozen=True)
+class Costs:
+    """Evaluates by a function of the user's own."""
+
+    cost: Cost
+    names: tuple[str, ...]
+
+    def __call__(self, _: Path) -> Evaluate:
+        return self.outcome
+
+    def outcome(self, recipe: Recipe, _: float) -> Outcome:
+        values = self.cost(recipe)
+        numbers = tuple(float(v) for v in (values if isinstance(values, Sequence) else (values,)))
+        if len(numbers) != len(self.names):
+            raise UsageError(f"numbers of {self.names[0]}", got=len(numbers),
+                             allowed=len(self.names))  # fmt: skip
+        return Outcome("complete", numbers)
 
 
-def _left(budget: Budget, began: float) -> float:
-    return math.inf if budget.within is None else began + budget.within - time.monotonic()
+def _begin(
+    trials: Trials, hands: Crew, where: Where, folder: Path
+) -> tuple[Callable[[Path], Evaluate], float]:
+    """What makes trials in a worker, and what follows the search, in trials."""
+    if where.kind == "serial":
+        trials.prepare()
+        return lambda _: trials, _AFTER
+    # The workers build the network from an artifact of it; it holds edits made in memory too.
+    save(trials.model, folder / "original")
+    bare = replace(trials, model=None)  # type: ignore[arg-type]
+    return Shipped(hands.ship(folder / "original"), bare), _AFTER + 1
 
 
 def _tuned(found: Found, records: Sequence[Record], result: Result | None) -> Tuned:

@@ -1,8 +1,8 @@
 """Finished trials, kept so that a killed search goes on as if nothing had happened.
 
-A file of JSON lines: what the search is, then a line for every finished trial, synced before the
-next one begins. A line that a kill has torn is the last one and is dropped: its trial is made
-again. One process writes; a lock on a file beside it tells the others who.
+A file of JSON lines: what the search is, then a line for every finished trial, synced when it is
+finished. A line that a kill has torn is the last one and is dropped: its trial is made again. One
+process writes; a lock on a file beside it tells the others who.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 from penjing.errors import InputError
 
-__all__ = ["Journal", "Outcome", "Record", "Store", "alone", "check_same"]
+__all__ = ["Journal", "Outcome", "Record", "Store", "alone", "check_same", "in_turn"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Record:
 
 
 class Store(Protocol):
-    """Where finished trials are kept, in their order."""
+    """Where finished trials are kept, in the order in which they were finished."""
 
     @property
     def records(self) -> list[Record]: ...
@@ -114,18 +114,33 @@ def check_same(kept: dict[str, Any], asked: dict[str, Any], where: str) -> None:
         )  # fmt: skip
 
 
+def in_turn(numbers: Sequence[int], concurrency: int) -> bool:
+    """Whether trials can have been finished in this order, of `concurrency` at once: each once,
+    and none before one that its proposal depends on."""
+    done: set[int] = set()
+    whole = 0  # all below are done
+    for number in numbers:
+        if number in done or not 0 <= number < whole + concurrency:
+            return False
+        done.add(number)
+        while whole in done:
+            whole += 1
+    return True
+
+
 class Journal:
     """Records in a file.
 
     Args:
         path: of the file; it is made.
         search: what the search is, JSON-ready; a file of another one is refused.
+        concurrency: of the search.
 
     Raises:
         InputError: of another search, damaged, or not to be written.
     """
 
-    def __init__(self, path: Path, search: dict[str, Any]) -> None:
+    def __init__(self, path: Path, search: dict[str, Any], concurrency: int = 1) -> None:
         self.path, self.records = path, list[Record]()
         search = json.loads(json.dumps(search))
         lines = self._lines()
@@ -138,13 +153,14 @@ class Journal:
                 raise ValueError
             kept, entries = dict(head["search"]), [json.loads(line) for line in lines[1:]]
             self.records = [Record.of_json(entry) for entry in entries]
-            if [r.number for r in self.records] != list(range(len(self.records))):
-                raise ValueError
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} is damaged", next="remove it, and the search begins anew"
-            ) from error
+            raise self._damaged() from error
         check_same(kept, search, str(path))
+        if not in_turn([r.number for r in self.records], concurrency):
+            raise self._damaged()
+
+    def _damaged(self) -> InputError:
+        return InputError(f"{self.path} is damaged", next="remove it, and the search begins anew")
 
     def append(self, record: Record) -> None:
         """Write and sync one line.

@@ -11,10 +11,12 @@ What is cheap comes first, and a trial that is out of the limits then goes no fu
 from __future__ import annotations
 
 import gc
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from penjing.data import Dataset, split
 from penjing.errors import InputError, UsageError
@@ -22,15 +24,17 @@ from penjing.evaluate import Predictor, compare, torch_predictor
 from penjing.fit import Budget
 from penjing.fit.bench import Bench, Exported
 from penjing.fit.samples import Samples, drop_of
+from penjing.load import load
 from penjing.measure import median_ratio, stored_size
 from penjing.model import Model
 from penjing.recipe import Recipe
 from penjing.result import Drop, show_drop
 from penjing.tasks import Task
-from penjing.tune.records import Outcome, Record
+from penjing.tune.records import Outcome
 from penjing.units import format_size, format_time
+from penjing.workers import Parcel
 
-__all__ = ["OBJECTIVES", "Trials", "halves"]
+__all__ = ["OBJECTIVES", "Shipped", "Trials", "halves"]
 
 OBJECTIVES = ("quality", "size", "latency")
 
@@ -63,7 +67,7 @@ class Trials:
 
     Attributes:
         model: the original.
-        make: a recipe to the edited network.
+        make: a network, a recipe and calibration data to the edited network.
         samples: `evaluation` is what is searched on.
         bench: with the same evaluation data.
         objectives: some of `OBJECTIVES`, in the order of an outcome's values.
@@ -72,7 +76,7 @@ class Trials:
     """
 
     model: Model
-    make: Callable[[Recipe], Model]
+    make: Callable[[Model, Recipe, Dataset], Model]
     samples: Samples
     bench: Bench
     objectives: tuple[str, ...]
@@ -115,8 +119,15 @@ class Trials:
         """
         _ = self.original, self._first
 
-    def __call__(self, recipe: Recipe, records: Sequence[Record]) -> Outcome:
-        """The outcome of a recipe, given the trials before it.
+    def made(self, recipe: Recipe) -> Model:
+        """The edited network."""
+        return self.make(self.model, recipe, self.samples.calibration)
+
+    def __call__(self, recipe: Recipe, bar: float = math.inf) -> Outcome:
+        """The outcome of a recipe.
+
+        Args:
+            bar: the drop that some trial before it has at the most.
 
         Raises:
             PenjingError: a step or the export fails.
@@ -124,22 +135,24 @@ class Trials:
         # A module that was run refers to itself: copies stay until a collection.
         gc.collect()
         original = self.original
-        edited = self.make(recipe)
+        edited = self.made(recipe)
         first = self._first(edited)
         figures: dict[str, float] = {}
         if first.samples:
             figures = {"first": first.value, "first_low": first.low, "first_high": first.high}
-            if (hopeless := self._hopeless(first, records)) is not None:
+            if (hopeless := self._hopeless(first, bar)) is not None:
                 return replace(hopeless, figures=figures)
-        exported = self.bench.export(edited, f"trial-{len(records)}", self.runtime)
-        if exported is None:
-            raise InputError(self.bench.notes.pop())
+        # What is said of a trial depends on the trial alone: its folder has no number.
         try:
+            exported = self.bench.export(edited, "trial", self.runtime)
+            if exported is None:
+                raise InputError(self.bench.notes.pop())
             return self._measured(original, exported, figures)
         finally:
-            shutil.rmtree(exported.folder, ignore_errors=True)
+            for folder in self.bench.folder.glob("trial-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _hopeless(self, first: Drop, records: Sequence[Record]) -> Outcome | None:
+    def _hopeless(self, first: Drop, bar: float) -> Outcome | None:
         """What is known beyond doubt after the first part of the samples."""
         allowed = self.budget.max_drop
         shown = show_drop(first.low, self.bench.task.metric, first.relative)
@@ -147,11 +160,7 @@ class Trials:
         if allowed is not None and first.low > allowed:
             limits = {"drop": first.low - allowed}
             return Outcome("pruned", limits=limits, early=first.value, why=what)
-        if self.objectives != ("quality",):
-            return None
-        highs = [h for r in records if r.outcome.within
-                 and (h := r.outcome.figures.get("first_high")) is not None]  # fmt: skip
-        if highs and first.low > min(highs):
+        if self.objectives == ("quality",) and first.low > bar:
             return Outcome("pruned", early=first.value, why=f"{what}, another has less")
         return None
 
@@ -190,3 +199,23 @@ class Trials:
         values = {"quality": drop.value, "size": float(size), "latency": figures.get("latency")}
         chosen = tuple(v for name in self.objectives if (v := values[name]) is not None)
         return Outcome("complete", chosen, limits, figures=figures)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """How a worker gets its own trials.
+
+    Attributes:
+        parcel: an artifact, the original.
+        trials: whose model is not sent.
+    """
+
+    parcel: Parcel
+    trials: Trials
+
+    def __call__(self, folder: Path) -> Trials:
+        """Trials that use `folder`, ready to begin."""
+        bench = replace(self.trials.bench, folder=folder, notes=[])
+        made = replace(self.trials, model=load(self.parcel.open(folder)), bench=bench)
+        made.prepare()
+        return made

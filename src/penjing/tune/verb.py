@@ -22,13 +22,22 @@ from penjing.registry import attribute_of
 from penjing.tasks import find
 from penjing.tune import quest
 from penjing.tune.outcome import Tuned
+from penjing.tune.propose import check_optuna
 from penjing.tune.quest import Cost, Place, Quest
-from penjing.tune.search import check_optuna
 from penjing.tune.space import parse
+from penjing.workers import Where
 
 __all__ = ["tune"]
 
-_USUAL = {"trials": 40, "samples": 128, "batch": 1, "length": 128, "seed": 0, "confidence": 0.95}
+_USUAL = {
+    "trials": 40,
+    "samples": 128,
+    "batch": 1,
+    "length": 128,
+    "seed": 0,
+    "confidence": 0.95,
+    "concurrency": 4,
+}
 
 
 def tune(
@@ -56,6 +65,10 @@ def tune(
     confidence: float = 0.95,
     storage: str | None = None,
     journal: Given | None = None,
+    concurrency: int = 4,
+    workers: int | None = None,
+    ray: str | None = None,
+    insecure: bool = False,
     overwrite: bool = False,
 ) -> Tuned:
     """As `penjing.tune`, with `penjing.apply` as `make`."""
@@ -63,6 +76,10 @@ def tune(
     space = parse(recipe, lines)
     if trials < 1:
         raise UsageError("trials", got=trials, allowed="1 or more")
+    where = Where(workers, ray, threads or 1, insecure)
+    if concurrency < max(1, workers or 0):
+        raise UsageError("concurrency", got=concurrency, allowed=f"{workers or 1} or more",
+                         next="give as many as there are workers, or fewer workers")  # fmt: skip
     if storage is not None and journal is not None:
         raise UsageError("storage and journal", allowed="one of them")
     check_optuna()
@@ -73,11 +90,11 @@ def tune(
     length = loaded.at_most(length)
     settings = Settings(runtime, batch, length, threads, confidence, seed)
     place = Place(output, storage, None if journal is None else Path(journal), overwrite)
+    asked = Quest(space, lines, trials, settings, budget, concurrency, where)
     if cost is not None:
         if limits := [k for k in budget.to_json() if k != "within"]:
             raise UsageError(f"{limits[0]} with a function as the objective",
                              next="leave it out: nothing is measured then")  # fmt: skip
-        asked = Quest(space, lines, trials, settings, budget)
         return quest.tune_cost(
             loaded, place, asked, cost, names,
             lambda chosen: make(loaded, chosen, data, samples=samples, length=length),
@@ -88,7 +105,8 @@ def tune(
     given: dict[str, Any] = {"data": data, "calibration": calibration, "metric": task}
     given |= {name.replace("_", "-"): value for name, value in budget.to_json().items()}
     given |= {"runtime": runtime, "trials": trials, "samples": samples, "batch": batch,
-              "length": length, "seed": seed, "confidence": confidence}  # fmt: skip
+              "length": length, "seed": seed, "confidence": confidence,
+              "concurrency": concurrency, "workers": workers}  # fmt: skip
     words = ["penjing", "tune", loaded.source.path, "recipe.toml"]
     words += [w for line in lines for w in ("--search", line)]
     words += [w for name in names for w in ("--objective", name)]
@@ -96,8 +114,8 @@ def tune(
               and v != _USUAL.get(k) for w in (f"--{k}", f"{v}")]  # fmt: skip
     settings = replace(settings, command=shlex.join([*words, "-o", output.name]))
     return quest.tune(
-        loaded, dataset, place, Quest(space, lines, trials, settings, budget),
-        find(task, dataset, loaded), names, partial(make, loaded, samples=samples, length=length),
+        loaded, dataset, place, replace(asked, settings=settings),
+        find(task, dataset, loaded), names, partial(make, samples=samples, length=length),
         samples=samples, calibration=None if calibration is None else dataset_of(calibration),
     )  # fmt: skip
 
