@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from penjing.errors import UsageError
-from penjing.fit import preflight
+from penjing.fit import chains, preflight
 from penjing.fit.preflight import Speed, formats, machine, predict
 from penjing.fit.space import FORMATS
 
@@ -32,11 +32,9 @@ def test_every_format_computes_the_chain(runtime: str, tmp_path: Path) -> None:
         pytest.skip("OpenVINO is not installed")
     from penjing.registry import lookup
 
-    random = np.random.default_rng(0)
-    weights = preflight._weights(128, 256, random)
+    weights = chains.weights(128, 256)
     assert [w.shape for w in weights[:2]] == [(256, 128), (128, 256)]
-    x = random.standard_normal((9, 128), np.float32)
-    want = x
+    x = want = chains.inputs(9, 128, runtime)["x"]
     for weight in weights:
         want = want @ weight.T
     sizes = {}
@@ -44,7 +42,7 @@ def test_every_format_computes_the_chain(runtime: str, tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         path = folder / lookup("runtimes", runtime, "file")
-        preflight._write(weights, form, runtime, path)
+        chains.write(weights, form, runtime, path)
         got = lookup("runtimes", runtime, "open")(path, threads=1).run({"x": x})
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
         allowed = {"fp32": 1e-4, "int8": 0.15, "w8": 0.05, "w4": 0.6}

@@ -15,7 +15,7 @@ from penjing.evaluate import Evaluation, Predictor, compare
 from penjing.export import TARGETS, export
 from penjing.measure import Candidate, Measured, measure_files, median_ratio, quality
 from penjing.model import Model
-from penjing.registry import lookup
+from penjing.registry import constant, lookup
 from penjing.result import Drop, Measurement
 from penjing.tasks import Task
 
@@ -39,10 +39,12 @@ def runtimes_here(wanted: str | None) -> list[str]:
             )
         if importlib.util.find_spec(wanted) is None:
             raise UsageError(
-                f"runtime {wanted} is not installed", next=f"pip install 'penjing[{wanted}]'"
+                f"runtime {wanted} is not installed",
+                next=f"pip install 'penjing[{constant('runtimes', wanted, 'extra', wanted)}]'",
             )
         return [wanted]
-    return [r for r in WRITERS if importlib.util.find_spec(r) is not None]
+    here = [r for r in WRITERS if importlib.util.find_spec(r) is not None]
+    return [r for r in here if not constant("runtimes", r, "asked_for", False)]
 
 
 @dataclass
