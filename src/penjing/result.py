@@ -112,7 +112,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Result:
-    """One run; `to_json` gives results.json, whose names docs/artifact.md explains."""
+    """One run; `to_json` gives results.json, whose names docs/artifact.md explains.
+
+    `device` is None where latencies are of the machine that ran it: else `name`, `threads` and
+    whether they were `measured` there; if not, they are predicted from its profile.
+    """
 
     task: str
     metric: str
@@ -130,6 +134,7 @@ class Result:
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     higher_is_better: bool = True
+    device: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The dictionary that results.json holds."""

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from penjing.errors import UsageError
-from penjing.fit import chains, preflight
+from penjing.fit import chains
 from penjing.fit.preflight import Speed, formats, machine, predict
 from penjing.fit.space import FORMATS
+from penjing.runtimes import _profile
 
 openvino_here = True
 try:
@@ -23,7 +24,7 @@ def test_the_machine_is_described(tmp_path: Path) -> None:
     assert found.cores >= 1
     assert 0 < found.memory_bytes < 1 << 50
     assert found.disk_bytes > 0
-    assert set(found.flags) <= set(preflight._FLAGS)
+    assert set(found.flags) <= set(_profile._FLAGS)
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

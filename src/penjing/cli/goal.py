@@ -21,7 +21,7 @@ from penjing.cli.options import (
     size_options,
 )
 from penjing.cli.show import show_json, show_result
-from penjing.errors import UsageError, printable
+from penjing.errors import InputError, UsageError, printable
 from penjing.files import check_output
 from penjing.result import Result
 
@@ -87,7 +87,12 @@ def demo(output: Path, overwrite: bool, as_json: bool) -> int:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
 @output_options(journal=False)
-@not_yet("--device", "--workers", "--ray")
+@click.option(
+    "--device",
+    metavar="FILE|ssh://HOST",
+    help="Whose latency counts: a profile (penjing measure --profile), or a device itself.",
+)
+@not_yet("--workers", "--ray")
 @json_option
 def fit(
     model: str,
@@ -109,6 +114,7 @@ def fit(
     confidence: float,
     output: Path,
     overwrite: bool,
+    device: str | None,
     as_json: bool,
 ) -> int:
     """Make MODEL as small and fast as your budget asks, measured.
@@ -127,7 +133,12 @@ def fit(
         )
     check_model(model)
     check_output(output, overwrite, (Path(model), Path(data)))
-    set_threads(threads)
+    if device is None:
+        set_threads(threads)
+    elif not device.startswith("ssh:") and not Path(device).is_file():
+        raise InputError(
+            "no such profile of a device", got=device, next="penjing measure --profile writes one"
+        )
     from penjing import api
 
     result = api.fit(
@@ -148,5 +159,6 @@ def fit(
         seed=seed,
         overwrite=overwrite,
         confidence=confidence,
+        device=device,
     )
     return finish(result, output, as_json)

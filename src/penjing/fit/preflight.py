@@ -6,7 +6,6 @@ are against float32 in the same runtime.
 
 from __future__ import annotations
 
-import platform
 import shutil
 import tempfile
 import time
@@ -22,11 +21,10 @@ from penjing.fit import chains
 from penjing.fit.space import FORMATS
 from penjing.measure import physical_cores
 from penjing.registry import lookup
+from penjing.runtimes._profile import processor
 from penjing.runtimes._worker import settle
 
 __all__ = ["Cost", "Machine", "Speed", "formats", "machine", "predict"]
-
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
 
 
 @dataclass(frozen=True)
@@ -76,19 +74,13 @@ class Cost:
 
 def machine(folder: Path = Path()) -> Machine:
     """This machine, and the disk that holds `folder`."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    found: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    flags = set(found.get("flags", found.get("Features", "")).split())
+    name, flags = processor()
     return Machine(
-        processor=found.get("model name", platform.processor() or platform.machine()),
+        processor=name,
         cores=physical_cores(),
         memory_bytes=min(psutil.virtual_memory().available, _allowance()),
         disk_bytes=shutil.disk_usage(folder).free,
-        flags=tuple(flag for flag in _FLAGS if flag in flags),
+        flags=flags,
     )
 
 

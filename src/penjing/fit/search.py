@@ -45,6 +45,7 @@ class Settings:
         recover: seconds of distillation of a candidate, 0 for none.
         patience: seconds after which a found artifact is good enough, where no time was given.
         command: as typed, for the report.
+        device: a profile, or ssh://user@host: whose latency counts. None for this machine.
     """
 
     runtime: str | None = None
@@ -57,6 +58,7 @@ class Settings:
     recover: float = 20.0
     patience: float = 200.0
     command: str = ""
+    device: str | None = None
 
 
 @dataclass
