@@ -71,7 +71,7 @@ def record(
     address: str | None = None,
     *,
     threads: Sequence[int] = (),
-    seconds: float = 60.0,
+    seconds: float = 20.0,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     tokens: Sequence[int] = TOKENS,
 ) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 It imports numpy and onnxruntime alone, for it is copied to the device as one file, a `.pyz`
 that Python runs as it is (`penjing.runtimes._kit`):
 
-    python3 kit.pyz pi.json [--threads 1,4] [--seconds 60]     a profile
+    python3 kit.pyz pi.json [--threads 1,4] [--seconds 20]     a profile
     python3 kit.pyz worker                                     `penjing.runtimes._worker`
     python3 kit.pyz cores                                      how many there are
 
@@ -84,7 +84,7 @@ def _bandwidth() -> float:
     return 2 * _COPIED / min(seconds)
 
 
-def profile(folder: Path, threads: Sequence[int], *, seconds: float = 60.0) -> dict[str, Any]:
+def profile(folder: Path, threads: Sequence[int], *, seconds: float = 20.0) -> dict[str, Any]:
     """Time the kernels of a kit.
 
     Args:
@@ -161,7 +161,7 @@ def _to_profile(kit: Path, arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Times this machine's kernels.")
     parser.add_argument("output", type=Path, help="the profile, e.g. pi.json")
     parser.add_argument("--threads", type=_numbers, help="default: 1 and one for each core")
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=20.0)
     given = parser.parse_args(arguments)
     if not zipfile.is_zipfile(kit):
         raise InputError("no kit", got=kit, next="penjing measure --kit kit.pyz writes one")
