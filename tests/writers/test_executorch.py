@@ -185,10 +185,11 @@ def test_divided_channels(tmp_path: Path) -> None:
     assert error(ran(model, tmp_path), want) < 5e-3
 
 
-def test_blocks_of_four_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [32, 0])
+def test_blocks_of_four_bits(group: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = model_of(nn.Sequential(nn.Linear(128, 64, bias=False)), torch.randn(5, 128))
-    planes = quantize(model, "0", bits=4, group=32)
+    planes = quantize(model, "0", bits=4, group=group)
     want = model.example["x"].double() @ planes.dequantize().double().T
     # Inputs rounded to 8 bits, scales to bfloat16.
     assert error(ran(model, tmp_path), want) < 0.01

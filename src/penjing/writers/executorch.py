@@ -128,7 +128,7 @@ def closed(model: Model) -> frozenset[str]:
     fixed = {path for path, found in model.activations.items() if found.scale}
     program = _traced(model, fixed)
     codes = {
-        node: program.graph_signature.inputs_to_buffers[node.name].removesuffix(".codes")
+        node: program.graph_signature.inputs_to_buffers[node.name]
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in program.graph_signature.inputs_to_buffers
     }
@@ -136,7 +136,7 @@ def closed(model: Model) -> frozenset[str]:
     for node in program.graph.nodes:
         if _operator(node) != "dequantize_per_channel.default":
             continue
-        path = codes[node.args[0]].removeprefix("module.")
+        path = codes[node.args[0]].removeprefix("module.").removesuffix("codes").rstrip(".")
         for product in node.users:
             # A layer that is called twice is closed where both of its outputs are.
             found[path] = found.get(path, True) and _is_rounded(product)
