@@ -125,5 +125,7 @@ def test_a_fit_in_executorch(data: Dataset, tmp_path: Path) -> None:
     result = run(data, tmp_path / "out", runtime="executorch")
     assert result.runtime == "executorch"
     assert (tmp_path / "out" / "model.pte").stat().st_size == result.after.size_bytes
-    assert formats(result) == {"int8"}
-    assert result.after.size_bytes < result.before.size_bytes / 2
+    # Which is faster is this machine's to say, that both are there is not.
+    bytes_ = [p.size_bytes for p in result.front if "activations = 8" in p.recipe]
+    assert bytes_
+    assert max(bytes_) < result.before.size_bytes / 2
