@@ -1,12 +1,18 @@
-"""Real models and data that packages carry; a test that wants one is skipped without it."""
+"""Real models and data that packages carry, and a device; a test is skipped without its own."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import tarfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,3 +76,61 @@ def stamps() -> tuple[Path, ...]:
     if not found:
         pytest.skip("Debian package tuxpaint-stamps-default is not installed")
     return found
+
+
+_SSHD = """
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/user.pub
+PidFile {folder}/pid
+StrictModes no
+PasswordAuthentication no
+PermitRootLogin yes
+"""
+_SSH = """
+IdentityFile {folder}/user
+IdentitiesOnly yes
+UserKnownHostsFile {folder}/known
+StrictHostKeyChecking accept-new
+LogLevel ERROR
+"""
+
+
+@pytest.fixture(scope="module")
+def device_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of an sshd that takes a key of its own, with an `ssh` before the others that has it."""
+    search = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+    sshd, ssh, keygen = (shutil.which(name, path=search) for name in ("sshd", "ssh", "ssh-keygen"))
+    if not (sshd and ssh and keygen):
+        pytest.skip("no sshd, ssh or ssh-keygen on this machine")
+    folder = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "user"):
+        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, text in (("sshd_config", _SSHD), ("ssh_config", _SSH)):
+        (folder / name).write_text(text.format(folder=folder, port=port))
+    own = folder / "bin" / "ssh"
+    own.parent.mkdir()
+    own.write_text(f'#!/bin/sh\nexec {ssh} -F {folder}/ssh_config "$@"\n')
+    own.chmod(0o755)
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{own.parent}{os.pathsep}{os.environ['PATH']}")
+        try:
+            end = time.monotonic() + 30
+            while True:
+                answer = subprocess.run([own, "-p", str(port), "127.0.0.1", "true"], check=False)
+                if answer.returncode == 0:
+                    break
+                if server.poll() is not None or time.monotonic() > end:
+                    reason = (folder / "log").read_text().strip().splitlines()[-1:]
+                    pytest.skip(f"sshd does not serve here: {reason}")
+                time.sleep(0.2)
+            yield f"ssh://127.0.0.1:{port}?python={sys.executable}"
+        finally:
+            server.terminate()
+            server.wait()

@@ -187,6 +187,9 @@ def sandbox(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def run(words: list[str]) -> None:
     """One command of a document, in this process."""
+    if "executorch" in words:
+        pytest.importorskip("executorch")
+        pytest.importorskip("torchao")
     if words[0] == "make":
         rules = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(rules), words

@@ -36,7 +36,7 @@ from penjing.registry import choices, lookup
 
 __all__ = ["READ_BACK", "TARGETS", "deviation", "export", "file_of", "probes", "tolerance"]
 
-TARGETS = {"onnx": "onnxruntime", "openvino": "openvino"}
+TARGETS = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}
 """The runtime that runs what a writer writes."""
 READ_BACK = ("compressed-tensors", "gguf")
 """Writers whose files no runtime here runs."""

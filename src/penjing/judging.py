@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -23,6 +24,7 @@ from penjing.measure import Candidate, measure_files, physical_cores, quality
 from penjing.model import Model
 from penjing.registry import lookup
 from penjing.result import Result
+from penjing.runtimes._ssh import Host
 from penjing.tasks import find
 from penjing.workers import Where
 
@@ -89,15 +91,24 @@ def measure(
     batch: int | None = None,
     length: int = 128,
     threads: int | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
-    """Size, latency, throughput, memory, and quality on data, of an artifact's exported file."""
+    """Size, latency, throughput, memory, and quality on data, of an artifact's exported file.
+
+    Latency and memory are those of `device`, an `ssh://user@host`; None for this machine.
+    """
+    if device is not None and runtime not in (None, "onnxruntime"):
+        raise UsageError("--runtime with --device", got=runtime, allowed="onnxruntime")
     model = load(os.fspath(artifact))
-    name, path = _exported(Path(artifact), runtime)
-    found = measure_files(
-        [Candidate(path, name, model.parameter_count)], model, length=length, user_batch=batch,
-        threads=threads,
-    )[0].measurement  # fmt: skip
-    table: dict[str, Any] = {"runtime": name, "threads": threads or physical_cores()}
+    name, path = _exported(Path(artifact), "onnxruntime" if device else runtime)
+    with Host(device) if device else contextlib.nullcontext() as host:
+        cores = threads or (physical_cores() if host is None else host.cores)
+        found = measure_files(
+            [Candidate(path, name, model.parameter_count)], model, length=length,
+            user_batch=batch, threads=cores, host=host,
+        )[0].measurement  # fmt: skip
+    table: dict[str, Any] = {"runtime": name, "threads": cores}
+    table |= {"device": device} if device else {}
     table |= asdict(found)
     if data is not None:
         scored = evaluate(artifact, data, task=task, runtime=name, length=length)
@@ -129,6 +140,7 @@ def fit(
     workers: int | None = None,
     ray: str | None = None,
     insecure: bool = False,
+    device: str | None = None,
 ) -> Result:
     """The smallest and fastest artifact within a budget, every number measured by running it.
 
@@ -144,6 +156,8 @@ def fit(
         recover: seconds of distillation of a candidate.
         workers, ray, insecure: where units are surveyed, see `penjing.workers.Where`; a worker
             has `threads` (1) threads.
+        device: a profile of the device that will run it, or `ssh://user@host`; its latency
+            counts. None for this machine.
 
     Raises:
         InputError: unusable model or data, or an output that exists.
@@ -161,13 +175,14 @@ def fit(
     words += ["--calibration", os.fspath(calibration)] if isinstance(calibration, str) else []
     words += [w for k, v in budget.to_json().items() for w in (f"--{k.replace('_', '-')}", f"{v}")]
     chosen = {"metric": task if isinstance(task, str) else None, "runtime": runtime,
-              "weights": loaded.source.details.get("weights"), "threads": threads}  # fmt: skip
+              "weights": loaded.source.details.get("weights"), "threads": threads,
+              "device": device}  # fmt: skip
     chosen |= {k: v for k, v, plain in (("batch", batch, 1), ("length", length, 128),
                ("seed", seed, 0), ("confidence", confidence, 0.95)) if v != plain}  # fmt: skip
     words += [w for k, v in chosen.items() if v is not None for w in (f"--{k}", f"{v}")]
     settings = Settings(
         runtime, batch, length, threads, confidence, seed, recover=recover, where=where,
-        command=shlex.join([*words, "-o", place.name]),
+        command=shlex.join([*words, "-o", place.name]), device=device,
     )  # fmt: skip
     found = find(task, dataset, loaded)
     return _fit(

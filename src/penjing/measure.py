@@ -26,6 +26,7 @@ from penjing.evaluate import Evaluation, Predictor, evaluate
 from penjing.model import Model
 from penjing.result import Latency, Measurement
 from penjing.runtimes._remote import Remote
+from penjing.runtimes._ssh import Host
 from penjing.tasks import Task
 
 __all__ = [
@@ -217,6 +218,7 @@ def measure_files(
     threads: int | None = None,
     runs: int = 60,
     seconds: float = 20.0,
+    host: Host | None = None,
 ) -> list[Measured]:
     """Measure exported files against each other.
 
@@ -227,6 +229,7 @@ def measure_files(
             for decoders the tokens in the cache when one more is computed.
         user_batch: also report latency and throughput (a decoder: tokens) at this batch size.
         threads: None for the physical cores.
+        host: a device to run them on in place of this machine.
         runs: calls a file at most.
         seconds: about how long each of the timings may take, all files together.
 
@@ -241,13 +244,13 @@ def measure_files(
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise UsageError(name, got=value, allowed="at least 1")
-    cores = threads or physical_cores()
+    cores = threads or (physical_cores() if host is None else host.cores)
     length = example.at_most(length)
     text = length if "input_ids" in example.example else None
     sessions: list[Remote] = []
     try:
         for file in files:
-            sessions.append(Remote(file.path, file.runtime, threads=cores))
+            sessions.append(Remote(file.path, file.runtime, threads=cores, host=host))
         prompt = inputs_of(example, batch=batch, length=length)
         calls = [_calls(session, example, prompt) for session in sessions]
         single = _interleave(sessions, calls, runs, seconds)

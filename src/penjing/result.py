@@ -116,7 +116,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Result:
-    """One run; `to_json` gives results.json, whose names docs/artifact.md explains."""
+    """One run; `to_json` gives results.json, whose names docs/artifact.md explains.
+
+    `device` is None where latencies are of the machine that ran it: else `name`, `threads` and
+    whether they were `measured` there; if not, they are predicted from its profile.
+    """
 
     task: str
     metric: str
@@ -136,6 +140,7 @@ class Result:
     higher_is_better: bool = True
     sensitivity: dict[str, dict[str, float]] = field(default_factory=dict)
     bounds: tuple[str, ...] = ()
+    device: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The dictionary that results.json holds."""

@@ -116,6 +116,10 @@ def test_quantize_and_dequantize(weights: Path, tmp_path: Path) -> None:
         ),
         (("quantize", "{d}", "--rotate", "--to", "gguf", "-o", "{d}/o"), "onnx, openvino"),
         (
+            ("quantize", "{d}", "--bits", "3", "--to", "onnx,executorch", "-o", "{d}/o"),
+            "groups of a multiple of 32",
+        ),
+        (
             ("quantize", "{d}", "--bits", "2", "--codes", "trellis", "--to", "onnx", "-o", "{d}/o"),
             "no export",
         ),

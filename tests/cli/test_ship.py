@@ -23,10 +23,35 @@ def test_export_wants_a_target(tmp_path: Path) -> None:
     assert "--to onnx,openvino" in done.stderr
 
 
-def test_profiles_are_not_there_yet(tmp_path: Path) -> None:
-    done = CliRunner().invoke(group, ["measure", str(tmp_path), "--profile", "p.json"])
-    assert done.exit_code == 2
-    assert "--profile" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ([], "measure what"),
+        (["{d}", "--profile", "{d}/p.json"], "go alone"),
+        (["--profile", "{d}/p.json", "--kit", "{d}/k.pyz"], "go alone"),
+        (["--kit", "{d}/k.pyz", "--device", "ssh://host"], "--kit with --device"),
+        (["--profile", "{d}/p.json", "--device", "host"], "address of a device"),
+        (["--profile", "{d}/there"], "exists"),
+        (["--kit", "{d}/none/k.pyz"], "none"),
+    ],
+)
+def test_profiles_and_kits_that_cannot_be(words: list[str], what: str, tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("kept")
+    done = CliRunner().invoke(group, ["measure", *(w.format(d=tmp_path) for w in words)])
+    assert done.exit_code in (1, 2)
+    assert what in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_text() == "kept"
+
+
+def test_a_fit_for_a_device_wants_its_profile(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}")
+    words = [str(tmp_path), "--data", str(tmp_path / "data.jsonl"), "--max-drop", "1%"]
+    more = ["--device", str(tmp_path / "pi.json"), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(group, ["fit", *words, *more])
+    assert done.exit_code == 1
+    assert "no such profile" in done.stderr
 
 
 @pytest.mark.parametrize("verb", ["measure", "verify", "report", "export"])

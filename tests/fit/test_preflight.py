@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from penjing.errors import UsageError
-from penjing.fit import preflight
+from penjing.fit import chains
 from penjing.fit.preflight import Speed, formats, machine, predict
 from penjing.fit.space import FORMATS
+from penjing.runtimes import _profile
 
 openvino_here = True
 try:
@@ -23,7 +24,7 @@ def test_the_machine_is_described(tmp_path: Path) -> None:
     assert found.cores >= 1
     assert 0 < found.memory_bytes < 1 << 50
     assert found.disk_bytes > 0
-    assert set(found.flags) <= set(preflight._FLAGS)
+    assert set(found.flags) <= set(_profile._FLAGS)
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -32,11 +33,9 @@ def test_every_format_computes_the_chain(runtime: str, tmp_path: Path) -> None:
         pytest.skip("OpenVINO is not installed")
     from penjing.registry import lookup
 
-    random = np.random.default_rng(0)
-    weights = preflight._weights(128, 256, random)
+    weights = chains.weights(128, 256)
     assert [w.shape for w in weights[:2]] == [(256, 128), (128, 256)]
-    x = random.standard_normal((9, 128), np.float32)
-    want = x
+    x = want = chains.inputs(9, 128, runtime)["x"]
     for weight in weights:
         want = want @ weight.T
     sizes = {}
@@ -44,7 +43,7 @@ def test_every_format_computes_the_chain(runtime: str, tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         path = folder / lookup("runtimes", runtime, "file")
-        preflight._write(weights, form, runtime, path)
+        chains.write(weights, form, runtime, path)
         got = lookup("runtimes", runtime, "open")(path, threads=1).run({"x": x})
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
         allowed = {"fp32": 1e-4, "int8": 0.15, "w8": 0.05, "w4": 0.6}

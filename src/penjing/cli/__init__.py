@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from penjing.cli.bits import quantize
@@ -48,4 +49,7 @@ def main() -> None:
     # Before torch is there. Threads that spin while they wait take the cores from the runtimes'
     # own, and beside other work a step of training took nine times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What these say when transformers imports them, where they are installed, is for nobody here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     group.main()

@@ -39,6 +39,21 @@ _STORED = (2, 4, 8)
 _TOGETHER = ("additive", "e8", "trellis")
 
 
+def _check_xnnpack(bits: float, group: int, symmetric: bool) -> None:
+    """What `--to executorch` has no kernel for, before the work.
+
+    Raises:
+        UsageError: neither 8 or 7 bits with a scale a row nor 4 bits in groups.
+    """
+    rows, blocks = bits in (7, 8) and not group, bits == 4 and not group % 32
+    if not (symmetric and (rows or blocks)):
+        raise UsageError(
+            "--to executorch",
+            got=f"--bits {bits:g} --group {group}{'' if symmetric else ' --asymmetric'}",
+            allowed="symmetric: 8 or 7 bits, a scale a row; 4, in groups of a multiple of 32",
+        )
+
+
 @click.command()
 @model_options
 @click.option("--bits", type=click.FloatRange(1, 8), default=8, show_default=True)
@@ -187,7 +202,15 @@ def quantize(
             next="leave --to out: Python and the runtime packed run it",
         )  # fmt: skip
 
-    refusing = ("gguf", "compressed-tensors", *(("openvino",) if codes == "power2" else ()))
+    if "executorch" in options["to"]:
+        symmetric = True if symmetric is None else symmetric
+        _check_xnnpack(bits, group, symmetric)
+    refusing = (
+        "gguf",
+        "compressed-tensors",
+        "executorch",
+        *(("openvino",) if codes == "power2" else ()),
+    )
     if codes != "integer" and (held := sorted(set(options["to"]) & set(refusing))):
         raise UsageError(
             f"--codes {codes} with --to", got=", ".join(held),

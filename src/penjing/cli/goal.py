@@ -15,14 +15,13 @@ from penjing.cli.options import (
     data_option,
     json_option,
     model_options,
-    not_yet,
     output_options,
     set_threads,
     size_options,
 )
 from penjing.cli.show import show_json, show_result
 from penjing.cli.spread import worker_options
-from penjing.errors import printable
+from penjing.errors import InputError, printable
 from penjing.files import check_output
 from penjing.result import Result
 
@@ -89,7 +88,11 @@ def demo(output: Path, overwrite: bool, as_json: bool) -> int:
 @click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
 @output_options(journal=False)
 @worker_options
-@not_yet("--device")
+@click.option(
+    "--device",
+    metavar="FILE|ssh://HOST",
+    help="Whose latency counts: a profile (penjing measure --profile), or a device itself.",
+)
 @json_option
 def fit(
     model: str,
@@ -114,6 +117,7 @@ def fit(
     insecure: bool,
     output: Path,
     overwrite: bool,
+    device: str | None,
     as_json: bool,
 ) -> int:
     """Make MODEL as small and fast as your budget asks, measured.
@@ -127,7 +131,12 @@ def fit(
     """
     check_model(model)
     check_output(output, overwrite, (Path(model), Path(data)))
-    set_threads(threads)
+    if device is None:
+        set_threads(threads)
+    elif not device.startswith("ssh:") and not Path(device).is_file():
+        raise InputError(
+            "no such profile of a device", got=device, next="penjing measure --profile writes one"
+        )
     from penjing import api
 
     result = api.fit(
@@ -151,5 +160,6 @@ def fit(
         workers=workers,
         ray=ray,
         insecure=insecure,
+        device=device,
     )
     return finish(result, output, as_json)

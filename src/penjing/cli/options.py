@@ -255,7 +255,7 @@ to_option = click.option(
     type=_Several("writers", without=("artifact",)),
     default=(),
     metavar="NAME,NAME",
-    help="Export too: onnx, openvino, gguf, compressed-tensors.",
+    help="Export too: onnx, openvino, executorch, gguf, compressed-tensors.",
 )
 
 

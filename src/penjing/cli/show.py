@@ -205,6 +205,10 @@ def show_result(result: Result, output: Path) -> None:
     verdict = "within the budget" if result.met else "NOT within the budget"
     click.echo(f"{verdict}; runtime {printable(result.runtime)}, {threads(result.threads)}")
     Console(width=None if Console().is_terminal else 100).print(table)
+    if (device := result.device) is not None:
+        how = "measured on" if device["measured"] else "predicted, not measured, for"
+        name = printable(device.get("processor") or device["name"])
+        click.echo(f"latencies are {how} {name}, {threads(device['threads'])}")
     drop = result.drop
     if drop is not None:
 

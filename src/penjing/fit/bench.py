@@ -8,15 +8,18 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from penjing.data import Dataset
 from penjing.errors import PenjingError, UsageError
 from penjing.evaluate import Evaluation, Predictor, compare
 from penjing.export import TARGETS, export
+from penjing.fit.device import Device
 from penjing.measure import Candidate, Measured, measure_files, median_ratio, quality
 from penjing.model import Model
-from penjing.registry import lookup
+from penjing.registry import constant, lookup
 from penjing.result import Drop, Measurement
+from penjing.runtimes._ssh import Host
 from penjing.tasks import Task
 from penjing.workers import quiet
 
@@ -40,10 +43,12 @@ def runtimes_here(wanted: str | None) -> list[str]:
             )
         if importlib.util.find_spec(wanted) is None:
             raise UsageError(
-                f"runtime {wanted} is not installed", next=f"pip install 'penjing[{wanted}]'"
+                f"runtime {wanted} is not installed",
+                next=f"pip install 'penjing[{constant('runtimes', wanted, 'extra', wanted)}]'",
             )
         return [wanted]
-    return [r for r in WRITERS if importlib.util.find_spec(r) is not None]
+    here = [r for r in WRITERS if importlib.util.find_spec(r) is not None]
+    return [r for r in here if not constant("runtimes", r, "asked_for", False)]
 
 
 @dataclass
@@ -82,6 +87,8 @@ class Bench:
         folder: for exported files; removed by the caller.
         dataset: evaluation data, None for none.
         task: what to measure on it.
+        device: whose latencies count, by its profile; None for this machine's.
+        host: a device to take latencies and memory on, in place of this machine.
     """
 
     folder: Path
@@ -92,6 +99,8 @@ class Bench:
     threads: int
     confidence: float
     seed: int
+    device: Device | None = None
+    host: Host | None = None
     notes: list[str] = field(default_factory=list)
     before: Evaluation | None = None
     original: Exported | None = None
@@ -110,14 +119,31 @@ class Bench:
     def time(self, exports: list[Exported], seconds: float = 8.0) -> list[Measured]:
         """Latency, memory and size of several files, interleaved; beside no other worker."""
         with quiet():
-            return measure_files(
+            found = measure_files(
                 [e.file for e in exports],
                 exports[0].model,
                 batch=self.batch,
                 length=self.length,
                 threads=self.threads,
                 seconds=seconds,
+                host=self.host,
             )
+        if (device := self.device) is None:
+            return found
+        return [
+            device.there(e.model, one, batch=self.batch, length=self.length)
+            for e, one in zip(exports, found, strict=True)
+        ]
+
+    @property
+    def place(self) -> dict[str, Any] | None:
+        """Which device latencies are of, and whether they were taken on it; None for this one."""
+        if self.host is not None:
+            return {"name": self.host.address, "threads": self.threads, "measured": True}
+        if self.device is not None:
+            about = {"name": self.device.name, "processor": self.device.profile.processor}
+            return about | {"threads": self.device.threads, "measured": False}
+        return None
 
     def evaluate(self, exported: Exported, reference: Predictor | None) -> Evaluation | None:
         """The user's metric through the exported file, in a process of its own."""

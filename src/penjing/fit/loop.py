@@ -6,6 +6,7 @@ nearest one is kept and the reason given.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from pathlib import Path
 
 from penjing.apply import apply
 from penjing.data import Dataset
-from penjing.errors import BudgetError, InputError
+from penjing.errors import BudgetError, InputError, UsageError
 from penjing.evaluate import torch_predictor
 from penjing.files import check_output, disk_errors, folder_beside
 from penjing.fit.bench import Bench, Exported, runtimes_here
 from penjing.fit.budget import Budget
 from penjing.fit.check import preflight
 from penjing.fit.choose import uniform
+from penjing.fit.device import Device
 from penjing.fit.explain import bounds, sensitivity
 from penjing.fit.outcome import Made, result_of, write
 from penjing.fit.predict import Predictor
@@ -33,9 +35,13 @@ from penjing.model import Model
 from penjing.progress import task as progress
 from penjing.recipe import Recipe
 from penjing.result import Result
+from penjing.runtimes._ssh import Host
 from penjing.tasks import Task
 
 __all__ = ["fit", "knee"]
+
+# The runtime that kits and workers on devices use.
+_ON_DEVICES = "onnxruntime"
 
 
 def fit(
@@ -72,10 +78,16 @@ def fit(
     if budget.within is not None:  # the survey has a quarter of the time
         settings = replace(settings, recover=min(settings.recover, budget.within / 4))
     data = divide(model, dataset, calibration, task, settings.length, settings.seed, notes)
-    with disk_errors(output), folder_beside(output, "work") as folder:
+    with (
+        disk_errors(output),
+        folder_beside(output, "work") as folder,
+        contextlib.ExitStack() as held,
+    ):
+        device, host, threads = _aimed(settings, held, notes)
+        settings = settings if settings.device is None else replace(settings, runtime=_ON_DEVICES)
         bench = Bench(
-            folder, data.evaluation, task, settings.batch, settings.length,
-            settings.threads or physical_cores(), settings.confidence, settings.seed, notes=notes,
+            folder, data.evaluation, task, settings.batch, settings.length, threads,
+            settings.confidence, settings.seed, device, host, notes,
         )  # fmt: skip
         reference = torch_predictor(model)
         with progress("preflight"):
@@ -139,6 +151,29 @@ def fit(
         )
         write(best.trial.exported, best.recipe, result, output, overwrite, settings.command)
     return result
+
+
+def _aimed(
+    settings: Settings, held: contextlib.ExitStack, notes: list[str]
+) -> tuple[Device | None, Host | None, int]:
+    """The device whose latency counts, and the threads of what is timed."""
+    address = settings.device
+    if address is None:
+        return None, None, settings.threads or physical_cores()
+    if settings.runtime not in (None, _ON_DEVICES):
+        raise UsageError(
+            "--runtime with --device", got=settings.runtime, allowed=_ON_DEVICES,
+            next="leave --runtime out",
+        )  # fmt: skip
+    if address.startswith("ssh:"):
+        host = held.enter_context(Host(address))
+        notes.append(f"latencies and memory were measured on {address}")
+        return None, host, settings.threads or host.cores
+    here = physical_cores()
+    with progress("timing this machine's kernels"):
+        device = Device.load(Path(address), threads=settings.threads, threads_here=here)
+    notes.append(device.describe())
+    return device, None, here
 
 
 def _baselines(

@@ -64,6 +64,7 @@ def result_of(
     return Result(
         task=type(task).__name__.lower(),
         metric=task.metric,
+        device=bench.place,
         runtime=best.trial.exported.runtime,
         threads=bench.threads,
         before=was,

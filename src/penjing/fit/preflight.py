@@ -1,13 +1,11 @@
 """Before the work: what machine this is, which number formats are faster on it, and the cost.
 
-A format's time is measured on a chain of distinct linear layers x @ W1 @ W2 @ ... that
-alternate between [in, out] and [out, in], written by the same code that exports a model and
-run by the same runtimes. Speed-ups are against float32 in the same runtime.
+A format's time is measured on a chain of distinct linear layers (`penjing.fit.chains`). Speed-ups
+are against float32 in the same runtime.
 """
 
 from __future__ import annotations
 
-import platform
 import shutil
 import tempfile
 import time
@@ -16,29 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import psutil
-import torch
-from onnx import TensorProto, helper, numpy_helper
 
 from penjing.errors import PenjingError, UsageError
-from penjing.fit.space import FORMATS, Format
+from penjing.fit import chains
+from penjing.fit.space import FORMATS
 from penjing.measure import physical_cores
-from penjing.planes import IntegerPlanes, Scheme
-from penjing.quantizers import rtn
-from penjing.recipe import ActivationRange
 from penjing.registry import lookup
+from penjing.runtimes._profile import processor
 from penjing.runtimes._worker import settle
-from penjing.writers._onnx_blocks import place
-from penjing.writers._onnx_edit import Graph
-from penjing.writers._onnx_integer import Layer, place_matrices
-from penjing.writers._onnx_uses import Use
 
 __all__ = ["Cost", "Machine", "Speed", "formats", "machine", "predict"]
-
-# Inputs of the chain are normal with variance 1; 4 sigma either side are representable.
-_RANGE = ActivationRange(8 / 255, 128)
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
 
 
 @dataclass(frozen=True)
@@ -88,19 +74,13 @@ class Cost:
 
 def machine(folder: Path = Path()) -> Machine:
     """This machine, and the disk that holds `folder`."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    found: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    flags = set(found.get("flags", found.get("Features", "")).split())
+    name, flags = processor()
     return Machine(
-        processor=found.get("model name", platform.processor() or platform.machine()),
+        processor=name,
         cores=physical_cores(),
         memory_bytes=min(psutil.virtual_memory().available, _allowance()),
         disk_bytes=shutil.disk_usage(folder).free,
-        flags=tuple(flag for flag in _FLAGS if flag in flags),
+        flags=flags,
     )
 
 
@@ -126,7 +106,7 @@ def formats(
 
     Args:
         shapes: (tokens, in, out) of typical layers.
-        runtimes: `onnxruntime`, `openvino`.
+        runtimes: `onnxruntime`, `openvino`, `executorch`.
         threads: None for the physical cores.
         seconds: about how long it may take; each format is run three times at least.
 
@@ -162,21 +142,20 @@ def _measure(
     tokens, inputs, outputs = shape
     opened = lookup("runtimes", runtime, "open")
     file = lookup("runtimes", runtime, "file")
-    random = np.random.default_rng(0)
-    weights = _weights(inputs, outputs, random)
+    weights = chains.weights(inputs, outputs)
     sessions = {}
     with tempfile.TemporaryDirectory() as work:
         for name, form in FORMATS.items():
             path = Path(work) / name / file
             path.parent.mkdir()
             try:
-                _write(weights, form, runtime, path)
+                chains.write(weights, form, runtime, path, tokens=tokens)
                 sessions[name] = opened(path, threads=threads)
             except PenjingError:
                 # A format this runtime lacks is a finding; a runtime that is not there is not.
                 if name == "fp32":
                     raise
-        batch = {"x": random.standard_normal((tokens, inputs), np.float32)}
+        batch = chains.inputs(tokens, inputs, runtime)
         calls: dict[str, list[float]] = {name: [] for name in sessions}
         rounds = 0
         while rounds < 3 or time.monotonic() < end:
@@ -191,85 +170,6 @@ def _measure(
         name: 1e6 * float(np.median(calls[name])) / len(weights) if name in calls else None
         for name in FORMATS
     }
-
-
-def _weights(inputs: int, outputs: int, random: np.random.Generator) -> list[np.ndarray]:
-    """An even number of distinct weights [out, in], [in, out], ...; about 2 M numbers in all."""
-    pairs = max(1, min(4, 1_000_000 // (inputs * outputs)))
-    return [
-        random.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
-        for _ in range(pairs)
-        for shape in ((outputs, inputs), (inputs, outputs))
-    ]
-
-
-def _planes(weight: np.ndarray, form: Format) -> IntegerPlanes | None:
-    if form.options is None:
-        return None
-    options = {k: v for k, v in form.options if k in ("bits", "group", "symmetric")}
-    return rtn.fit(torch.from_numpy(weight), Scheme(**options))
-
-
-def _range(form: Format) -> ActivationRange | None:
-    return _RANGE if "activations" in dict(form.options or ()) else None
-
-
-def _write(weights: list[np.ndarray], form: Format, runtime: str, path: Path) -> None:
-    planes = [_planes(weight, form) for weight in weights]
-    # The float graph holds what the integers stand for, as an edited model's does.
-    values = [
-        weight if part is None else part.dequantize().numpy()
-        for weight, part in zip(weights, planes, strict=True)
-    ]
-    proto = _chain(values)
-    if runtime == "openvino":
-        from penjing.writers import openvino as writer
-
-        ov = writer.require()
-        source = path.parent / "float.onnx"
-        onnx.save(proto, source)
-        graph = ov.convert_model(source)
-        if form.options is not None:
-            parts = zip(values, planes, strict=True)
-            found = [writer.Weight(f"{i}", v, p, _range(form)) for i, (v, p) in enumerate(parts)]
-            writer.compress(graph, found)
-        path.mkdir()
-        ov.save_model(graph, path / "model.xml", compress_to_fp16=False)
-        return
-    graph = Graph(proto)
-    layers = []
-    for index, part in enumerate(planes):
-        if part is None:
-            continue
-        node = next(n for n in graph.nodes if f"w{index}" in n.input)
-        use = Use(node, 1, True, "")
-        found_range = _range(form)
-        if found_range is None:
-            place(graph, f"w{index}", part, [use])
-        else:
-            layers.append(Layer(f"w{index}", use, part, found_range))
-    place_matrices(graph, layers)
-    onnx.save(graph.finish(), path)
-
-
-def _chain(weights: list[np.ndarray]) -> onnx.ModelProto:
-    """x [tokens, in] @ W1.T @ W2.T ..., float32."""
-    names = ["x", *(f"h{i}" for i in range(1, len(weights))), "output"]
-    nodes = [
-        helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]], f"product{i}")
-        for i in range(len(weights))
-    ]
-    ends = [("x", weights[0].shape[1]), ("output", weights[-1].shape[0])]
-    first, last = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", width])
-        for name, width in ends
-    )
-    stored = [
-        numpy_helper.from_array(np.ascontiguousarray(w.T), f"w{i}") for i, w in enumerate(weights)
-    ]
-    graph = helper.make_graph(nodes, "chain", [first], [last], stored)
-    opset = [helper.make_opsetid("", 21)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=10)
 
 
 def predict(

@@ -49,6 +49,7 @@ class Settings:
         patience: seconds after which a found artifact is good enough, where no time was given.
         command: as typed, for the report.
         where: units are surveyed.
+        device: a profile, or ssh://user@host: whose latency counts. None for this machine.
     """
 
     runtime: str | None = None
@@ -62,6 +63,7 @@ class Settings:
     patience: float = 200.0
     command: str = ""
     where: Where = field(default_factory=Where)
+    device: str | None = None
 
 
 @dataclass

@@ -20,6 +20,7 @@ import numpy as np
 
 from penjing import errors
 from penjing.errors import ExportError
+from penjing.runtimes._ssh import Host
 from penjing.runtimes._worker import receive, send
 
 __all__ = ["Remote"]
@@ -32,18 +33,21 @@ class Remote:
         path: the exported file.
         runtime: name in `penjing.runtimes`.
         threads: of the runtime.
+        host: a device that the process runs on in place of this machine.
 
     Raises:
         InputError, UsageError: as the runtime's `open` raises them.
         ExportError: the runtime failed, or its process died.
     """
 
-    def __init__(self, path: Path, runtime: str, *, threads: int) -> None:
+    def __init__(self, path: Path, runtime: str, *, threads: int, host: Host | None = None) -> None:
+        file = str(path.absolute()) if host is None else host.put(path)
+        here = [sys.executable, "-P", "-m", "penjing.runtimes._worker"]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in `close`
         place = str(Path(__file__).parents[2])
         paths = [place, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "penjing.runtimes._worker"],
+            here if host is None else host.worker(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -53,7 +57,7 @@ class Remote:
             self._ask(
                 "open",
                 runtime=runtime.replace("-", "_"),
-                path=str(path.absolute()),
+                path=file,
                 threads=threads,
             )
         except BaseException:
