@@ -13,7 +13,8 @@ seconds of one processor that quantizing took. A dash: the method refuses the fo
 
 Speed: float32's latency over the row's, in the same runtime and run, one thread, batch of 1: 128
 tokens, one token after 128, one image; and the file's size. Neither depends on the method. A dash:
-the runtime has no place for the format.
+the runtime has no place for the format. A star: measured before, in elapsed seconds, and its speed
+on a processor with AVX2 alone.
 
 All rows are kept in bench/results/schemes.json, and the tables beside it and in
 docs/quantization.md are written from all of them. MODEL is minilm, smollm2 or efficientnet; with
@@ -173,6 +174,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rows", default="")
     options = parser.parse_args()
+    if STORE.exists():
+        table(json.loads(STORE.read_text()))
     torch.set_num_threads(1)
     store: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
     measured = {
@@ -221,10 +224,10 @@ def table(store: dict[str, Any]) -> None:
         runtimes = (*WRITERS, "packed")
         text += ["", *heads("format", *(f"{r}, {what}" for r in runtimes for what in ("MB", "x")))]
         for about, own in kept.items():
-            found = next((r["runtimes"] for r in own.values() if "runtimes" in r), None)
+            found = next((r for r in own.values() if "runtimes" in r), None)
             if found:
-                cells = [cell for r in runtimes for cell in speed(found.get(r))]
-                text.append(line(about, *cells))
+                cells = [cell for r in runtimes for cell in speed(found["runtimes"].get(r))]
+                text.append(line(about + "*" * found.get("earlier", False), *cells))
         text.append("")
     tables = "\n".join(text)
     about = [part.replace("\n", " ") for part in (__doc__ or "").split("\n\n")[2:4]]
@@ -247,7 +250,8 @@ def heads(*cells: str) -> list[str]:
 def error(found: dict[str, Any] | None) -> str:
     if found is None:
         return "–"
-    return f"{found['error']:.3g} ± {found['half']:.1g} ({found['seconds']:.0f})"
+    star = "*" * found.get("earlier", False)
+    return f"{found['error']:.3g} ± {found['half']:.1g} ({found['seconds']:.0f}{star})"
 
 
 def speed(found: dict[str, Any] | None) -> tuple[str, str]:
