@@ -309,7 +309,7 @@ def test_every_example_is_listed() -> None:
 def test_the_checks_catch_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong_names("run `penjing bonsai ./x`") == ["penjing bonsai ./x"]
     assert wrong_names("run `penjing cut ./x --sparsity 0.5`") == ["--sparsity"]
-    assert wrong_names("```sh\npenjing fit ./x --device pi\n```\n") == ["--device"]
+    assert wrong_names("```sh\npenjing tune ./x --device pi\n```\n") == ["--device"]
     assert wrong_names("with `--no-such-option` here") == ["--no-such-option"]
     assert wrong_names("with `--max-drop 1%` and `penjing cut ./x --layers 1`") == []
     assert broken_links("[a](nothing.md) [b](#none)\n# Some\n[c](#some)", tmp_path) == [

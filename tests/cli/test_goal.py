@@ -69,12 +69,6 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_fit_wants_a_budget(data: Path) -> None:
-    done = CliRunner().invoke(group, ["fit", ".", "--data", str(data), "-o", "x"])
-    assert done.exit_code == 2
-    assert "--max-drop" in done.stderr
-
-
 def test_fit_does_not_touch_an_existing_output(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

@@ -66,7 +66,7 @@ def test_data_that_is_not_there() -> None:
 
 
 def test_options_that_are_not_there_yet(tmp_path: Path) -> None:
-    error = refused("fit", ".", "--data", str(tmp_path), "--device", "pi", "-o", "x")
+    error = refused("tune", ".", "r", "--data", str(tmp_path), "--device", "pi", "-o", "x")
     assert "--device is not there yet" in error
 
 

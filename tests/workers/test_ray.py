@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -86,3 +87,15 @@ def test_a_cluster_without_a_token_is_refused_unless_it_is_allowed(tmp_path: Pat
     assert "asks for no token: whoever reaches it runs code on it" in refused
     assert "RAY_AUTH_MODE=token" in refused
     assert allowed == "[0, 1, 4]"
+
+
+def test_an_address_where_nothing_listens_is_said(tmp_path: Path) -> None:
+    have_ray()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with (
+        pytest.raises(InputError, match=f"no Ray cluster answers at {address}"),
+        crew(Where(ray=address), tmp_path),
+    ):
+        pass

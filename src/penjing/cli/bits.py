@@ -187,7 +187,8 @@ def quantize(
     if mixed and (codes != "integer" or activations or not options["data"] or bits != int(bits)):
         raise UsageError(
             "--mixed",
-            got=f"--codes {codes}, --bits {bits:g}" + ", --activations" * bool(activations),
+            got=f"--codes {codes}, --bits {bits:g}" + ", --activations" * bool(activations)
+            if options["data"] else "no --data",
             allowed="with --data, whole --bits of integers, and inputs in floats",
         )  # fmt: skip
     if mixed and (held := sorted(set(options["to"]) - set(_ROTATING))):

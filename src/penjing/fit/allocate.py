@@ -45,6 +45,8 @@ Size = tuple[int, int]
 
 GROUPS = (32, 64, 128, 256, 0)
 """Groups that may be chosen."""
+# Divergences of less are the float32 arithmetic's, and better is what is so by more than chance.
+_NOISE, _BETTER = 1e-6, 0.99
 # Of a layer's divergence.
 _POWER = 0.8
 # Of so many batches one is for comparing outputs.
@@ -63,7 +65,7 @@ class Allocation:
     """What was found.
 
     Attributes:
-        step: the step with `widths`.
+        step: the step with `widths`; without any where the uniform size is as good.
         sizes: of every layer, by path.
         uniform, divergence: of the network's outputs on `search`, with one size for all layers
             and with these.
@@ -137,7 +139,7 @@ def allocate(
         tried.add(key)
         evaluations += 1
         distance = far(apply(model, Recipe((_with(step, found),)), calibration).model)
-        if distance < least:
+        if distance < min(least, _BETTER * uniform) and uniform > _NOISE:
             best, least = found, distance
     return Allocation(_with(step, best), best, uniform, least, evaluations)
 

@@ -6,6 +6,7 @@ off its budget, off the shares of its predicted size and latency, and off the ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from penjing.fit.budget import Budget
@@ -32,7 +33,7 @@ def sensitivity(blocks: Sequence[str], found: Survey) -> dict[str, dict[str, flo
     table: dict[str, dict[str, float]] = {}
 
     def put(part: str, option: str, error: float | None) -> None:
-        if error is not None and error < float("inf"):
+        if error is not None and math.isfinite(error):
             table.setdefault(part, {})[option] = error
 
     for name, error in found.tables.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import math
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,7 +84,9 @@ def result_of(
 
 
 def _said(said: Prediction) -> dict[str, float]:
-    return {"size_bytes": said.size, "latency_ms": said.latency * 1e3, "drop": said.drop}
+    found = {"size_bytes": said.size, "latency_ms": said.latency * 1e3, "drop": said.drop}
+    # A part that was never measured is taken for infinitely bad, which is no prediction.
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def public(notes: Iterable[str], model: Model, bench: Bench) -> Iterator[str]:

@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -155,6 +156,7 @@ def crew(where: Where, _: Path) -> Iterator[_Ray]:
             "address of a Ray cluster", got=address, allowed="HOST:PORT of its head, or auto",
             next="run penjing on a node of the cluster, see docs/cluster.md",
         )  # fmt: skip
+    _reach(address)
     if not where.insecure:
         _refuse_open(address)
     import ray
@@ -170,6 +172,25 @@ def crew(where: Where, _: Path) -> Iterator[_Ray]:
         yield _Ray(where.threads)
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Ray itself tries for minutes, and names other addresses than the one that was given.
+
+    Raises:
+        InputError: nothing listens there.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address}",
+            got=getattr(error, "strerror", None) or str(error),
+            next="check the address: penjing runs on a node of the cluster, see docs/cluster.md",
+        ) from error  # fmt: skip
 
 
 def _refuse_open(address: str) -> None:

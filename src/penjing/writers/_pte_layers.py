@@ -155,7 +155,7 @@ def _rounding(
         # Rounded once, and found on the same grid again: a closed layer before it needs the first.
         x = _fixed(divided(x), found)
         if isinstance(layer, nn.Linear):  # [..., in] to [..., in + 2]
-            x = functional.pad(functional.pad(x, (0, 1), value=low), (0, 1), value=high)
+            x = torch.cat([x, torch.tensor([low, high]).expand(*x.shape[:-1], 2)], -1)
         else:  # [batch, in, height, width] to [batch, in + 2, height, width]
             ends = torch.tensor([low, high]).reshape(1, 2, 1, 1)
             x = torch.cat([x, ends.expand(x.shape[0], 2, *x.shape[2:])], 1)
