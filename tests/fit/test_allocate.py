@@ -89,3 +89,14 @@ def test_refusals() -> None:
             allocate(model, step, BATCHES[:7], BATCHES[7:])
     with pytest.raises(InputError, match="one batch"):
         allocated(model, STEP, BATCHES[:1])
+
+
+def test_where_nothing_is_lost_sizes_stay_uniform() -> None:
+    model = net.stack(2, width=32, hidden=48)
+    with torch.no_grad():
+        for block in model.blocks:
+            model.module.get_submodule(f"{block}.down").weight.mul_(1e-3)
+    step = Quantize(bits=8, group=16, targets=("blocks.*",))
+    found = allocate(model, step, BATCHES[:7], BATCHES[7:])
+    assert found.uniform < 1e-6  # what is left is the arithmetic's
+    assert found.step.widths == ()
