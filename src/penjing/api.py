@@ -375,12 +375,13 @@ def quantize(
     loaded = model_of(model)
     if kv_cache is not None:
         check_decoder(loaded)
+    plain = loaded  # what is quantized
+    if (floats or mixed) and has_norms(loaded):
+        plain = _apply(loaded, Recipe((Fold(),))).model
     if floats:
-        plain = _apply(loaded, Recipe((Fold(),))).model if has_norms(loaded) else loaded
         few = batches_of(loaded, data, _FEW, options.get("length", 128))
         step = replace(step, skip=in_floats(plain, few, floats))
     if mixed:
-        plain = _apply(loaded, Recipe((Fold(),))).model if has_norms(loaded) else loaded
         given = {"samples": 128, "length": 128} | options
         batches = batches_of(loaded, data, given["samples"], given["length"])
         step = allocated(plain, step, batches, None if mixed is True else mixed)
