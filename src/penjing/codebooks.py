@@ -34,7 +34,8 @@ def _power2(bits: int) -> Tensor:
     return torch.tensor(numbers[: 2**bits], dtype=torch.int16).unsqueeze(1)
 
 
-def e8_orbits(bits: int) -> list[tuple[int, ...]]:
+@functools.cache
+def e8_orbits(bits: int) -> tuple[tuple[int, ...], ...]:
     """Leaders of the orbits of E8 that make its ball of at most 2**bits points.
 
     Coordinates are doubled, so all are whole, of one parity, and descending. An orbit is a
@@ -58,7 +59,7 @@ def e8_orbits(bits: int) -> list[tuple[int, ...]]:
         if -size <= left:
             left += size
             taken.append(leader)
-    return taken
+    return tuple(taken)
 
 
 def _e8(bits: int) -> Tensor:

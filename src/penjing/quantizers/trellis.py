@@ -15,6 +15,7 @@ found exactly (`walk`). `_WIDTH` columns are walked at once, what they share in 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -47,51 +48,55 @@ def walk(x: np.ndarray, root: np.ndarray, table: np.ndarray, bits: int, node: np
         x: float32 [walks, steps].
         root: float32 [steps], what an error is multiplied by before it is squared.
         table: float32 [entries]; entry = node * 2**bits + code, and its lower part the next node.
+            There are at least 2**bits nodes.
         bits: of a code.
         node: int64 [walks], where each walk starts.
 
     Returns:
         Entries, int64 [walks, steps].
     """
-    # NumPy, as most of the time of so small arrays is spent in calls.
+    by_code = np.ascontiguousarray(table.reshape(-1, 2**bits).T)
+    return _compiled()(x, root, by_code, node)
+
+
+@functools.cache
+def _compiled() -> Any:
+    import numba
+
+    return numba.njit(_viterbi)
+
+
+def _viterbi(x: Any, root: Any, by_code: Any, node: Any) -> Any:
+    # by_code [ways, nodes]. A node is a walk's oldest code (its lane) and the others (its place).
     walks, steps = x.shape
-    ways = 2**bits
-    nodes = len(table) // ways
-    rest = max(nodes // ways, 1)
-    lanes = ways if nodes > 1 else 1
-    by_code = np.ascontiguousarray(table.reshape(nodes, ways).T)  # [code, node]
-    x = (x * root).astype(np.float32)
-    cost = np.full((steps + 1, walks, nodes), np.inf, np.float32)
-    cost[0, np.arange(walks), node] = 0
-    error = np.empty((walks, ways, nodes), np.float32)
-    from_where = error.reshape(walks, ways, lanes, rest)  # a node's oldest code, and its others
-    least = np.empty((walks, ways, rest), np.float32)
-    for j in range(steps):
-        np.subtract(x[:, j, None, None], by_code * root[j], out=error)
-        np.multiply(error, error, out=error)
-        np.add(error, cost[j][:, None], out=error)
-        np.copyto(least, from_where[:, :, 0])
-        for lane in range(1, lanes):
-            np.minimum(least, from_where[:, :, lane], out=least)
-        cost[j + 1] = least.transpose(0, 2, 1).reshape(walks, -1)[:, :nodes]
-    return _back(x, root, table, cost, ways)
-
-
-def _back(
-    x: np.ndarray, root: np.ndarray, table: np.ndarray, cost: np.ndarray, ways: int
-) -> np.ndarray:
-    """Entries on the way back from the last node of least cost."""
-    walks, nodes = cost.shape[1:]
-    row = np.arange(walks)
-    before = np.arange(ways) * nodes
-    entries = np.empty(x.shape, np.int64)
-    node = cost[-1].argmin(1)
-    for j in range(len(root) - 1, -1, -1):
-        some = before + node[:, None]  # [walks, ways], all entries that lead here
-        error = x[:, j, None] - table[some] * root[j]
-        total = error * error + cost[j][row[:, None], some // ways]
-        entries[:, j] = some[row, total.argmin(1)]
-        node = entries[:, j] // ways
+    ways, nodes = by_code.shape
+    places = nodes // ways
+    entries = np.empty((walks, steps), np.int64)
+    lanes = np.empty((steps, ways, places), np.uint8)
+    cost, after = np.empty(nodes, np.float32), np.empty(nodes, np.float32)
+    for walk in range(walks):
+        cost[:] = np.inf
+        cost[node[walk]] = 0
+        for j in range(steps):
+            size, target = root[j], x[walk, j] * root[j]
+            for way in range(ways):
+                own, best = by_code[way], lanes[j, way]
+                best[:] = 0
+                least = np.full(places, np.inf, np.float32)
+                for lane in range(ways):
+                    for place in range(places):
+                        before = lane * places + place
+                        error = target - own[before] * size
+                        total = error * error + cost[before]
+                        if total < least[place]:
+                            least[place], best[place] = total, lane
+                after[way::ways] = least
+            cost, after = after, cost
+        end = cost.argmin()
+        for j in range(steps - 1, -1, -1):
+            place, way = divmod(end, ways)
+            end = lanes[j, way, place] * places + place
+            entries[walk, j] = end * ways + way
     return entries
 
 
