@@ -105,15 +105,17 @@ def _learn(weight: Tensor, grid: Grid, gram: Tensor, rounds: int, rate: float) -
             scale, zero = base * ratio, _straight(below / ratio).clamp(0, top)
         size, place = (grids.spread(t, grid.group, weight.shape[1]) for t in (scale, zero))
         codes = (_straight(weight / size + offset) + place).clamp(0, top)
-        total = _feedback.loss(((codes - place) * size - weight) * unit, gram)  # [rows]
+        error = ((codes - place) * size - weight) * unit
         with torch.no_grad():
+            pull = error @ gram  # half of the slope: the product is needed once
+            total = (pull * error).sum(1)  # [rows]
             better = (total < least).unsqueeze(1)
             new = zip((codes, scale, zero), best, strict=True)
             best = [torch.where(better, now, was) for now, was in new]
             least = torch.minimum(total, least)
         if turn == rounds:
             break
-        slopes = torch.autograd.grad(total.sum(), learnt, materialize_grads=True)
+        slopes = torch.autograd.grad((pull * error).sum(), learnt, materialize_grads=True)
         with torch.no_grad():
             for value, slope, ends in zip(learnt, slopes, limits, strict=True):
                 value.sub_(slope.sign(), alpha=rate * (1 - turn / rounds)).clamp_(*ends)
