@@ -109,3 +109,16 @@ def test_recovery_leaves_the_front_and_is_nearer_behind_it() -> None:
         assert bool(moved & kept) == free
         found[free] = far.exact(made, seen)
     assert max(found.values()) < far.exact(student, seen)
+
+
+def test_the_front_is_trained_in_the_second_half_of_the_way() -> None:
+    model, student, data = cut("llama", patch="none")
+    kept = front_of(model, student, data[0]).names
+    for steps, moves in ((1, False), (2, True)):
+        # A decay would show that it is held, not only that it has no slope.
+        step = Recover(seconds=0, steps=steps, lr=1e-3, warmup=0.0, front=True, l2=1.0, hidden=1.0)
+        made = apply(student, Recipe((step,)), data[:1], original=model).model
+        old, new = dict(student.parameters()), dict(made.parameters())
+        moved = {name for name in old if not torch.equal(old[name], new[name])}
+        assert moved - kept
+        assert bool(moved & kept) == moves

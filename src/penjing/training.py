@@ -167,9 +167,10 @@ def descend(
         total = together.total(total)
         if not math.isfinite(total):
             raise InputError("the loss is not finite", got=total, next="lower lr")
-        together.sum_gradients([p for p in trained if not sharding.is_divided(p)])
+        moving = [p for p in trained if p.requires_grad]
+        together.sum_gradients([p for p in moving if not sharding.is_divided(p)])
         if how.clip:
-            nn.utils.clip_grad_norm_(trained, how.clip)
+            nn.utils.clip_grad_norm_(moving, how.clip)
         down.step()
         step += 1
         yield Taken(done, total, down)

@@ -75,7 +75,10 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
     help="Looks at held-out data, of 20, without a gain that end it.",
 )
 @click.option(
-    "--front", is_flag=True, default=None, help="Train what stands before the first edit too."
+    "--front",
+    is_flag=True,
+    default=None,
+    help="Half way, begin to train what stands before the first edit too.",
 )
 @click.option(
     "--shard", is_flag=True, default=None, help="Divide the network between torchrun's processes."

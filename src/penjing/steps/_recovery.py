@@ -91,14 +91,13 @@ class Trained:
                 parameter.requires_grad_(True)
         return kinds
 
-    def inside(self, block: str) -> Trained:
-        """What of it stands in one block."""
-        head = f"{block}."
+    def only(self, wanted: Callable[[str], bool]) -> Trained:
+        """The part of it with the names that are wanted."""
         return Trained(
             self.student,
-            {n: p for n, p in self.floats.items() if n.startswith(head)},
-            {n: p for n, p in self.factors.items() if n.startswith(head)},
-            {n: p for n, p in self.grids.items() if n.startswith(head)},
+            {n: p for n, p in self.floats.items() if wanted(n)},
+            {n: p for n, p in self.factors.items() if wanted(n)},
+            {n: p for n, p in self.grids.items() if wanted(n)},
         )
 
     def weight(self, name: str) -> Tensor:
@@ -126,7 +125,7 @@ def curve_of(losses: Sequence[float]) -> Tensor:
 
 
 def train(
-    what: Trained, batches: Sequence[Batch], value: Callable[[Batch], Tensor],
+    what: Trained, batches: Sequence[Batch], value: Callable[[Batch, float], Tensor],
     judged: Callable[[], float], *, lr: float, steps: int, seconds: float, seed: int,
     optimizer: str, descent: Descent, penalty: Penalty, patience: int, start: float,
     checkpoint: Checkpoint,
@@ -134,7 +133,7 @@ def train(
     """Go down, and leave what is best in place.
 
     Args:
-        value: the loss of a batch.
+        value: the loss of a batch, and the share of the way that is done.
         judged: of held-out batches.
         patience: looks without a gain that end it; 0 for no looks, then the last is kept.
         start: `judged` before.
@@ -148,8 +147,9 @@ def train(
     checkpoint.notes = {"losses": [], "look": 0, "best": start, "stale": 0}
     checkpoint.tensors = {}
 
-    def whole(batch: Batch, _: float) -> Tensor:
-        return value(batch) + penalty(what.matrices()) if penalty else value(batch)
+    def whole(batch: Batch, done: float) -> Tensor:
+        found = value(batch, done)
+        return found + penalty(what.matrices()) if penalty else found
 
     with curve("recover") as show:
         for taken in descend(

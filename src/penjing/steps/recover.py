@@ -38,6 +38,9 @@ __all__ = ["Recover"]
 _SPARE = 1.5
 # Most of the time that goes to blocks on their own.
 _BLOCKS = 0.5
+# Share of the way on which a front that is trained is held: steps behind it cost half as much,
+# and gain as much at first.
+_HELD = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ class Recover:
         block_steps: steps on the output of each block, one after the other, before those on the
             whole; see `penjing.steps._blockwise`.
         rank: of what float matrices move by; 0 for matrices that move freely.
-        front: train the blocks in front of the first edit too. Without, they stay what they are,
-            and so does what feeds them: see `penjing.front`.
+        front: train the blocks in front of the first edit too, from the middle of the way on.
+            Until then, and without it all the way, they stay what they are, and so does what
+            feeds them: see `penjing.front`.
         shard: divide the trained network between the processes of `torchrun`, see
             `penjing.sharding`.
     """
@@ -130,8 +134,9 @@ class Recover:
         student, teacher = unit.model.copy(), unit.original
         batches, test = held_out(by_length(student, unit.batches, self.seed))
         front = self._front(teacher, student, batches)
-        far = Objective(
-            teacher, self.loss, hidden=self.hidden, precision=self.precision, front=front.count
+        held, far = (
+            Objective(teacher, self.loss, hidden=self.hidden, precision=self.precision, front=count)
+            for count in (front.count, 0)
         )
 
         def judged() -> float:
@@ -140,18 +145,25 @@ class Recover:
 
         before = judged()
         look = time.monotonic() - begun
-        what = self._trained(student, teacher, front)
+        what = self._trained(student, teacher, Front() if self.front else front)
+        behind = what.only(lambda name: name not in front.names)
         left = self._left(begun, look, unit.deadline)
         if self.block_steps:
             blockwise(
-                what, teacher, batches, lr=self.lr, steps=self.block_steps,
+                behind, teacher, batches, lr=self.lr, steps=self.block_steps,
                 seconds=_BLOCKS * left / max(1, len(student.blocks)), seed=self.seed,
                 optimizer=self.optimizer, descent=self._descent(), path=unit.checkpoint,
                 precision=self.precision,
             )  # fmt: skip
             left = self._left(begun, look, unit.deadline)
+
+        def value(batch: Batch, done: float) -> Tensor:
+            free = self.front and done >= _HELD
+            (what if free else behind).groups(self.lr)
+            return (far if free else held)(student, batch)
+
         losses, after = train(
-            what, batches, lambda batch: far(student, batch), judged, lr=self.lr,
+            what, batches, value, judged, lr=self.lr,
             steps=self.steps, seconds=left, seed=self.seed,
             optimizer=self.optimizer, descent=self._descent(),
             penalty=Penalty(self.l1, self.l2, self.group), patience=self.patience if test else 0,
@@ -170,7 +182,7 @@ class Recover:
         return matches(name, self.targets)
 
     def _front(self, teacher: Model, student: Model, batches: list[Batch]) -> Front:
-        if self.front or self.shard:
+        if self.shard:
             return Front()
         return front_of(teacher, student, {n: x[:1] for n, x in batches[0].items()})
 
