@@ -9,12 +9,12 @@ Calibration: 240 sentences, 8 windows of 256 tokens, 64 stamps: little, so that 
 in hours; the tables of one model (quantization.py, smollm2.py, cnn.py) have more. Weights of the
 blocks, of the CNN all. `rtn`, `clip` and `hqq` see no data, except that 8-bit inputs get their
 ranges from it; with `gptq` other codes than integers are in error feedback. In brackets the
-seconds of one processor that quantizing took. A dash: the method refuses the format.
+seconds of one processor that quantizing took. A dash: the method refuses the format; `adaround` is
+run for the CNN alone, `autoround` on SmolLM2 for 4 bits and fewer.
 
 Speed: float32's latency over the row's, in the same runtime and run, one thread, batch of 1: 128
 tokens, one token after 128, one image; and the file's size. Neither depends on the method. A dash:
-the runtime has no place for the format. A star: measured before, in elapsed seconds, and its speed
-on a processor with AVX2 alone.
+the runtime has no place for the format.
 
 All rows are kept in bench/results/schemes.json, and the tables beside it and in
 docs/quantization.md are written from all of them. MODEL is minilm, smollm2 or efficientnet; with
@@ -63,6 +63,8 @@ WRITERS = {"onnxruntime": ("onnx", "model.onnx"), "openvino": ("openvino", "open
 DOCUMENT = HERE.parent / "docs" / "quantization.md"
 MARKS = "<!-- tables of bench/schemes.py -->", "<!-- end of the tables -->"
 METHODS = ("rtn", "clip", "hqq", "awq", "gptq", "autoround", "adaround")
+# What one method is run for: the CNN that it was made for, and what needs it most.
+ONLY = {"adaround": "^efficientnet", "autoround": r"^(?!smollm2\|[865])"}
 # A model, calibration, evaluation, and the error of each sample by outputs and float32's.
 Case = tuple[Model, list[Batch], list[Batch], Callable[[Tensor, Tensor], Tensor]]
 
@@ -187,7 +189,8 @@ def main() -> None:
         plain = write(one[0], WORK / f"{name}-float32")
         for method, (about, step) in product(METHODS, schemes(one[0].is_image).items()):
             key = f"{name}|{about}|{method}"
-            if (options.missing and key in store) or not re.search(options.rows, key):
+            asked = all(re.search(p, key) for p in (options.rows, ONLY.get(method, "")))
+            if (options.missing and key in store) or not asked:
                 continue
             try:
                 found, made = row(one, replace(step, method=method), wanted)
@@ -224,10 +227,10 @@ def table(store: dict[str, Any]) -> None:
         runtimes = (*WRITERS, "packed")
         text += ["", *heads("format", *(f"{r}, {what}" for r in runtimes for what in ("MB", "x")))]
         for about, own in kept.items():
-            found = next((r for r in own.values() if "runtimes" in r), None)
+            found = next((r["runtimes"] for r in own.values() if "runtimes" in r), None)
             if found:
-                cells = [cell for r in runtimes for cell in speed(found["runtimes"].get(r))]
-                text.append(line(about + "*" * found.get("earlier", False), *cells))
+                cells = [cell for r in runtimes for cell in speed(found.get(r))]
+                text.append(line(about, *cells))
         text.append("")
     tables = "\n".join(text)
     about = [part.replace("\n", " ") for part in (__doc__ or "").split("\n\n")[2:4]]
@@ -250,8 +253,7 @@ def heads(*cells: str) -> list[str]:
 def error(found: dict[str, Any] | None) -> str:
     if found is None:
         return "–"
-    star = "*" * found.get("earlier", False)
-    return f"{found['error']:.3g} ± {found['half']:.1g} ({found['seconds']:.0f}{star})"
+    return f"{found['error']:.3g} ± {found['half']:.1g} ({found['seconds']:.0f})"
 
 
 def speed(found: dict[str, Any] | None) -> tuple[str, str]:
