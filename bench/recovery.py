@@ -14,8 +14,8 @@ texts and evaluating are not among them. Two ways down with the same optimizer: 
 from a greedy cut with its linear patch, hidden states beside the output, the blocks in front of the
 cut held for half of the way (`--front`); and plain distillation on the output, all blocks, from the
 plain drop by block influence (ShortGPT). Both have 1,500 sentences of each kind, in turn. Of the
-first, two other ways were seen on this evaluation: the front held all the way, 750 sentences of each
-kind (0.0610 and 0.0564 after 173 CPU-seconds), and never held (0.0572 and 0.0520 after 228).
+first, two other ways were seen on this evaluation: the front held all the way, 750 sentences of
+each kind (0.0610 and 0.0564 after 173 CPU-seconds), and never held (0.0572 and 0.0520 after 228).
 `two-bits` was measured before steps became cheaper, on the first three kinds.
 """
 
