@@ -111,7 +111,7 @@ def test_recovery_leaves_the_front_and_is_nearer_behind_it() -> None:
     assert max(found.values()) < far.exact(student, seen)
 
 
-def test_the_front_is_trained_in_the_second_half_of_the_way() -> None:
+def test_the_front_is_trained_later_on() -> None:
     model, student, data = cut("llama", patch="none")
     kept = front_of(model, student, data[0]).names
     for steps, moves in ((1, False), (2, True)):

@@ -78,7 +78,7 @@ _SCHEDULES = ("cosine", "linear", "constant", "one-cycle")
     "--front",
     is_flag=True,
     default=None,
-    help="Half way, begin to train what stands before the first edit too.",
+    help="From a quarter of the way on, train what stands before the first edit too.",
 )
 @click.option(
     "--shard", is_flag=True, default=None, help="Divide the network between torchrun's processes."

@@ -40,7 +40,7 @@ _SPARE = 1.5
 _BLOCKS = 0.5
 # Share of the way on which a front that is trained is held: steps behind it cost half as much,
 # and gain as much at first.
-_HELD = 0.5
+_HELD = 0.25
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Recover:
         block_steps: steps on the output of each block, one after the other, before those on the
             whole; see `penjing.steps._blockwise`.
         rank: of what float matrices move by; 0 for matrices that move freely.
-        front: train the blocks in front of the first edit too, from the middle of the way on.
+        front: train the blocks in front of the first edit too, from a quarter of the way on.
             Until then, and without it all the way, they stay what they are, and so does what
             feeds them: see `penjing.front`.
         shard: divide the trained network between the processes of `torchrun`, see
