@@ -10,11 +10,11 @@ were chosen on sentences of the training's kinds, glosses kept from the training
 rate a second time after a first figure about movies was seen (6e-4: 0.1293 after 50 CPU-seconds,
 0.0604 after 229), as that of `two-bits`; plain distillation has 2e-4 (4e-4: 0.1451 after 25).
 CPU-seconds are of one thread, from the start of the cut to the last step; reading and tokenizing
-texts and evaluating are not among them. Two ways down with the same optimizer: `recover`
-from a greedy cut with its linear patch, hidden states beside the output, the blocks in front of the
-cut held for a quarter of the way (`--front`); and plain distillation on the output, all blocks, from the
-plain drop by block influence (ShortGPT). Both have 1,500 sentences of each kind, in turn. Of the
-first, two other ways were seen on this evaluation: the front held all the way, 750 sentences of
+texts and evaluating are not among them. Two ways down with the same optimizer: `recover` from a
+greedy cut with its linear patch, hidden states beside the output, the blocks in front of the cut
+held for a quarter of the way (`--front`); and plain distillation on the output, all blocks, from
+the plain drop by block influence (ShortGPT). Both have 1,500 sentences of each kind, in turn. Of
+the first, two other ways were seen on this evaluation: the front held all the way, 750 sentences of
 each kind (0.0610 and 0.0564 after 173 CPU-seconds), and never held (0.0572 and 0.0520 after 228).
 `two-bits` was measured before steps became cheaper, on the first three kinds.
 """
