@@ -292,6 +292,9 @@ def test_an_artifact_is_measured_evaluated_and_exported(artifact: Path, data: Pa
 def test_an_artifact_without_the_export(artifact: Path, model: Model, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no export for this runtime.*allowed: onnxruntime"):
         penjing.measure(artifact, runtime="openvino")
+    for runtime in ("openvino", "executorch"):
+        with pytest.raises(InputError, match=f"penjing export .* --to {runtime}, or"):
+            penjing.measure(artifact, runtime=runtime)
     penjing.save(penjing.prune(model, 0.5), tmp_path / "bare")
     with pytest.raises(InputError, match=r"nothing is exported.*penjing export"):
         penjing.measure(tmp_path / "bare")

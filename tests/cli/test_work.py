@@ -211,6 +211,23 @@ def test_an_empty_data_file(bert: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cut.journal").exists()
 
 
+def test_a_length_that_the_network_does_not_take_is_not_measured(
+    bert: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["quantize", str(bert), "--bits", "8", "--to", "onnx", "-o", str(output)]
+    done = CliRunner().invoke(group, arguments)
+    assert done.exit_code == 0, done.stderr
+    done = CliRunner().invoke(group, ["measure", str(output), "--length", "33"])
+    assert done.exit_code == 2
+    assert "got 33 tokens; allowed: up to 32" in done.stderr
+    assert done.stderr.count("\n") == 1
+    # Without a length the usual 128 become those 32.
+    done = CliRunner().invoke(group, ["measure", str(output), "--threads", "1", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["latency_ms"]["length"] == 32
+
+
 def test_from_a_model_to_a_measured_artifact(bert: Path, tmp_path: Path) -> None:
     texts, output = tmp_path / "texts.jsonl", tmp_path / "small"
     words = "abcdefghijklmnopqrstuvwxy"
