@@ -232,6 +232,12 @@ def test_the_first_layers_stay_in_floats(model: Model, data: Path) -> None:
         penjing.quantize(model, 8, activations=8, floats=0.5)
 
 
+def test_bits_by_layer_say_how_many_samples_they_need(model: Model, data: Path) -> None:
+    with pytest.raises(InputError, match=r"got one batch, of 8 samples.*at least 9 samples"):
+        penjing.quantize(model, 4, mixed=True, data=data, samples=8)
+    assert penjing.quantize(model, 4, mixed=True, data=data, samples=9).planes
+
+
 def test_the_method_follows_the_data(model: Model, data: Path) -> None:
     plain, same = penjing.quantize(model, 4), penjing.quantize(model, 4, method="rtn", data=data)
     better = penjing.quantize(model, 4, data=data)

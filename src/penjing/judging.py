@@ -108,7 +108,7 @@ def measure(
     model = load(os.fspath(artifact))
     if length is not None and "input_ids" in model.example and model.at_most(length) < length:
         raise UsageError(
-            "length", got=f"{length} tokens", allowed=f"up to {model.longest}, as the network takes",
+            "length", got=f"{length} tokens", allowed=f"up to {model.longest}, what it takes",
             next="choose a smaller --length",
         )  # fmt: skip
     length = model.at_most(128) if length is None else length
