@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from penjing import profiles
 from penjing.data import Dataset
 from penjing.errors import InputError, UsageError
 from penjing.evaluate import evaluate as _evaluate
@@ -178,6 +179,8 @@ def fit(
     budget = Budget(max_drop, max_size, max_latency, max_memory, within)
     place = Path(output)
     check_output(place, overwrite)
+    if device is not None and not device.startswith("ssh:"):
+        profiles.read(Path(device), threads)
     loaded = model_of(model)
     length = loaded.at_most(length)
     dataset = dataset_of(data)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from penjing import profiles
 from penjing.cli.options import (
     RATIO,
     SIZE,
@@ -133,10 +134,13 @@ def fit(
     check_output(output, overwrite, (Path(model), Path(data)))
     if device is None:
         set_threads(threads)
-    elif not device.startswith("ssh:") and not Path(device).is_file():
-        raise InputError(
-            "no such profile of a device", got=device, next="penjing measure --profile writes one"
-        )
+    elif not device.startswith("ssh:"):
+        if not Path(device).is_file():
+            raise InputError(
+                "no such profile of a device", got=device,
+                next="penjing measure --profile writes one",
+            )  # fmt: skip
+        profiles.read(Path(device), threads)
     from penjing import api
 
     result = api.fit(
