@@ -232,6 +232,12 @@ def test_the_first_layers_stay_in_floats(model: Model, data: Path) -> None:
         penjing.quantize(model, 8, activations=8, floats=0.5)
 
 
+def test_bits_by_layer_say_how_many_samples_they_need(model: Model, data: Path) -> None:
+    with pytest.raises(InputError, match=r"got one batch, of 8 samples.*at least 9 samples"):
+        penjing.quantize(model, 4, mixed=True, data=data, samples=8)
+    assert penjing.quantize(model, 4, mixed=True, data=data, samples=9).planes
+
+
 def test_the_method_follows_the_data(model: Model, data: Path) -> None:
     plain, same = penjing.quantize(model, 4), penjing.quantize(model, 4, method="rtn", data=data)
     better = penjing.quantize(model, 4, data=data)
@@ -292,6 +298,9 @@ def test_an_artifact_is_measured_evaluated_and_exported(artifact: Path, data: Pa
 def test_an_artifact_without_the_export(artifact: Path, model: Model, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no export for this runtime.*allowed: onnxruntime"):
         penjing.measure(artifact, runtime="openvino")
+    for runtime in ("openvino", "executorch"):
+        with pytest.raises(InputError, match=f"penjing export .* --to {runtime}, or"):
+            penjing.measure(artifact, runtime=runtime)
     penjing.save(penjing.prune(model, 0.5), tmp_path / "bare")
     with pytest.raises(InputError, match=r"nothing is exported.*penjing export"):
         penjing.measure(tmp_path / "bare")

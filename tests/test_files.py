@@ -15,12 +15,31 @@ from penjing.errors import InputError
 from penjing.files import (
     check_output,
     folder_beside,
+    holds_work,
+    kept_in,
     read_json,
     sha256,
     whole_file,
     whole_folder,
     write_json,
 )
+
+
+@pytest.mark.parametrize(
+    ("file", "there"),
+    [
+        ("00-whole.safetensors", True),
+        ("00-training.shards/000000005/notes.json", True),
+        ("00-training.shards/000000005/shard.safetensors", False),  # torn: its notes come last
+        ("journal.jsonl", False),
+        ("00-whole.part", False),
+    ],
+)
+def test_what_there_is_to_go_on_from(file: str, there: bool, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("x")
+    assert holds_work(tmp_path) is there
+    assert (kept_in(tmp_path) == "nothing is kept") is not there
 
 
 def test_what_another_run_wrote_meanwhile_stays(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ ROOT = Path(penjing.__file__).parent
 LAYERS = [
     ["errors"],
     ["units", "registry", "files", "packing", "scheme", "codebooks", "ggufnames",
-     "processor", "rotation", "cache", "indices", "together"],
+     "processor", "rotation", "cache", "indices", "together", "silence",
+     "profiles"],
     ["scales", "bitmask", "sharding", "workers"],
     ["stored"],
     ["planes", "result"],

@@ -29,7 +29,7 @@ from penjing.batching import rebatched
 from penjing.calibrate import Stream, Unit, units_of
 from penjing.edits import perform
 from penjing.errors import InputError
-from penjing.files import sync, write_tensors
+from penjing.files import kept_in, sync, write_tensors
 from penjing.gradients import slopes
 from penjing.graph import is_weighted
 from penjing.model import Batch, Model
@@ -266,8 +266,7 @@ class Journal:
             return
         tensors, text = pack(edits)
         path = self.folder / f"{step:02d}-{unit.replace('/', '_')}.safetensors"
-        kept = "finished blocks are kept"
-        write_tensors(path, tensors, {"edits": text}, "the journal's file", kept)
+        write_tensors(path, tensors, {"edits": text}, "the journal's file")
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             entry = {"step": step, "unit": unit, "file": path.name, "sha256": digest}
@@ -279,7 +278,7 @@ class Journal:
             raise InputError(
                 f"cannot write the journal {self.folder}",
                 got=error,
-                next=f"free disk space and run again; {kept}",
+                next=f"free disk space and run again; {kept_in(self.folder)}",
             ) from error
 
 

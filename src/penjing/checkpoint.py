@@ -73,8 +73,7 @@ class Checkpoint:
             self._last = time.monotonic()
             return
         text = json.dumps(said)
-        kept = "the last checkpoint is kept"
-        write_tensors(self.path, whole, {"training": text}, "the checkpoint", kept)
+        write_tensors(self.path, whole, {"training": text}, "the checkpoint")
         self._last = time.monotonic()
 
     def load(

@@ -33,6 +33,7 @@ from penjing.graph import is_weighted
 from penjing.load import load
 from penjing.model import Batch, Model
 from penjing.registry import choices, lookup
+from penjing.silence import unheard
 
 __all__ = ["READ_BACK", "TARGETS", "deviation", "export", "file_of", "probes", "tolerance"]
 
@@ -172,7 +173,8 @@ def _sensitivity(model: Model) -> float:
 def _runner(model: Model, target: str, path: Path, threads: int) -> Callable[[Batch], np.ndarray]:
     """The output of the file at `path`, as an array."""
     if target in TARGETS:
-        session = lookup("runtimes", TARGETS[target], "open")(path, threads=threads)
+        with unheard():
+            session = lookup("runtimes", TARGETS[target], "open")(path, threads=threads)
         return lambda batch: np.asarray(session.run({n: x.numpy() for n, x in batch.items()}))
     if target == "gguf":
         twin = load(str(path))

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "check_output", "disk_errors", "fingerprint", "folder_beside", "held", "read_json", "sha256",
-    "sync", "whole_file", "whole_folder", "write_json", "write_tensors",
+    "check_output", "disk_errors", "fingerprint", "folder_beside", "held", "holds_work",
+    "kept_in", "read_json", "sha256", "sync", "whole_file", "whole_folder", "write_json",
+    "write_tensors",
 ]  # fmt: skip
 
 
@@ -176,16 +177,16 @@ def whole_file(output: Path, write: Callable[[Path], object], overwrite: bool = 
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str], what: str, kept: str
+    path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str], what: str
 ) -> None:
     """Replace a safetensors file, whole or not at all; what was there stays until then.
 
     Args:
         notes: of its header.
-        what, kept: for the error: what it is, and what of earlier work is left.
+        what: for the error: what it is.
 
     Raises:
-        InputError: the disk is full, or the folder is gone.
+        InputError: the disk is full, or the folder cannot be written.
     """
     from safetensors.torch import save_file  # torch takes a second
 
@@ -200,8 +201,19 @@ def write_tensors(
         raise InputError(
             f"cannot write {what} {path}",
             got=error,
-            next=f"free disk space and run again; {kept}",
+            next=f"free disk space or name another folder, and run again; {kept_in(path.parent)}",
         ) from error
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a journal or a cache has something whole, or a checkpoint, to go on from."""
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.shards/*/notes.json"))
+
+
+def kept_in(folder: Path) -> str:
+    """The same as a clause for errors."""
+    there = f"what was finished before is kept in {folder}"
+    return there if holds_work(folder) else "nothing is kept"
 
 
 def write_json(path: Path, value: Any) -> None:

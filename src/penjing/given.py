@@ -18,7 +18,13 @@ from penjing.model import Batch, Model
 from penjing.tasks import find
 from penjing.tasks.classification import classes_of
 
-__all__ = ["Later", "Place", "batches_of", "dataset_of", "edited", "model_of", "need", "network_of"]
+__all__ = [
+    "BATCH", "Later", "Place", "batches_of", "dataset_of", "edited", "model_of", "need",
+    "network_of",
+]  # fmt: skip
+
+BATCH = 8
+"""Samples of a calibration batch."""
 
 Place = str | os.PathLike[str]
 
@@ -112,13 +118,13 @@ def batches_of(
     dataset = prepare(given, model, length).spread(samples)
     known = align(dataset, model).labels if classes else None
     if dataset.kind != "text":
-        return _labelled(encode(dataset, model, length=length, batch=8), known)
+        return _labelled(encode(dataset, model, length=length, batch=BATCH), known)
     # Texts of one length go together, so that little of a batch is padding; the batches in
     # random order, because steps hold out the first or the last.
     sizes = [len(text) for text in dataset.samples]
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
     known = None if known is None else known[order]
-    batches = _labelled(encode(dataset.subset(order), model, length=length, batch=8), known)
+    batches = _labelled(encode(dataset.subset(order), model, length=length, batch=BATCH), known)
     return [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
 
 

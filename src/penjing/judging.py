@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from penjing import profiles
 from penjing.data import Dataset
 from penjing.errors import InputError, UsageError
 from penjing.evaluate import evaluate as _evaluate
@@ -41,10 +42,11 @@ def _exported(artifact: Path, runtime: str | None) -> tuple[str, Path]:
         if path.exists():
             there[name] = path
     if not there or (runtime is not None and runtime not in there):
+        target = next((t for t, runs in TARGETS.items() if runs == runtime), "onnx")
         raise InputError(
             "the artifact has no export for this runtime" if runtime else "nothing is exported",
             got=runtime or artifact, allowed=", ".join(there) or None,
-            next=f"penjing export {artifact} --to onnx, or --runtime packed",
+            next=f"penjing export {artifact} --to {target}, or --runtime packed",
         )  # fmt: skip
     name = runtime or _measured_runtime(artifact) or next(iter(there))
     return (name, there[name]) if name in there else next(iter(there.items()))
@@ -89,17 +91,28 @@ def measure(
     data: Dataset | Place | None = None,
     task: Any = None,
     batch: int | None = None,
-    length: int = 128,
+    length: int | None = None,
     threads: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Size, latency, throughput, memory, and quality on data, of an artifact's exported file.
 
-    Latency and memory are those of `device`, an `ssh://user@host`; None for this machine.
+    Args:
+        length: tokens of a text; without one 128, or as many as the network takes.
+        device: whose latency and memory, an `ssh://user@host`; None for this machine.
+
+    Raises:
+        UsageError: a length that the network does not take.
     """
     if device is not None and runtime not in (None, "onnxruntime"):
         raise UsageError("--runtime with --device", got=runtime, allowed="onnxruntime")
     model = load(os.fspath(artifact))
+    if length is not None and "input_ids" in model.example and model.at_most(length) < length:
+        raise UsageError(
+            "length", got=f"{length} tokens", allowed=f"up to {model.longest}, what it takes",
+            next="choose a smaller --length",
+        )  # fmt: skip
+    length = model.at_most(128) if length is None else length
     name, path = _exported(Path(artifact), "onnxruntime" if device else runtime)
     with Host(device) if device else contextlib.nullcontext() as host:
         cores = threads or (physical_cores() if host is None else host.cores)
@@ -166,6 +179,8 @@ def fit(
     budget = Budget(max_drop, max_size, max_latency, max_memory, within)
     place = Path(output)
     check_output(place, overwrite)
+    if device is not None and not device.startswith("ssh:"):
+        profiles.read(Path(device), threads)
     loaded = model_of(model)
     length = loaded.at_most(length)
     dataset = dataset_of(data)

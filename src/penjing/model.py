@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,9 +146,9 @@ class Model:
         """Whether the inputs are images."""
         return "pixel_values" in self.example
 
-    @property
+    @cached_property
     def gives_numbers(self) -> bool:
-        """Whether a sample's output is one number: a regression, or a score."""
+        """Whether a sample's output is one number: a regression, or a score. Runs it once."""
         if self.interface in ("causal", "embedding", "weights"):
             return False
         with torch.no_grad():

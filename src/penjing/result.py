@@ -142,6 +142,11 @@ class Result:
     bounds: tuple[str, ...] = ()
     device: dict[str, Any] | None = None
 
+    @property
+    def limited(self) -> bool:
+        """Whether a limit was asked for, other than the time of the work."""
+        return any(name != "within" and value is not None for name, value in self.budget.items())
+
     def to_json(self) -> dict[str, Any]:
         """The dictionary that results.json holds."""
         return {"format": FORMAT} | asdict(self)

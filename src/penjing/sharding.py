@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from penjing import together
 from penjing.errors import InputError
-from penjing.files import read_json, sync, whole_file, write_json
+from penjing.files import kept_in, read_json, sync, whole_file, write_json
 
 __all__ = ["divide", "is_divided", "like", "load", "save", "whole"]
 
@@ -100,7 +100,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], notes: Mapping[
         raise InputError(
             f"cannot write the checkpoint {made}",
             got=str(error).splitlines()[0],
-            next="free disk space and run again; the last checkpoint is kept",
+            next=f"free disk space and run again; {kept_in(folder.parent)}",
         ) from error
 
 

@@ -17,7 +17,10 @@ from penjing.errors import InputError, UsageError
 from penjing.model import Batch
 from penjing.optimizers import Group, check_optimizer, check_schedule, optimizer_of, schedule
 
-__all__ = ["Descent", "Taken", "check_optimizer", "descend", "held_out", "schedule"]
+__all__ = ["UNJUDGED", "Descent", "Taken", "check_optimizer", "descend", "held_out", "schedule"]
+
+UNJUDGED = "kept unjudged: of a single sample none is held out, give more data"
+"""What is to be said where `held_out` leaves nothing to judge by."""
 
 
 @dataclass(frozen=True)

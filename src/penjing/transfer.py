@@ -10,6 +10,7 @@ each alone or together.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from penjing.load import load
 from penjing.model import Batch, Model
 from penjing.structure import derive
 from penjing.tasks import find
-from penjing.training import check_optimizer
+from penjing.training import UNJUDGED, check_optimizer
 from penjing.transferring.aim import Aim
 from penjing.transferring.depth import by_cka
 from penjing.transferring.distil import distil, keep_masks
@@ -147,7 +148,9 @@ def transfer(
         aim = Aim(made, old, wanted, matched, blocks, temperature=temperature, kept=kept)
         done = distil(made, aim, batches, steps=steps, seconds=within, lr=lr, seed=seed,
                       optimizer=optimizer)  # fmt: skip
-        tell(f"{done.steps} steps, held-out loss {done.before:.4g} to {done.after:.4g}")
+        judged = math.isfinite(done.before)
+        losses = f"held-out loss {done.before:.4g} to {done.after:.4g}" if judged else UNJUDGED
+        tell(f"{done.steps} steps, {losses}")
     return made
 
 

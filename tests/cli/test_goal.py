@@ -62,6 +62,18 @@ def test_json_is_one_object(tmp_path: Path) -> None:
     assert (table["met"], table["output"], table["format"]) == (False, str(tmp_path), 1)
 
 
+def test_fit_and_tune_say_the_same_of_what_they_share() -> None:
+    """Their own are those of one of them alone; the runtimes they begin with differ."""
+    fit, tune = ({p.name: p.to_info_dict() for p in group.commands[v].params}
+                 for v in ("fit", "tune"))  # fmt: skip
+    shared = {"calibration", "task", "max_drop", "max_size", "max_latency", "runtime", "within",
+              "batch", "length", "threads", "seed", "confidence", "data"}  # fmt: skip
+    assert shared <= fit.keys() & tune.keys()
+    for name in shared:
+        differing = {key for key, value in fit[name].items() if tune[name][key] != value}
+        assert differing == {"runtime": {"help"}, "data": {"required"}}.get(name, set())
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "eval.jsonl"

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import click
@@ -16,6 +17,8 @@ from penjing import __version__
 from penjing.cli import group
 from penjing.cli.group import Group
 from penjing.errors import BudgetError
+
+ROOT = Path(__file__).parents[2]
 
 
 def penjing(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +49,52 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
     verbs = re.findall(r"^  ([a-z]+)  ", done.stdout, re.MULTILINE)
     wanted = "demo fit inspect evaluate prune shrink cut quantize recover apply tune transfer"
     assert verbs == [*wanted.split(), "export", "measure", "verify", "report"]
+
+
+@pytest.mark.parametrize("name", ["penjing.cli", "click", "penjing.cli.tune"])
+def test_ctrl_c_amid_the_imports_is_one_line(name: str) -> None:
+    code = """
+import os, signal, sys
+class Now:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Now())
+from penjing.__main__ import main
+main()
+"""
+    words = [sys.executable, "-c", code, name]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "penjing: error: interrupted\n"
+
+
+def test_a_ctrl_c_that_a_shell_holds_back_stays_so() -> None:
+    code = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.argv = ["penjing", "--version"]
+from penjing.__main__ import main
+try:
+    main()
+finally:
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"penjing {__version__}\n"), done.stderr
+
+
+def test_the_entry_point_stands_before_what_takes_long_to_import() -> None:
+    code = """
+import sys
+before = set(sys.modules)
+import penjing.__main__
+print(*set(sys.modules) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"typing", "click", "penjing.cli"} & set(done.stdout.split())
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    assert script == {"penjing": "penjing.__main__:main"}
 
 
 def test_version() -> None:

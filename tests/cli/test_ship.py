@@ -1,5 +1,7 @@
 """Verbs on artifacts refuse what is not one."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,28 @@ def test_a_fit_for_a_device_wants_its_profile(tmp_path: Path) -> None:
     done = CliRunner().invoke(group, ["fit", *words, *more])
     assert done.exit_code == 1
     assert "no such profile" in done.stderr
+
+
+def test_a_broken_profile_is_told_before_any_work(tmp_path: Path) -> None:
+    """No reader takes this folder, and no network is needed to see what is wrong."""
+    (tmp_path / "data.jsonl").write_text("{}")
+    (tmp_path / "pi.json").write_text('{"format": 1}')
+    code = """
+import sys
+from penjing.cli import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules
+"""
+    words = ["fit", str(tmp_path), "--data", str(tmp_path / "data.jsonl"), "--max-drop", "1%"]
+    more = ["--device", str(tmp_path / "pi.json"), "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, *more], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("penjing: error: not a profile of a device; got ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", ["measure", "verify", "report", "export"])

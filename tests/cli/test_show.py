@@ -61,6 +61,25 @@ def test_a_drop_is_in_its_own_unit(
     assert text in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("budget", "notes", "verdict"),
+    [
+        ({"max_size": 2000}, (), "within the budget"),
+        ({"within": 60.0}, (), "no limits were given"),
+        ({}, ("a note", "no limits were given: the knee of 5 measured points"),
+         "no limits were given: the knee of 5 measured points"),
+    ],
+)  # fmt: skip
+def test_without_a_budget_nothing_is_within_it(
+    budget: dict[str, float], notes: tuple[str, ...], verdict: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    side = Measurement(1000, 100, 80.0, Latency(1.0, 2.0, 1, None), 5000, None)
+    found = Result("t", "kl", "onnxruntime", 1, side, side, None, budget, True, None, notes=notes)
+    show_result(found, tmp_path)
+    assert capsys.readouterr().out.splitlines()[0] == f"{verdict}; runtime onnxruntime, 1 thread"
+
+
 def test_what_there_was_no_time_for_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -113,6 +115,38 @@ def test_what_does_not_help_is_said(place: Path) -> None:
     assert status == 0
     assert "no better on held-out data" in error
     assert _off(place, "same") == _off(place, "cut")
+
+
+def test_what_a_single_sample_cannot_judge_is_kept_with_a_word(place: Path) -> None:
+    arguments = ("recover", place / "cut", "--data", place / "x.npz", "--steps", 3)
+    for samples in (1, 8):
+        output = place / f"of{samples}"
+        status, _, error = invoke(*arguments, "--samples", samples, "-o", output)
+        assert status == 0, error
+        alone = samples == 1
+        assert error.count("kept unjudged") == alone
+        page = (output / "report.html").read_text()
+        assert ("kept unjudged" in page) is alone
+        assert ("held-out loss" in page) is not alone
+
+
+def test_a_full_disk_keeps_no_blocks_of_a_training(place: Path) -> None:
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, old[1]))
+        status, _, error = invoke(
+            "recover", place / "cut", "--data", place / "x.npz", "--steps", 40, "--lr", 0.003,
+            "-o", place / "o",
+        )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert status == 1
+    assert "free disk space" in error
+    assert "nothing is kept" in error
+    assert error.count("kept") == 1
+    assert not list(place.glob("o*"))
 
 
 def test_refusals(place: Path) -> None:

@@ -1,6 +1,7 @@
 """A teacher and a student from a file of the user's, on the command line."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,27 @@ def test_without_json_it_says_what_came_out(place: Path) -> None:
     assert status == 0
     assert "parameters" in out
     assert "2 of 4 blocks" in error
+
+
+def test_what_a_single_sample_cannot_judge_is_kept_with_a_word(place: Path) -> None:
+    status, _, error = invoke(place, "--steps", "2", "--samples", "1")
+    assert status == 0, error
+    assert "2 steps, kept unjudged" in error
+    assert "nan" not in error
+
+
+def test_a_cache_that_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "file").write_text("x")
+    status, _, error = invoke(place, "--steps", "2", "--cache", str(place / "file" / "cache"))
+    assert status == 1
+    assert "cache cannot be written" in error
+    assert "--cache" in error
+    # A read-only folder, also where the tests are the superuser's.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    status, _, error = invoke(place, "--steps", "2", "--cache", str(place / "cache"))
+    assert status == 1
+    assert "read-only; next: name another folder with --cache" in error
+    assert not (place / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,47 @@ def test_heads_that_onnxruntime_cannot_keep_in_integers_are_refused_before_the_w
     assert "heads of 12 at model.layers.0.self_attn" in made.stderr
 
 
+@pytest.mark.parametrize(
+    ("group_size", "target", "allowed"),
+    [
+        ("20", "onnx", "multiples of 16"),
+        ("20", "onnx,openvino", "multiples of 16"),
+        ("20", "compressed-tensors", "what divides the inputs"),
+        ("40", "onnx", None),  # of 32 inputs it is the whole row
+        ("16", "onnx", None),
+        ("20", "openvino", None),
+    ],
+)
+def test_groups_that_an_export_cannot_hold_are_refused_before_the_work(
+    group_size: str, target: str, allowed: str | None, bert: Path, tmp_path: Path
+) -> None:
+    # Data that no network could read: what is refused before the work does not look at it.
+    (tmp_path / "d.jsonl").write_text("not JSON")
+    arguments = ["quantize", str(bert), "--bits", "4", "--group", group_size, "--to", target]
+    arguments += ["--targets", "*query", "--data", str(tmp_path / "d.jsonl")]
+    done = CliRunner().invoke(group, [*arguments, "-o", str(tmp_path / "out")])
+    if allowed is None:
+        assert done.exit_code == 1
+        assert "d.jsonl" in done.stderr
+        return
+    assert done.exit_code == 2
+    assert "got 20 of 32 inputs at encoder.layer.0.attention.self.query" in done.stderr
+    assert allowed in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"bert", "d.jsonl"}
+
+
+def test_a_network_in_floats_is_quantized_for_compressed_tensors(
+    bert: Path, tmp_path: Path
+) -> None:
+    arguments = ["quantize", str(bert), "--bits", "4", "--group", "16"]
+    more = ["--to", "compressed-tensors", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(group, [*arguments, *more])
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "out/compressed-tensors/config.json").read_text())
+    (found,) = config["quantization_config"]["config_groups"].values()
+    assert found["weights"]["group_size"] == 16
+
+
 def test_cut_says_what_went(bert: Path, tmp_path: Path) -> None:
     data = tmp_path / "texts.jsonl"
     lines = (json.dumps({"text": " ".join("abcdefghij"[i : i + 5])}) for i in range(6))
@@ -209,6 +250,23 @@ def test_an_empty_data_file(bert: Path, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "cut").exists()
     assert not (tmp_path / "cut.journal").exists()
+
+
+def test_a_length_that_the_network_does_not_take_is_not_measured(
+    bert: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["quantize", str(bert), "--bits", "8", "--to", "onnx", "-o", str(output)]
+    done = CliRunner().invoke(group, arguments)
+    assert done.exit_code == 0, done.stderr
+    done = CliRunner().invoke(group, ["measure", str(output), "--length", "33"])
+    assert done.exit_code == 2
+    assert "got 33 tokens; allowed: up to 32" in done.stderr
+    assert done.stderr.count("\n") == 1
+    # Without a length the usual 128 become those 32.
+    done = CliRunner().invoke(group, ["measure", str(output), "--threads", "1", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["latency_ms"]["length"] == 32
 
 
 def test_from_a_model_to_a_measured_artifact(bert: Path, tmp_path: Path) -> None:

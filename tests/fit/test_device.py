@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from penjing import profiles
 from penjing.errors import InputError, UsageError
 from penjing.fit import device as devices
-from penjing.fit.device import Device, Product, Profile, parse, products, read
+from penjing.fit.device import Device, products
 from penjing.fit.space import FORMATS
 from penjing.measure import Measured
 from penjing.model import Model, Source
 from penjing.planes import Scheme
+from penjing.profiles import Product, Profile, parse, read
 from penjing.quantizers import rtn
 from penjing.recipe import ActivationRange
 from penjing.result import Latency, Measurement
@@ -111,6 +113,10 @@ def test_what_is_no_profile_is_told(change: dict[str, Any], tmp_path: Path) -> N
             read(path)
     with pytest.raises(InputError, match="not a profile"):
         read(tmp_path / "none.json")
+
+
+def test_a_profile_has_the_formats_of_a_fit() -> None:
+    assert set(profiles.FORMATS) == set(FORMATS)
 
 
 def test_threads_must_be_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,6 +378,15 @@ def test_a_missing_file_is_said(artifact: Path, name: str) -> None:
     assert not (artifact / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("budget", "state"),
+    [({}, "Measured:"), ({"within": 300.0}, "Measured:"), ({"max_drop": 0.01}, "Budget met:")],
+)
+def test_a_budget_is_met_where_there_is_one(budget: dict[str, float], state: str) -> None:
+    page = page_of(replace(samples.minilm(), budget=budget))
+    assert re.findall(r'<span class="state">(.*?)</span>', page) == [state]
+
+
 def test_the_time_asked_for_has_a_unit() -> None:
     result = replace(samples.minilm(), budget={"max_drop": 0.01, "within": 300.0})
     page = render(result, title="t", recipe_toml="", command="").replace("\u00a0", " ")

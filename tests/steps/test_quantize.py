@@ -316,6 +316,7 @@ def test_targets_and_skip() -> None:
 
 def test_layers_of_other_bits_and_groups() -> None:
     step = Quantize(bits=3, widths=("blocks.1.*=2/4", "blocks.*.up=5"))
+    assert step._sizes is step._sizes  # read once, not for every layer
     made = apply(net.stack(), Recipe((step,)), net.arrays()).model
     found = {n: (p.bits, p.group) for n, p in made.planes.items() if n.startswith("blocks.")}
     assert found == {

@@ -76,4 +76,8 @@ def test_the_metric_that_sees_the_output(outputs: int, metric: str) -> None:
     example = {"pixel_values": torch.randn(2, 4)}
     model = Model(module.eval(), "image", example, Source("factory", "here", "0"))
     assert Fidelity().bind(model).metric == metric
-    assert model.suited_loss == {"error": "mse", "kl": "kl"}[metric]
+    runs: list[object] = []
+    module.register_forward_hook(lambda *_: runs.append(1))
+    for asked in (model, model, model.copy()):
+        assert asked.suited_loss == {"error": "mse", "kl": "kl"}[metric]
+    assert not runs  # `bind` has asked before

@@ -1,5 +1,6 @@
 """The .pte against torch and against integers computed in float64, in ExecuTorch's own runtime."""
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,21 @@ def test_what_has_no_kernel_is_refused_by_its_name(tmp_path: Path) -> None:
     refused(model, tmp_path, r"each\.weight: a grouped Conv2d with inputs in floats")
     fix(model, "each", 0, 6)  # what follows reads its output in floats
     refused(model, tmp_path, r"each\.weight: .*not rounded")
+
+
+def test_an_export_says_nothing_of_its_own(tmp_path: Path) -> None:
+    """In a fresh process: the runtime looks at the processor once, and tells of each look."""
+    code = """
+import pathlib, sys, torch
+from penjing.export import export
+from penjing.model import Model, Source
+model = Model(torch.nn.Linear(3, 2), "tensor", {"x": torch.ones(2, 3)}, Source("factory", "", ""))
+export(model, pathlib.Path(sys.argv[1]), ["executorch"])
+"""
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "model.pte").is_file()
 
 
 def test_without_executorch_the_extra_is_named(

@@ -45,7 +45,7 @@ for _command in (
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """What `penjing.__main__` runs."""
     # Before torch is there. Threads that spin while they wait take the cores from the runtimes'
     # own, and beside other work a step of training took nine times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

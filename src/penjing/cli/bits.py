@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ __all__ = ["quantize"]
 _ROTATING = ("onnx", "openvino")
 # Bits that those store as they are.
 _STORED = (2, 4, 8)
+# Groups of linear layers that an export holds, as well as the whole row.
+_GROUPS: dict[str, tuple[Callable[[int, int], bool], str]] = {
+    "onnx": (lambda group, _: group % 16 == 0, "multiples of 16"),
+    "gguf": (lambda group, _: group % 32 == 0, "multiples of 32"),
+    "compressed-tensors": (lambda group, inputs: inputs % group == 0, "what divides the inputs"),
+}
 # Codes of several weights at once, which no export holds.
 _TOGETHER = ("additive", "e8", "trellis")
 
@@ -223,6 +230,8 @@ def quantize(
 
         if kv_cache and options["to"]:
             _check_heads(loaded.model)
+        if group and set(options["to"]) & set(_GROUPS):
+            _check_groups(loaded.model, group, targets, options["to"])
         return api.quantize(loaded, bits, **more)
 
     technique(
@@ -252,6 +261,24 @@ def quantize(
         ],
         **options,
     )
+
+
+def _check_groups(model: Any, group: int, targets: tuple[str, ...], to: Sequence[str]) -> None:
+    """Before the work: groups that an export cannot hold, where a row has more than one."""
+    from torch import nn
+
+    from penjing.steps._select import matches
+
+    for path, layer in model.module.named_modules():
+        if not isinstance(layer, nn.Linear) or not matches(path, targets):
+            continue
+        for name in to:
+            holds, allowed = _GROUPS.get(name, (None, ""))
+            if holds and group < layer.in_features and not holds(group, layer.in_features):
+                raise UsageError(
+                    f"--group with --to {name}", got=f"{group} of {layer.in_features} inputs at "
+                    f"{path}", allowed=f"{allowed}; 0 is the whole row",
+                )  # fmt: skip
 
 
 def _check_heads(model: Any) -> None:

@@ -6,18 +6,15 @@ from pathlib import Path
 
 import click
 
+from penjing import profiles
+from penjing.cli.judged import judged_options
 from penjing.cli.options import (
-    RATIO,
     SIZE,
-    TIME,
-    Leaf,
     check_model,
-    data_option,
     json_option,
     model_options,
     output_options,
     set_threads,
-    size_options,
 )
 from penjing.cli.show import show_json, show_result
 from penjing.cli.spread import worker_options
@@ -67,25 +64,8 @@ def demo(output: Path, overwrite: bool, as_json: bool) -> int:
 
 @click.command()
 @model_options
-@data_option(required=True, help="Your data: .jsonl .csv .parquet .npz or an image folder.")
-@data_option(name="--calibration", help="Calibration data.  [default: split off --data]")
-@click.option(
-    "--metric",
-    "--task",
-    "task",
-    type=Leaf("tasks"),
-    help="Quality measure.  [default: what fits the model and its data]",
-)
-@click.option("--max-drop", type=RATIO, metavar="1%", help="Quality that may be lost.")
-@click.option("--max-size", type=SIZE, metavar="25MB", help="Of the exported model on disk.")
-@click.option("--max-latency", type=TIME, metavar="20ms", help="Of one call, median.")
+@judged_options(data=True, runtime="the faster one, measured")
 @click.option("--max-memory", type=SIZE, metavar="500MB", help="Of the process, peak.")
-@click.option("--runtime", type=Leaf("runtimes"), help="Default: the faster one, measured.")
-@click.option("--within", type=TIME, metavar="30m", help="Time this command may take.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@size_options
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
 @output_options(journal=False)
 @worker_options
 @click.option(
@@ -133,10 +113,13 @@ def fit(
     check_output(output, overwrite, (Path(model), Path(data)))
     if device is None:
         set_threads(threads)
-    elif not device.startswith("ssh:") and not Path(device).is_file():
-        raise InputError(
-            "no such profile of a device", got=device, next="penjing measure --profile writes one"
-        )
+    elif not device.startswith("ssh:"):
+        if not Path(device).is_file():
+            raise InputError(
+                "no such profile of a device", got=device,
+                next="penjing measure --profile writes one",
+            )  # fmt: skip
+        profiles.read(Path(device), threads)
     from penjing import api
 
     result = api.fit(

@@ -36,6 +36,7 @@ __all__ = [
     "targets_option",
     "threads_option",
     "to_option",
+    "together",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -111,7 +112,9 @@ def _existing(_: click.Context, param: click.Parameter, value: str | None) -> st
     return value
 
 
-def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, shown in this order."""
+
     def decorate(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -127,7 +130,7 @@ def not_yet(*names: str) -> Callable[[F], F]:
         if value is not None:
             raise UsageError(f"{param.opts[0]} is not there yet", next="leave it out")
 
-    return _together(
+    return together(
         *(
             click.option(name, expose_value=False, callback=refuse, hidden=True, metavar="TEXT")
             for name in names
@@ -137,7 +140,7 @@ def not_yet(*names: str) -> Callable[[F], F]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
-model_options = _together(
+model_options = together(
     click.argument("model", metavar="MODEL"),
     click.option(
         "--weights",
@@ -155,7 +158,7 @@ def data_option(
     return click.option(name, metavar="PATH", required=required, callback=_existing, help=help)
 
 
-learn_options = _together(
+learn_options = together(
     click.option(
         "--learn",
         type=Leaf("constraints"),
@@ -195,7 +198,7 @@ def learning(options: dict[str, Any]) -> dict[str, Any]:
 
 def descent_options(lr: float) -> Callable[[F], F]:
     """Gradient descent on weights: how many steps, how long each, and by what."""
-    return _together(
+    return together(
         click.option(
             "--steps", type=click.IntRange(1), help="At the most; without a time, as many as these."
         ),
@@ -213,7 +216,7 @@ threads_option = click.option(
     "--threads", type=click.IntRange(1), help="Default: one for each core."
 )
 
-size_options = _together(
+size_options = together(
     click.option(
         "--length",
         type=click.IntRange(1),
@@ -229,7 +232,7 @@ def data_options(
     *, required: bool = False, samples: int = 128, seed: int | None = 0
 ) -> Callable[[F], F]:
     """Calibration data of a single technique."""
-    return _together(
+    return together(
         data_option(
             required=required,
             help="Calibration data: .jsonl .csv .parquet .npz or an image folder.",
@@ -261,7 +264,7 @@ to_option = click.option(
 
 def output_options(journal: bool = True) -> Callable[[F], F]:
     """`-o`, `--overwrite`, and where a killed run goes on from."""
-    common = _together(
+    common = together(
         click.option(
             "-o",
             "--output",
@@ -273,7 +276,7 @@ def output_options(journal: bool = True) -> Callable[[F], F]:
     )
     if not journal:
         return common
-    return _together(
+    return together(
         common,
         click.option(
             "--journal",

@@ -13,7 +13,7 @@ from penjing.cli.options import (
     check_model,
     data_option,
     json_option,
-    size_options,
+    threads_option,
     to_option,
 )
 from penjing.cli.show import show_json, show_pairs
@@ -66,7 +66,12 @@ def export(artifact: str, to: tuple[str, ...], as_json: bool) -> None:
 @data_option(help="Measure the quality through the exported file too.")
 @click.option("--metric", "--task", "task", type=Leaf("tasks"))
 @click.option("--batch", type=click.IntRange(1), help="A second batch size, with throughput.")
-@size_options
+@click.option(
+    "--length",
+    type=click.IntRange(1),
+    help="Tokens a sample, for text.  [default: 128, or as many as the network takes]",
+)
+@threads_option
 @click.option("--device", metavar="ssh://HOST", help="Run there; the latency is the device's.")
 @click.option(
     "--profile",
@@ -86,7 +91,7 @@ def measure(
     data: str | None,
     task: str | None,
     batch: int | None,
-    length: int,
+    length: int | None,
     threads: int | None,
     device: str | None,
     profile: Path | None,

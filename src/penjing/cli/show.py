@@ -203,7 +203,12 @@ def show_result(result: Result, output: Path) -> None:
     for row in rows:
         table.add_row(*(printable(cell) for cell in row))
     verdict = "within the budget" if result.met else "NOT within the budget"
-    click.echo(f"{verdict}; runtime {printable(result.runtime)}, {threads(result.threads)}")
+    if result.met and not result.limited:
+        open_ended = "no limits were given"  # a note of fit says what was taken then
+        verdict = next((n for n in result.notes if n.startswith(open_ended)), open_ended)
+    click.echo(
+        f"{printable(verdict)}; runtime {printable(result.runtime)}, {threads(result.threads)}"
+    )
     Console(width=None if Console().is_terminal else 100).print(table)
     if (device := result.device) is not None:
         how = "measured on" if device["measured"] else "predicted, not measured, for"

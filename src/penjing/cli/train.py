@@ -147,7 +147,9 @@ def _several() -> Iterator[None]:
 
 
 def _unhelped(before: Any, after: Any) -> list[str]:
+    from penjing.training import UNJUDGED
+
     if len(after.curves) > len(before.curves):
-        return []
+        return [f"what was learned is {UNJUDGED}"] * (UNJUDGED in after.curves[-1]["why"])
     return ["what was learned is no better on held-out data, so weights are as they were; "
             "try a lower --lr, more time or more --samples"]  # fmt: skip

@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from penjing.cli.goal import finish
+from penjing.cli.judged import judged_options
 from penjing.cli.options import (
-    RATIO,
-    SIZE,
-    TIME,
-    Leaf,
     check_model,
-    data_option,
     json_option,
     model_options,
     not_yet,
     output_options,
     set_threads,
-    size_options,
 )
 from penjing.cli.show import show_json, show_pairs
 from penjing.cli.spread import worker_options
@@ -44,15 +39,7 @@ __all__ = ["tune"]
     metavar="STEP.OPTION=VALUES",
     help="LOW..HIGH[:log|:int|:STEP] or a|b|c, of a step of the recipe; may repeat.",
 )
-@data_option(help="Your data: .jsonl .csv .parquet .npz or an image folder.")
-@data_option(name="--calibration", help="Calibration data.  [default: split off --data]")
-@click.option(
-    "--metric",
-    "--task",
-    "task",
-    type=Leaf("tasks"),
-    help="Quality measure.  [default: what fits the model and its data]",
-)
+@judged_options(data=False, runtime="onnxruntime")
 @click.option(
     "--objective",
     multiple=True,
@@ -62,11 +49,6 @@ __all__ = ["tune"]
     help="quality, size, latency; several give a front; or file.py:function of a recipe.",
 )
 @click.option("--trials", type=click.IntRange(1), default=40, show_default=True)
-@click.option("--within", type=TIME, metavar="20m", help="Time this command may take.")
-@click.option("--max-drop", type=RATIO, metavar="1%", help="Quality that may be lost.")
-@click.option("--max-size", type=SIZE, metavar="25MB", help="Of the exported model on disk.")
-@click.option("--max-latency", type=TIME, metavar="20ms", help="Of one call, median.")
-@click.option("--runtime", type=Leaf("runtimes"), help="Default: onnxruntime.")
 @click.option(
     "--samples",
     type=click.IntRange(1),
@@ -74,10 +56,6 @@ __all__ = ["tune"]
     show_default=True,
     help="Calibration samples used, at the most.",
 )
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@size_options
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
 @click.option("--storage", metavar="URL", help="A database for the trials, e.g. sqlite:///t.db.")
 @output_options()
 @click.option(

@@ -15,7 +15,7 @@ import click
 from penjing.cli.options import check_model, set_threads
 from penjing.cli.show import count, folder_size, show_json, show_pairs
 from penjing.errors import UsageError, printable
-from penjing.files import check_output
+from penjing.files import check_output, holds_work
 from penjing.units import format_size, format_time
 
 if TYPE_CHECKING:
@@ -244,9 +244,9 @@ def technique(
             return
         api.save(done, output, to=to, overwrite=overwrite)
     except BaseException:
-        # Without a finished block there is nothing to go on from.
-        if any(kept.glob("*.safetensors")):
-            note(f"finished blocks are kept in {kept}: the same command goes on from there")
+        # Without a finished block or a checkpoint there is nothing to go on from.
+        if holds_work(kept):
+            note(f"what is finished is kept in {kept}: the same command goes on from there")
         elif journal is None and not rank():
             _drop(kept)
         raise

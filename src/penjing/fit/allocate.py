@@ -31,6 +31,7 @@ from penjing.divergence import divergence
 from penjing.errors import InputError, UsageError
 from penjing.fit.solve import Constraint, solve
 from penjing.fit.variant import Suffixes, variant
+from penjing.given import BATCH
 from penjing.model import Batch, Model
 from penjing.planes import Scheme
 from penjing.progress import track
@@ -156,7 +157,11 @@ def allocated(
         InputError: a single batch.
     """
     if len(batches) < 2:
-        raise InputError("bits by layer", got="one batch of data", next="give more samples")
+        count = sum(len(next(iter(batch.values()))) for batch in batches)
+        raise InputError(
+            "bits by layer", got=f"one batch, of {count} samples", allowed="two batches or more",
+            next=f"give at least {BATCH + 1} samples",
+        )  # fmt: skip
     # Spread over the data, whose kinds may follow each other.
     search = [batch for i, batch in enumerate(batches) if i % _HELD == _HELD - 1] or batches[-1:]
     kept = {id(batch) for batch in search}

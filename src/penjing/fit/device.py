@@ -14,115 +14,24 @@ distance in the logarithms of the sizes. Tables of both machines have the same s
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
-from penjing.errors import InputError, UsageError
 from penjing.fit.kit import record
-from penjing.fit.space import FORMATS
 from penjing.graph import is_weighted
 from penjing.measure import Measured
 from penjing.meter import metered, sized_batch
 from penjing.model import Model
+from penjing.profiles import Product, Profile, parse, read
 from penjing.result import Latency
 
-__all__ = ["Device", "Product", "Profile", "products", "read"]
+__all__ = ["Device", "products"]
 
-_FORMAT = 1
 _SECONDS = 15.0  # of timing this machine's kernels
-
-
-@dataclass(frozen=True)
-class Product:
-    """One layer [inputs] -> [outputs] on `tokens` rows, all of a batch, in a format."""
-
-    format: str
-    tokens: float
-    inputs: int
-    outputs: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What a kit found.
-
-    Attributes:
-        processor, cores, memory_bytes, bytes_per_second: of the machine.
-        rates: multiplications a second by (threads, format) and (tokens, inputs, outputs).
-    """
-
-    processor: str
-    cores: int
-    memory_bytes: int
-    bytes_per_second: float
-    rates: Mapping[tuple[int, str], Mapping[tuple[int, int, int], float]]
-
-    @property
-    def threads(self) -> list[int]:
-        """Numbers of threads it was recorded with, ascending."""
-        return sorted({threads for threads, _ in self.rates})
-
-    def seconds(self, layers: Sequence[Product], threads: int) -> float:
-        """Time of products, one after the other."""
-        return math.fsum(
-            layer.tokens * layer.inputs * layer.outputs / self._rate(layer, threads)
-            for layer in layers
-        )
-
-    def _rate(self, layer: Product, threads: int) -> float:
-        own = self.rates[threads, layer.format]
-        place = [math.log(max(1.0, n)) for n in (layer.tokens, layer.inputs, layer.outputs)]
-        total = weight = 0.0
-        for shape, rate in own.items():
-            far = sum((math.log(n) - p) ** 2 for n, p in zip(shape, place, strict=True))
-            total += rate / (far + 1e-6)
-            weight += 1 / (far + 1e-6)
-        return total / weight
-
-
-def read(path: Path) -> Profile:
-    """Read a profile.
-
-    Raises:
-        InputError: it is no such file.
-    """
-    try:
-        return parse(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            "not a profile of a device", got=f"{path} ({type(error).__name__}: {error})",
-            next="penjing measure --profile device.json writes one",
-        ) from error  # fmt: skip
-
-
-def parse(table: Mapping[str, Any]) -> Profile:
-    """A profile of what a kit wrote.
-
-    Raises:
-        ValueError, KeyError, TypeError: it has another form.
-    """
-    if table["format"] != _FORMAT:
-        raise ValueError(f"format {table['format']}, not {_FORMAT}")
-    rates: dict[tuple[int, str], dict[tuple[int, int, int], float]] = {}
-    for kernel in table["kernels"]:
-        shape = (int(kernel["tokens"]), int(kernel["inputs"]), int(kernel["outputs"]))
-        seconds = float(kernel["microseconds"]) * 1e-6
-        if not 0 < seconds < math.inf or min(shape) < 1:
-            raise ValueError(f"a kernel of {shape} in {kernel['microseconds']} microseconds")
-        key = int(kernel["threads"]), str(kernel["format"])
-        rates.setdefault(key, {})[shape] = math.prod(shape) / seconds
-    if not rates or any((threads, name) not in rates for threads, _ in rates for name in FORMATS):
-        raise ValueError(f"a number of threads without one of {', '.join(FORMATS)}")
-    return Profile(
-        str(table["processor"]), int(table["cores"]), int(table["memory_bytes"]),
-        float(table["bytes_per_second"]), rates,
-    )  # fmt: skip
 
 
 def products(model: Model, *, batch: int, length: int) -> list[Product]:
@@ -179,13 +88,7 @@ class Device:
             InputError: it is no profile.
             UsageError: it was not recorded with so many threads.
         """
-        found = read(path)
-        if threads is not None and threads not in found.threads:
-            raise UsageError(
-                f"threads that {path} was recorded with", got=threads,
-                allowed=", ".join(map(str, found.threads)),
-                next=f"record it again with --threads {threads}",
-            )  # fmt: skip
+        found = read(path, threads)
         shapes = {shape for own in found.rates.values() for shape in own}
         here = record(
             threads=(threads_here,), seconds=_SECONDS,

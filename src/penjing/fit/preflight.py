@@ -23,6 +23,7 @@ from penjing.measure import physical_cores
 from penjing.registry import lookup
 from penjing.runtimes._profile import processor
 from penjing.runtimes._worker import settle
+from penjing.silence import unheard
 
 __all__ = ["Cost", "Machine", "Speed", "formats", "machine", "predict"]
 
@@ -150,7 +151,8 @@ def _measure(
             path.parent.mkdir()
             try:
                 chains.write(weights, form, runtime, path, tokens=tokens)
-                sessions[name] = opened(path, threads=threads)
+                with unheard():
+                    sessions[name] = opened(path, threads=threads)
             except PenjingError:
                 # A format this runtime lacks is a finding; a runtime that is not there is not.
                 if name == "fp32":

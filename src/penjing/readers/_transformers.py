@@ -24,6 +24,7 @@ from penjing.graph import Transposed
 from penjing.model import Batch, Model, Source
 from penjing.readers._files import regular
 from penjing.readers._images import image_size, preprocessor
+from penjing.silence import hushed
 
 __all__ = ["build", "check_config", "choose", "empty", "read_tokenizer", "straighten"]
 
@@ -150,7 +151,8 @@ def empty(class_name: str, config: Mapping[str, Any], *, pooler: bool = False) -
         InputError: the configuration's values do not make a module.
     """
     try:
-        found: Any = getattr(transformers, class_name)
+        with hushed():  # it imports torchao where that is installed
+            found: Any = getattr(transformers, class_name)
         settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         options: dict[str, Any] = {}
         if "add_pooling_layer" in inspect.signature(found.__init__).parameters:

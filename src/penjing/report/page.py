@@ -132,7 +132,7 @@ def _verdict(result: Result, title: str) -> str:
     figures = f"{phrase(smaller)}, {phrase(faster)}, and {clause}"
     figures += f" ({spread})" if spread else ""
     why = safe((result.why or "").strip().rstrip("."), 400)
-    if not result.budget and result.met:
+    if not result.limited and result.met:
         state, rest = '<span class="state">Measured:</span>', f"{figures}."
     elif result.met:
         state, rest = '<span class="state">Budget met:</span>', f"{figures}."

@@ -92,8 +92,9 @@ class Session:
                 raise InputError(f"shape of input {name}", got=array.shape, allowed=wanted)
             if self._longest and not 2 <= array.shape[1] <= self._longest:
                 raise InputError(
-                    "tokens of a text", got=array.shape[1], allowed=f"2 to {self._longest}"
-                )
+                    "tokens of a text", got=array.shape[1], allowed=f"2 to {self._longest}",
+                    next="choose a length that the program takes",
+                )  # fmt: skip
             inputs.append(torch.from_numpy(array))
         try:
             rows = [

@@ -27,11 +27,15 @@ _ROWS = 1024
 
 
 def migrations(
-    layers: dict[str, nn.Module], stats: dict[str, LayerStats], alpha: float, floor: float
-) -> dict[str, Tensor]:
-    """Divisors [in] of the inputs of linear layers; layers that read one input share them."""
+    layers: dict[str, nn.Module], groups: list[list[str]], stats: dict[str, LayerStats],
+    alpha: float, floor: float,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Divisors [in] of the inputs of `layers`; those of a group of `readers` share them."""
     found: dict[str, Tensor] = {}
-    for group in readers(layers, stats):
+    for several in groups:
+        group = [path for path in several if path in layers]
+        if not group:
+            continue
         own = stats[group[0]]
         weights = [layers[path].weight.detach().float() for path in group]  # type: ignore[operator]
         if own.rows is not None and not _helps(own.rows[:: _step(own.rows)], weights, alpha, floor):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -120,7 +121,7 @@ class Quantize:
                 f"activations = {self.activations}",
                 allowed="with bits, integer codes and float inputs",
             )  # fmt: skip
-        for _, bits, group in self._widths():
+        for _, bits, group in self._sizes:
             self._scheme(bits, group)
         lookup("quantizers", self.method, "fit")
         if self.codes != "integer":
@@ -166,8 +167,9 @@ class Quantize:
         if self.paired and self.method not in ("gptq", "rtn"):
             raise UsageError("method of paired weights", got=self.method, allowed="gptq, rtn")
 
-    def _widths(self) -> list[tuple[str, int, int]]:
-        """Globs, their bits and groups."""
+    @cached_property
+    def _sizes(self) -> list[tuple[str, int, int]]:
+        """Globs of `widths`, their bits and groups."""
         found = []
         for text in self.widths:
             glob, _, size = text.rpartition("=")
@@ -223,7 +225,7 @@ class Quantize:
         """Bits and group of a layer's weight."""
         if isinstance(layer, nn.Embedding):
             return self.embeddings, self.embedding_group
-        own = (size for glob, *size in self._widths() if matches(path, (glob,)))
+        own = (size for glob, *size in self._sizes if matches(path, (glob,)))
         bits, group = next(own, (self.bits, self.group))
         # Runtimes have one scale an output channel of a convolution.
         return bits, 0 if isinstance(layer, nn.Conv1d | nn.Conv2d) else int(group)
@@ -256,11 +258,12 @@ class Quantize:
             if self.activations and self.migrate and id(layer.weight) not in shared
             and f"{path}.weight" not in unit.model.planes
         }  # fmt: skip
-        divided = migrations(free, stats, self.migrate, _FLOOR)
+        groups = readers(unit.layers, stats) if self.activations else []
+        divided = migrations(free, groups, stats, self.migrate, _FLOOR)
         # One grid of an input that several read: runtimes round it once.
         wide: dict[str, Tensor] = {}
-        if self.activations and self.observer == "auto":
-            for group in readers(unit.layers, stats):
+        if self.observer == "auto":
+            for group in groups:
                 rows = [unit.layers[path].weight.detach() for path in group]  # type: ignore[operator]
                 wide |= dict.fromkeys(group, torch.cat(rows))
         for path, layer in unit.layers.items():

@@ -30,7 +30,7 @@ from penjing.steps._grid import attach
 from penjing.steps._lowrank import adapt
 from penjing.steps._recovery import Penalty, Trained, curve_of, train
 from penjing.steps._select import matches
-from penjing.training import Descent, check_optimizer, held_out
+from penjing.training import UNJUDGED, Descent, check_optimizer, held_out
 
 __all__ = ["Recover"]
 
@@ -172,8 +172,7 @@ class Recover:
         if test and not after < before:
             return
         why = f"{len(losses)} steps of distillation"
-        if test:
-            why += f"; held-out loss {before:.4g} to {after:.4g}"
+        why += f"; held-out loss {before:.4g} to {after:.4g}" if test else f"; {UNJUDGED}"
         yield from self._edits(what, unit.model, why, losses[-1] if losses else before)
         if losses:
             yield Edit("curve", self.name, curve_of(losses), why)

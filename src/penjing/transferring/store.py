@@ -9,12 +9,15 @@ et al., arXiv 2503.16870, section 3).
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from penjing.errors import InputError
+from penjing.files import write_tensors
 from penjing.model import Batch, Model
 from penjing.transferring.spans import OTHER
 
@@ -24,6 +27,7 @@ __all__ = ["DRAWS", "Kept"]
 DRAWS = 64
 # What stands for the logarithm of 0.
 _NEVER = -1e4
+_CLOSED, _ELSEWHERE = "the cache cannot be written", "name another folder with --cache"
 
 
 class Kept:
@@ -33,14 +37,24 @@ class Kept:
         teacher: gives them.
         folder: where they are kept; None for memory, and of a language model not at all.
         seed: of the draws.
+
+    Raises:
+        InputError: the folder cannot be made or written.
     """
 
     def __init__(self, teacher: Model, folder: Path | None = None, seed: int = 0) -> None:
         self.teacher, self.folder, self._seed = teacher, folder, seed
         self._known: dict[int, Tensor] = {}
         self._teacher = b""
-        if folder is not None:
+        if folder is None:
+            return
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+            fits = os.access(folder, os.W_OK | os.X_OK)
+        except OSError as error:
+            raise InputError(_CLOSED, got=error, next=_ELSEWHERE) from error
+        if not fits:
+            raise InputError(_CLOSED, got=f"{folder}, read-only", next=_ELSEWHERE)
 
     @property
     def sampled(self) -> bool:
@@ -69,9 +83,7 @@ class Kept:
             kept = {"output": output.contiguous()}
             if self.sampled:
                 kept = self._drawn(output, batch["attention_mask"].bool())
-            part = path.with_suffix(".part")
-            save_file(kept, part)
-            part.rename(path)
+            write_tensors(path, kept, {}, "the teacher's outputs")
         kept = load_file(path)
         return _dense(kept, batch) if self.sampled else kept["output"]
 

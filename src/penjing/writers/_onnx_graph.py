@@ -11,11 +11,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
-import io
-import logging
 import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 
 from penjing.errors import ExportError, UsageError
 from penjing.model import Model, Source
+from penjing.silence import hushed
 
 __all__ = ["OPSET", "float_graph", "projected"]
 
@@ -239,7 +237,7 @@ def _traced(model: Model) -> onnx.ModelProto:
         names, outputs = list(model.example), ["output"]
         axes = {0: "batch"} if model.interface in ("image", "tensor") or model.is_image else None
         shapes = (tuple(axes or {0: "batch", 1: "length"} for _ in names),)
-    with _uninterrupted(), _without_fake_quantization(model), _silence(), torch.no_grad():
+    with _uninterrupted(), _without_fake_quantization(model), hushed(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 wrapper,
@@ -363,22 +361,6 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(kind, was)
         for number in held:
             signal.raise_signal(number)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    was = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(was)
 
 
 def _plain(proto: onnx.ModelProto) -> onnx.ModelProto:

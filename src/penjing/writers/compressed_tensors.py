@@ -58,11 +58,16 @@ def check(model: Model) -> list[str]:
             lines.append(f"{path}: a fixed range of its inputs, or one with factors by channel")
     lines += [f"{path}: 8-bit outputs" for path in model.outputs]
     lines += [f"{path}: a KV cache in integers" for path in model.cache]
-    if not lines and not _layouts(model):
-        # Its sparse layouts are read no longer: the weights would be filled with random numbers.
-        sparse = ", and sparse ones have no layout that is still read" if model.masks else ""
-        lines.append(f"the network: no linear layer is quantized{sparse}")
     return lines or _unlike(model)
+
+
+def _unquantized(model: Model) -> list[str]:
+    """A line where there is nothing to store in integers; before the work there never is."""
+    if _layouts(model):
+        return []
+    # Its sparse layouts are read no longer: the weights would be filled with random numbers.
+    sparse = ", and sparse ones have no layout that is still read" if model.masks else ""
+    return [f"the network: no linear layer is quantized{sparse}"]
 
 
 def write(model: Model, folder: Path) -> None:
@@ -72,7 +77,7 @@ def write(model: Model, folder: Path) -> None:
         ExportError: what the layout cannot express; before any work.
         InputError: the folder exists or cannot be written.
     """
-    if lines := check(model):
+    if lines := check(model) or _unquantized(model):
         raise ExportError(
             f"compressed-tensors cannot express {lines[0]}",
             got=f"{len(lines)} such" if len(lines) > 1 else None,

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from penjing.errors import ExportError, UsageError
 from penjing.model import Model
-from penjing.writers._onnx_graph import _Flat, _silence, _uninterrupted
+from penjing.silence import hushed
+from penjing.writers._onnx_graph import _Flat, _uninterrupted
 from penjing.writers._pte_layers import convolves, opens, place, reason
 
 __all__ = ["check", "closed", "write"]
@@ -92,7 +93,7 @@ def write(model: Model, path: Path) -> None:
         )  # fmt: skip
     fixed = any(found.scale for found in model.activations.values())
     program = _traced(model, closed(model) if fixed else frozenset())
-    with _uninterrupted(), _silence(), torch.no_grad(), _failing("lowered to ExecuTorch"):
+    with _uninterrupted(), hushed(), torch.no_grad(), _failing("lowered to ExecuTorch"):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
@@ -114,7 +115,7 @@ def require() -> None:
         UsageError: it is not installed.
     """
     try:
-        with _silence():
+        with hushed():
             import executorch.backends.xnnpack.partition.xnnpack_partitioner
             import executorch.exir  # noqa: F401
     except ImportError as error:
@@ -162,7 +163,7 @@ def _traced(model: Model, closed: frozenset[str] | set[str]) -> Any:
         twin.module.set_attn_implementation("eager")  # type: ignore[operator]
     twin.module.eval().requires_grad_(False)
     inputs, shapes = _inputs(model)
-    with _uninterrupted(), _silence(), torch.no_grad(), _failing("traced"):
+    with _uninterrupted(), hushed(), torch.no_grad(), _failing("traced"):
         return torch.export.export(_Flat(twin), inputs, dynamic_shapes=(shapes,))
 
 
