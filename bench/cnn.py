@@ -30,7 +30,7 @@ from scipy.special import log_softmax
 import penjing
 from penjing.apply import apply
 from penjing.data.images import open_image
-from penjing.measure import Candidate, Measured, measure_files
+from penjing.measure import Candidate, Measured, measure_files, median_ratio
 from penjing.model import Batch, Model
 from penjing.processor import weight_bits
 from penjing.recipe import Recipe
@@ -164,9 +164,12 @@ def main() -> None:
         )  # fmt: skip
         print(f"{row.text()} | {seconds:.0f} s", flush=True)
         found.append(row)
+    files = [Candidate(p, "onnxruntime", 0) for p in (float32, *(r.path for r in found))]
+    timed = measure_files(files, model, threads=1, seconds=20.0 * len(files))
+    for row, measured in zip(found, timed[1:], strict=True):
+        print(f"{row.name}: {median_ratio(timed[0], measured):.2f} times float32's speed")
     if not options.rows:
-        files = [Candidate(p, "onnxruntime", 0) for p in (float32, *(r.path for r in found))]
-        write(found, measure_files(files, model, threads=1, seconds=60.0))
+        write(found, timed)
 
 
 def write(found: list[Row], timed: list[Measured]) -> None:
