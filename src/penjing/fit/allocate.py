@@ -13,19 +13,16 @@ error of MiniLM in 3 bits powers of 1, 0.8 and 0.6 left 0.770, 0.765 and 0.781 o
 Layers are fitted to what comes in and to what should have come (`Quantize.alpha`), so costs do not
 quite add up, least where bits are fewest. So the program is solved twice, with and without sizes of
 fewer bits than the uniform one; both are carried out, what came of them corrects the costs
-(`penjing.fit.belief`), and more choices are made as long as one may be better and samples are enough
-to tell. The one is kept that is then believed to be nearest: the least that was measured is often
-so by chance (bench/enumeration.py: on 128 images of 4,096 recipes the best had 1.19 times the least
-error of other images, what is believed after three networks 1.03 times).
+(`penjing.fit.belief`), and more choices are made as long as one may be better and there are samples
+enough to tell. The one is kept that is then believed to be nearest: the least that was measured is
+often so by chance (bench/enumeration.py, beside all recipes of a small network).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,8 +30,7 @@ from penjing.apply import apply
 from penjing.calibrate import LayerStats, Stream, Unit, units_of
 from penjing.divergence import divergence, divergences
 from penjing.errors import InputError, UsageError
-from penjing.fit.belief import Belief
-from penjing.fit.solve import Constraint, solve
+from penjing.fit.sizesearch import TRIES, Layer, Size, searched
 from penjing.fit.variant import Suffixes, variant
 from penjing.model import Batch, Model
 from penjing.planes import Scheme
@@ -45,18 +41,8 @@ from penjing.steps.quantize import Quantize, about_mean
 
 __all__ = ["GROUPS", "Allocation", "Size", "allocate", "allocated", "sizes_near"]
 
-Size = tuple[int, int]
-"""Bits and group; a group of 0 is the whole row."""
-
 GROUPS = (32, 64, 128, 256, 0)
 """Groups that may be chosen."""
-# Divergences of less are the float32 arithmetic's, and better is what is so by more than chance.
-_NOISE, _BETTER = 1e-6, 0.99
-# Of a layer's divergence.
-_POWER = 0.8
-# Networks made at the most, and only as long as samples are so many that chance is less than this
-# part of what they say.
-TRIES, _TELLING = 6, 0.2
 # Of so many batches one is for comparing outputs.
 _HELD = 5
 
@@ -85,16 +71,6 @@ class Allocation:
     uniform: float
     divergence: float
     evaluations: int
-
-
-@dataclass
-class _Layer:
-    """One layer: its divergence alone, and its own error and bits in each size."""
-
-    path: str
-    measured: float
-    errors: list[float]
-    bits: list[float]
 
 
 def allocate(
@@ -143,7 +119,7 @@ def allocate(
     layers = _measured(model, step, calibration, search, reference, sizes)
     if not layers:
         raise InputError("no layer can have a size of its own", next="leave mixed out")
-    best, made = _searched(
+    best, made = searched(
         layers, sizes, lambda choice: run(_with(step, _named(layers, choice, sizes))), limit, tries
     )
     if best is None:
@@ -151,70 +127,6 @@ def allocate(
         raise UsageError("stored bits", got=f"{limit:g}", allowed=f"{least:g} or more")
     found, uniform = _named(layers, best, sizes), made[(0,) * len(layers)]
     return Allocation(_with(step, found), found, uniform, made[best], len(layers) + len(made))
-
-
-def _searched(
-    layers: Sequence[_Layer], sizes: Sequence[Size], run: Callable[[Sequence[int]], Tensor],
-    limit: float | None, tries: int,
-) -> tuple[tuple[int, ...] | None, dict[tuple[int, ...], float]]:  # fmt: skip
-    """The best choice within the limit, by number of size, and the divergence of all that were run.
-
-    Args:
-        run: divergences of a choice, by sample.
-    """
-    bits = [layer.bits for layer in layers]
-    first = (0,) * len(layers)
-    own = sum(row[0] for row in bits)
-    rule = {"bits": Constraint(bits, own if limit is None else limit)}
-    plain = run(first)
-    made = {first: _mean(plain)}
-    belief = Belief(_costs(layers, made[first]), [width for width, _ in sizes])
-    belief.learn(first, made[first])
-    allowed = [first] if own <= rule["bits"].limit else []
-    if allowed and made[first] <= _NOISE:
-        return first, made
-    blurred = False
-    for number in range(tries):
-        costs = belief.costs
-        if number == 1:  # what fewer bits cost is known least
-            costs = np.where([width < sizes[0][0] for width, _ in sizes], np.inf, costs)
-        chosen = solve(costs.tolist(), rule, made)
-        if chosen is None and number == 1:
-            continue
-        if chosen is None:
-            break
-        if number > 1 and allowed:  # worth a try is what may be better, if it can be told
-            best = min(allowed, key=belief.said)
-            if blurred or belief.said(chosen) - belief.doubt(chosen, best) > belief.said(best):
-                break
-        found = run(chosen)
-        made[chosen], noise = _mean(found), _noise(found, plain)
-        belief.learn(chosen, made[chosen], noise)
-        if math.isfinite(made[chosen]):
-            allowed.append(chosen)
-        blurred = blurred or noise > _TELLING * made[chosen]
-    # The least that was measured is by chance too often one of few samples; of the uniform size
-    # better is what is so by more than that.
-    best = min(allowed, key=belief.said, default=None)
-    if first in allowed and belief.said(best or first) > _BETTER * made[first]:
-        best = first
-    return best, made
-
-
-def _mean(values: Tensor) -> float:
-    mean = float(values.mean())
-    return max(0.0, mean) if math.isfinite(mean) else math.inf
-
-
-def _noise(values: Tensor, plain: Tensor) -> float:
-    """Standard error of a mean beside that of the same samples in the uniform size.
-
-    Of a ratio: Cochran, "Sampling Techniques" (1977), equation 6.13.
-    """
-    ratio = _mean(values) / max(_mean(plain), 1e-300)
-    if len(values) < 2 or not math.isfinite(ratio):
-        return 0.0
-    return float((values - ratio * plain).std()) / len(values) ** 0.5
 
 
 def allocated(
@@ -248,7 +160,7 @@ def _with(step: Quantize, sizes: dict[str, Size]) -> Quantize:
 def _measured(
     model: Model, step: Quantize, calibration: Sequence[Batch], search: Sequence[Batch],
     reference: Sequence[Tensor], sizes: Sequence[Size],
-) -> list[_Layer]:  # fmt: skip
+) -> list[Layer]:  # fmt: skip
     """Every layer alone in the uniform size, and its own error in all of them."""
     alone = replace(step, alpha=0.0, refine=0, embeddings=0)
     suffixes, stream = Suffixes(model, search), Stream(model, calibration)
@@ -279,7 +191,7 @@ def _matrices(step: Quantize, unit: Unit) -> dict[str, nn.Module]:
 def _sized(
     path: str, layer: nn.Module, distance: float, stats: LayerStats, step: Quantize,
     sizes: Sequence[Size],
-) -> _Layer:  # fmt: skip
+) -> Layer:  # fmt: skip
     weight: Tensor = layer.weight.detach().float()  # type: ignore[operator]
     if getattr(layer, "bias", None) is not None and step.bias:
         stats = about_mean(stats)
@@ -291,21 +203,10 @@ def _sized(
         off = planes.dequantize().double() - weight.double()
         errors.append(float(((off @ stats.gram) * off).sum()))
         bits.append(planes.stored_bits * weight.numel())
-    return _Layer(path, distance, errors, bits)
-
-
-def _costs(layers: Sequence[_Layer], uniform: float) -> list[list[float]]:
-    """Of every layer in every size, [layers, sizes]; those of the uniform one add up to its own."""
-    worst = max((x.measured for x in layers if math.isfinite(x.measured)), default=1.0)
-    scales = [min(x.measured, worst) ** _POWER for x in layers]
-    whole = (uniform if math.isfinite(uniform) else 1.0) / max(sum(scales), 1e-300)
-    return [
-        [whole * scale * error / max(x.errors[0], 1e-300) for error in x.errors]
-        for x, scale in zip(layers, scales, strict=True)
-    ]
+    return Layer(path, distance, errors, bits)
 
 
 def _named(
-    layers: Sequence[_Layer], choice: Sequence[int], sizes: Sequence[Size]
+    layers: Sequence[Layer], choice: Sequence[int], sizes: Sequence[Size]
 ) -> dict[str, Size]:
     return {layer.path: sizes[i] for layer, i in zip(layers, choice, strict=True)}

@@ -12,6 +12,7 @@ of Baptista and Poloczek, arXiv 1806.08838, section 3, from a prior that was mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -79,10 +80,10 @@ class Belief:
         before = self._of(off, one).sum() - self._of(off, other).sum()
         with_seen = np.array([self._of(off, c).sum() for c in self._seen])
         known = with_seen @ np.linalg.pinv(self._kernel) @ with_seen if self._seen else 0.0
-        return float(max(0.0, before - known)) ** 0.5
+        return math.sqrt(max(0.0, float(before - known)))
 
     def _of(self, values: Values, choice: Sequence[int]) -> Values:
-        return values[np.arange(len(values)), list(choice)]  # type: ignore[no-any-return]
+        return values[np.arange(len(values)), list(choice)]
 
     def _shared(self, choice: Sequence[int]) -> Values:
         """Covariance of every cost with the total of a choice, [units, options]."""
