@@ -15,7 +15,7 @@ from torch import Tensor
 
 from penjing.model import Batch, Interface
 
-__all__ = ["divergence"]
+__all__ = ["divergence", "divergences"]
 
 # Outputs compared at once.
 _ROWS = 64
@@ -26,10 +26,21 @@ def divergence(
     outputs: Iterable[Tensor],
 ) -> float:  # fmt: skip
     """Of outputs, one a batch, from the original's; infinite where one is not finite."""
+    found = divergences(interface, batches, reference, outputs)
+    total = float(found.sum())
+    # NaN compares false: without this a broken network would look perfect.
+    return max(0.0, total / max(len(found), 1)) if math.isfinite(total) else math.inf
+
+
+def divergences(
+    interface: Interface, batches: Sequence[Batch], reference: Sequence[Tensor],
+    outputs: Iterable[Tensor],
+) -> Tensor:  # fmt: skip
+    """The same of every sample (texts: token), [n] float64."""
     if all(x.flatten(1).shape[1] == 1 for x in reference) and interface != "causal":
         return _of_numbers(reference, outputs)
     logits = interface in ("classifier", "causal", "image")
-    total, count = 0.0, 0
+    found = []
     for batch, wanted, output in zip(batches, reference, outputs, strict=True):
         if interface == "causal":
             kept = batch["attention_mask"].bool()
@@ -40,16 +51,13 @@ def divergence(
             a, b = a.float(), b.float()
             if logits:
                 p, q = a.log_softmax(-1), b.log_softmax(-1)
-                values = (p.exp() * (p - q)).sum(-1)
+                found.append((p.exp() * (p - q)).sum(-1).double())
             else:
-                values = 1 - torch.cosine_similarity(b, a)
-            total, count = total + float(values.sum()), count + len(values)
-    # NaN compares false: without this a broken network would look perfect.
-    return max(0.0, total / max(count, 1)) if math.isfinite(total) else math.inf
+                found.append((1 - torch.cosine_similarity(b, a)).double())
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
 
-def _of_numbers(reference: Sequence[Tensor], outputs: Iterable[Tensor]) -> float:
+def _of_numbers(reference: Sequence[Tensor], outputs: Iterable[Tensor]) -> Tensor:
     wanted, found = (torch.cat([x.double().flatten() for x in xs]) for xs in (reference, outputs))
     spread = float(wanted.var(correction=0)) or 1.0
-    error = float((found - wanted).square().mean()) / spread
-    return error if math.isfinite(error) else math.inf
+    return (found - wanted).square() / spread

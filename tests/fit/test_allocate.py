@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,3 +102,32 @@ def test_where_nothing_is_lost_sizes_stay_uniform() -> None:
     found = allocate(model, step, BATCHES[:7], BATCHES[7:])
     assert found.uniform < 1e-6  # what is left is the arithmetic's
     assert found.step.widths == ()
+
+
+def test_within_a_limit_it_is_the_best_of_all_recipes() -> None:
+    model, sizes = net.stack(3, width=32, hidden=48), ((2, 16), (3, 16), (4, 16))
+    step = Quantize(bits=3, group=16, scale_bits=16, targets=("blocks.*.up",))
+    search = net.arrays(60)[10:]
+
+    @torch.no_grad()
+    def off(edited: net.Model) -> float:
+        return sum(
+            float((1 - torch.cosine_similarity(edited.run(b), model.run(b), -1)).mean())
+            for b in search
+        )
+
+    made = {}
+    for chosen in itertools.product(sizes, repeat=3):
+        widths = tuple(f"blocks.{i}.up={b}/{g}" for i, (b, g) in enumerate(chosen))
+        one = Quantize(3, 16, scale_bits=16, targets=step.targets, widths=widths)
+        edited = apply(model, Recipe((one,)), BATCHES[:7]).model
+        made[chosen] = stored(edited), off(edited)
+    assert len(made) == 27
+    lowest, highest = (f(size for size, _ in made.values()) for f in (min, max))
+    for limit in np.linspace(lowest, highest, 6):
+        found = allocate(model, step, BATCHES[:7], search, sizes, limit=8 * limit)
+        size, error = made[tuple(found.sizes.values())]
+        assert size <= limit
+        assert error <= 1.01 * min(e for s, e in made.values() if s <= limit)
+    with pytest.raises(UsageError, match="stored bits"):
+        allocate(model, step, BATCHES[:7], search, sizes, limit=8 * lowest - 1)

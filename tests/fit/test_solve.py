@@ -127,3 +127,20 @@ def test_a_limit_of_nothing() -> None:
 
 def test_no_units() -> None:
     assert solve([], {}) == ()
+
+
+def test_choices_that_are_out() -> None:
+    random = np.random.default_rng(3)
+    costs = random.random((3, 3)).tolist()
+    amounts = random.random((3, 3)).tolist()
+    rules = {"size": Constraint(amounts, 1.6)}
+    allowed = [
+        pick for pick in itertools.product(range(3), repeat=3) if spent(amounts, pick) <= 1.6
+    ]
+    wanted = sorted(allowed, key=lambda pick: spent(costs, pick))
+    assert len(wanted) > 5
+    found: list[tuple[int, ...]] = []
+    while (pick := solve(costs, rules, found)) is not None:
+        found.append(pick)
+    assert found == wanted
+    assert solve([], {}, [()]) is None

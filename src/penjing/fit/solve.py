@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +33,21 @@ class Constraint:
 
 
 def solve(
-    costs: Sequence[Sequence[float]], constraints: Mapping[str, Constraint]
-) -> tuple[int, ...] | None:
+    costs: Sequence[Sequence[float]], constraints: Mapping[str, Constraint],
+    without: Collection[Sequence[int]] = (),
+) -> tuple[int, ...] | None:  # fmt: skip
     """The cheapest choice of one option a unit.
 
     Args:
         costs: by unit, by option; an infinite one is not allowed.
         constraints: by name; `amounts` shaped like `costs`, an infinite one is not allowed.
+        without: choices that are out.
 
     Returns:
         Option numbers by unit, or None where no choice satisfies the constraints.
     """
-    if not costs:
-        return ()
+    if not len(costs):
+        return None if without else ()
     price = _flat(costs)
     sizes = [len(options) for options in costs]
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
@@ -71,6 +73,7 @@ def solve(
         above, left = _above(row, starts, allowed), limit - _least(row, starts)
         scale = max(above.max(), 1e-300)
         rules.append(LinearConstraint(above[None] / scale, -np.inf, left / scale))
+    rules += [_not(starts[:-1] + list(choice), len(price)) for choice in without]
     goal = _above(price, starts, allowed)
     while True:
         found = milp(
@@ -87,9 +90,14 @@ def solve(
         if all(math.fsum(row[places]) <= limit + _slack(limit) for row, limit in amounts):
             return tuple(chosen)
         # Over by less than the solver's tolerance: this very choice is out, on to the next.
-        picked = np.zeros(len(price))
-        picked[places] = 1
-        rules.append(LinearConstraint(picked[None], -np.inf, len(sizes) - 1))
+        rules.append(_not(places, len(price)))
+
+
+def _not(places: Values, count: int) -> LinearConstraint:
+    """Not all of these options together."""
+    picked = np.zeros(count)
+    picked[places] = 1
+    return LinearConstraint(picked[None], -np.inf, len(places) - 1)
 
 
 def _flat(values: Sequence[Sequence[float]]) -> Values:
