@@ -158,7 +158,9 @@ class Recover:
             left = self._left(begun, look, unit.deadline)
 
         def value(batch: Batch, done: float) -> Tensor:
-            free = self.front and done >= _HELD
+            if not self.front or not front.count:
+                return held(student, batch)
+            free = done >= _HELD
             (what if free else behind).groups(self.lr)
             return (far if free else held)(student, batch)
 
