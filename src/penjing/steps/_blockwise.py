@@ -52,7 +52,7 @@ def blockwise(
         before.enter(place)
         goals = list(before.run(original.module.get_submodule(original.blocks[place])))
         after.enter(index)
-        own = what.only(lambda n, head=f"{name}.": n.startswith(head))  # type: ignore[misc]
+        own = what.inside(name)
         block = student.module.get_submodule(name)
         groups = own.groups(lr)
         if not groups:

@@ -100,6 +100,10 @@ class Trained:
             {n: p for n, p in self.grids.items() if wanted(n)},
         )
 
+    def inside(self, block: str) -> Trained:
+        """What of it stands in one block."""
+        return self.only(lambda name: name.startswith(f"{block}."))
+
     def weight(self, name: str) -> Tensor:
         """As the network computes with it, whole."""
         holder, own = parent_of(self.student.module, name)
